@@ -1,0 +1,17 @@
+"""Fixtures shared by all tests."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real pictures, a real checkpoint and the original code's numbers, beside the repository.
+
+    They may not be redistributed, so tests that use them are skipped where they are absent.
+    """
+    path = Path(__file__).resolve().parents[2] / "shared"
+    if not (path / "official").is_dir():
+        pytest.skip("needs the unpublished reference material beside the repository")
+    return path

@@ -1,0 +1,190 @@
+"""Decoding agrees with PIL, and damaged files are named."""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from vit_jax.data import pictures
+from vit_jax.errors import UserError
+
+
+def smooth_picture(height=40, width=60):
+    noise = np.random.default_rng(0).uniform(0, 255, (height, width, 3)).astype(np.float32)
+    blurred = cv2.GaussianBlur(noise, (9, 9), 3)
+    scaled = (blurred - blurred.min()) / np.ptp(blurred) * 255
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+PICTURE = smooth_picture()
+ALPHA = PICTURE.copy()
+ALPHA.putalpha(Image.linear_gradient("L").resize(PICTURE.size))
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_pil(data, mode):
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert(mode))
+
+
+FILES = {
+    "jpeg": encoded(PICTURE, "JPEG", quality=95),
+    "progressive jpeg": encoded(PICTURE, "JPEG", progressive=True),
+    "grey jpeg": encoded(PICTURE.convert("L"), "JPEG"),
+    "cmyk jpeg": encoded(PICTURE.convert("CMYK"), "JPEG"),
+    "png": encoded(PICTURE, "PNG"),
+    "grey png": encoded(PICTURE.convert("L"), "PNG"),
+    "black and white png": encoded(PICTURE.convert("1"), "PNG"),
+    "palette png": encoded(PICTURE.quantize(64), "PNG"),
+    "palette png, one colour transparent": encoded(PICTURE.quantize(64), "PNG", transparency=3),
+    "rgba png": encoded(ALPHA, "PNG"),
+    "grey png with alpha": encoded(ALPHA.convert("LA"), "PNG"),
+    "webp": encoded(PICTURE, "WEBP"),
+    "lossless webp with alpha": encoded(ALPHA, "WEBP", lossless=True, exact=True),
+    "bmp": encoded(PICTURE, "BMP"),
+    "palette bmp": encoded(PICTURE.quantize(64), "BMP"),
+    "gif": encoded(PICTURE.quantize(64), "GIF"),
+    "animated gif": encoded(
+        PICTURE.quantize(64), "GIF", save_all=True, append_images=[PICTURE.rotate(180).quantize(64)]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_kind_of_file_decodes_as_with_pil(kind):
+    image = pictures.decode(FILES[kind])
+    expected = with_pil(FILES[kind], "RGB")
+    assert image.dtype == np.uint8
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_every_kind_of_file_decodes_to_one_channel(kind):
+    image = pictures.decode(FILES[kind], channels=1)
+    expected = with_pil(FILES[kind], "L")
+    assert image.shape == (*expected.shape, 1)
+    # JPEG stores luma itself; PIL computes it anew from the rounded RGB.
+    assert np.abs(image[..., 0].astype(int) - expected).max() <= (4 if "jpeg" in kind else 1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(kind, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    data = encoded(PICTURE, kind, exif=exif)
+    image = pictures.decode(data)
+    assert np.abs(image.astype(int) - with_pil(data, "RGB")).max() <= 1
+    assert image.shape == ((40, 60, 3) if orientation <= 4 else (60, 40, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bit_values_keep_their_high_byte(channels):
+    values = np.random.default_rng(0).integers(0, 2**16, (20, 30, channels), dtype=np.uint16)
+    data = cv2.imencode(".png", values[..., ::-1])[1].tobytes()
+    np.testing.assert_array_equal(pictures.decode(data, channels=channels), values >> 8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_truncated_files_are_errors_and_not_half_a_picture(kind, kept, capfd):
+    data = encoded(PICTURE.quantize(64) if kind == "GIF" else PICTURE, kind)
+    with pytest.raises(
+        UserError, match=r"^a/b\.jpg: truncated or damaged .*(JPEG|PNG|WebP|BMP|GIF)"
+    ):
+        pictures.decode(data[: int(len(data) * kept)], name="a/b.jpg")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_jpeg_filled_up_with_zeros_is_truncated():
+    data = FILES["jpeg"]
+    with pytest.raises(UserError, match="truncated"):
+        pictures.decode(data[: len(data) // 2] + bytes(len(data) // 2))
+
+
+def test_bytes_after_the_end_do_no_harm():
+    np.testing.assert_array_equal(
+        pictures.decode(FILES["jpeg"] + b"\0\0tail"), pictures.decode(FILES["jpeg"])
+    )
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", *pictures._SIGNATURES]))
+@settings(max_examples=100, deadline=None)
+def test_arbitrary_bytes_give_one_line_errors(data, start):
+    with pytest.raises(UserError) as error:
+        pictures.decode(start + data, name="x")
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_files_are_named_with_the_reason(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("hello, I am a text")
+    for name, reason in [
+        ("empty.jpg", "empty file"),
+        ("text.jpg", "not a picture"),
+        ("missing.jpg", "No such file"),
+    ]:
+        with pytest.raises(UserError, match=f"{name}.*{reason}"):
+            pictures.read(tmp_path / name)
+
+
+def test_real_photographs_decode_as_with_pil(shared):
+    files = sorted((shared / "images" / "imagenet_samples").iterdir())[::10]
+    for file in files:
+        expected = np.asarray(Image.open(file).convert("RGB"))
+        assert np.abs(pictures.read(file).astype(int) - expected).max() <= 1
+
+
+def bilinear(image, height, width):
+    """Half-pixel bilinear interpolation in float64, written from its definition."""
+
+    def axis(old, new):
+        centre = (np.arange(new) + 0.5) * old / new - 0.5
+        low = np.floor(centre)
+        neighbours = np.clip([low, low + 1], 0, old - 1).astype(int)
+        return *neighbours, centre - low
+
+    y0, y1, dy = axis(image.shape[0], height)
+    x0, x1, dx = axis(image.shape[1], width)
+    image = image.astype(np.float64)
+    rows = image[y0] * (1 - dy)[:, None, None] + image[y1] * dy[:, None, None]
+    return rows[:, x0] * (1 - dx)[:, None] + rows[:, x1] * dx[:, None]
+
+
+sides = st.integers(1, 90)
+
+
+@given(sides, sides, sides, sides, st.sampled_from([1, 3]), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_resizing_is_bilinear_with_half_pixel_centres(height, width, high, wide, channels, halve):
+    if halve:  # a factor of exactly 2 takes another path in OpenCV
+        high, wide = max(height // 2, 1), max(width // 2, 1)
+    rng = np.random.default_rng(height * width)
+    image = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+    resized = pictures.resize(image, (high, wide))
+    assert resized.dtype == np.float32
+    np.testing.assert_allclose(resized, bilinear(image, high, wide), rtol=0, atol=1e-3)
+
+
+def test_resizing_a_photograph_strongly_stays_exact():
+    image = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
+    np.testing.assert_allclose(
+        pictures.resize(image, (224, 224)), bilinear(image, 224, 224), rtol=0, atol=1e-3
+    )
+
+
+def test_decoding_warns_about_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in FILES.values():
+            pictures.decode(data)

@@ -1,0 +1,264 @@
+"""The preprocessing text: what it computes, and that it is parsed strictly."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vit_jax.data import pictures
+from vit_jax.data.preprocess import _OPS, _random_box, parse
+from vit_jax.errors import UserError
+
+RNG = np.random.default_rng
+PICTURE = RNG(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+GREY = RNG(1).integers(0, 256, (8, 8, 1), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        ("inception_crop(32)|flip|value_range(-1, 1)", (32, 32)),
+        ("resize((16, 24))|value_range(-1, 1)", (16, 24)),
+        ("resize_small(48)|central_crop(32)|value_range(0, 1)", (32, 32)),
+        ("resize_small(30)", None),
+        ("flip|random_shift(2)|gray|rgb", None),
+        ("resize(40)|random_shift(4)", (40, 40)),
+    ],
+)
+def test_results_are_float32_of_the_announced_size(spec, size):
+    preprocess = parse(spec)
+    assert preprocess.output_size == size
+    for image in (PICTURE, PICTURE[..., :1]):
+        result = preprocess(image, RNG(0))
+        assert result.dtype == np.float32
+        assert size is None or result.shape[:2] == size
+
+
+def test_whether_it_is_random_is_known():
+    assert parse("inception_crop(8)").random
+    assert parse("resize(8)|flip").random
+    assert not parse("resize(8)|value_range(-1, 1)").random
+    with pytest.raises(TypeError, match="Generator"):
+        parse("flip")(PICTURE)
+
+
+def test_the_same_generator_gives_the_same_picture():
+    preprocess = parse("inception_crop(16)|flip|random_shift(2)|value_range(-1, 1)")
+    np.testing.assert_array_equal(preprocess(PICTURE, RNG(7)), preprocess(PICTURE, RNG(7)))
+    assert not np.array_equal(preprocess(PICTURE, RNG(7)), preprocess(PICTURE, RNG(8)))
+
+
+def test_the_input_stays_as_it_was():
+    before = PICTURE.copy()
+    parse("flip|random_shift(2)|value_range(-1, 1)|gray")(PICTURE, RNG(0))
+    np.testing.assert_array_equal(PICTURE, before)
+
+
+def test_minus_one_to_one_is_exactly_the_original_formula():
+    levels = np.linspace(0, 255, 999, dtype=np.float32)
+    result = parse("resize((1, 999))|value_range(-1, 1)")(np.zeros((1, 999, 1), np.uint8))
+    np.testing.assert_array_equal(result, -1)
+    (step,) = parse("value_range(-1, 1)").steps
+    expected = (levels - np.float32(127.5)) / np.float32(127.5)
+    np.testing.assert_array_equal(step.apply(levels, RNG(0)), expected)
+
+
+@given(st.integers(-5, 5), st.integers(1, 9))
+def test_value_range_is_linear_between_its_ends(lo, width):
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    result = parse(f"value_range({lo}, {lo + width})")(levels)
+    np.testing.assert_allclose(result, levels / 255 * width + lo, rtol=0, atol=2e-6)
+
+
+def test_resize_squashes_the_whole_picture_without_rounding():
+    result = parse("resize(20)")(PICTURE)
+    np.testing.assert_array_equal(result, pictures.resize(PICTURE, (20, 20)))
+    assert (result % 1).any()
+
+
+def test_resize_small_keeps_the_aspect():
+    assert parse("resize_small(20)")(PICTURE).shape == (20, 30, 3)
+    assert parse("resize_small(20)")(PICTURE.swapaxes(0, 1)).shape == (30, 20, 3)
+
+
+def test_central_crop_takes_the_middle_and_refuses_small_pictures():
+    result = parse("central_crop((20, 30))")(PICTURE)
+    np.testing.assert_array_equal(result, PICTURE[20:40, 30:60])
+    with pytest.raises(UserError, match="60 x 90, expected 70 x 70"):
+        parse("central_crop(70)")(PICTURE)
+
+
+def test_flip_mirrors_every_second_time():
+    preprocess = parse("flip")
+    flipped = 0
+    for seed in range(400):
+        result = preprocess(PICTURE, RNG(seed))
+        mirrored = np.array_equal(result, PICTURE[:, ::-1])
+        assert mirrored or np.array_equal(result, PICTURE)
+        flipped += mirrored
+    assert 150 < flipped < 250
+
+
+def test_random_shift_moves_each_way_and_fills_with_black():
+    seen = set()
+    for seed in range(300):
+        result = parse("random_shift(1)")(GREY, RNG(seed))
+        padded = np.pad(GREY, ((1, 1), (1, 1), (0, 0)))
+        shifts = [
+            (y, x)
+            for y in range(3)
+            for x in range(3)
+            if np.array_equal(result, padded[y : y + 8, x : x + 8])
+        ]
+        seen.update(shifts)
+        assert len(shifts) == 1
+    assert len(seen) == 9
+
+
+def test_gray_is_luma_and_rgb_repeats_it():
+    result = parse("gray")(PICTURE)
+    np.testing.assert_allclose(result[..., 0], PICTURE @ [0.299, 0.587, 0.114], atol=1e-4)
+    np.testing.assert_array_equal(parse("rgb")(GREY), np.repeat(GREY, 3, axis=2))
+    np.testing.assert_array_equal(parse("gray")(GREY), GREY)
+    np.testing.assert_array_equal(parse("rgb")(PICTURE), PICTURE)
+
+
+# The crop of the published recipe.
+
+
+@given(
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.floats(0.01, 1),
+    st.floats(0.01, 1),
+    st.integers(0, 1000),
+)
+@settings(deadline=None)
+def test_crops_lie_inside_and_keep_to_area_and_aspect(height, width, one, other, seed):
+    low, high = sorted((one, other))
+    top, left, h, w = _random_box((height, width), RNG(seed), low, high)
+    assert 0 <= top <= top + h <= height
+    assert 0 <= left <= left + w <= width
+    if (h, w) != (height, width):
+        assert low <= h * w / (height * width) <= high
+        assert (w - 0.5) / h <= 1.33
+        assert (w + 0.5) / h >= 0.75
+
+
+def test_crops_of_every_area_and_place_occur():
+    boxes = np.array([_random_box((300, 400), RNG(i), 0.05, 1.0) for i in range(3000)])
+    top, left, height, width = boxes.T
+    area = height * width / (300 * 400)
+    assert area.min() < 0.06
+    assert area.max() > 0.95
+    aspect = width / height
+    # Uniform in aspect: mean of U(0.75, 1.33) within four standard errors.
+    assert abs(aspect.mean() - 1.04) < 4 * 0.58 / np.sqrt(12 * 3000) + 0.003
+    for start, room in ((top, 300 - height), (left, 400 - width)):
+        where = start[room > 20] / room[room > 20]
+        assert abs(where.mean() - 0.5) < 0.02
+
+
+def test_crop_heights_are_uniform_as_in_the_original():
+    heights = []
+    for i in range(4000):
+        _, _, height, width = _random_box((256, 256), RNG(i), 0.05, 1.0)
+        if abs(width / height - 1) < 0.1:
+            heights.append(height)
+    low = 256 * np.sqrt(0.05)
+    quantiles = np.quantile(heights, [0.25, 0.5, 0.75])
+    np.testing.assert_allclose(quantiles, low + (250 - low) * np.array([0.25, 0.5, 0.75]), atol=12)
+
+
+def test_a_picture_too_narrow_for_any_crop_is_taken_whole():
+    assert _random_box((5, 1000), RNG(0), 0.05, 1.0) == (0, 0, 5, 1000)
+
+
+# The text.
+
+
+@pytest.mark.parametrize(
+    ("written", "canonical"),
+    [
+        ("resize( 224 )|value_range(-1.0,1)", "resize(224)|value_range(-1, 1)"),
+        ("resize(size=(224, 224))", "resize(224)"),
+        (" resize((224,192)) ", "resize((224, 192))"),
+        ("flip()", "flip"),
+        ("inception_crop(224, 0.05, 1)", "inception_crop(224)"),
+        ("inception_crop(224, area_max=0.5)", "inception_crop(224, area_max=0.5)"),
+        ("value_range(hi=1, lo=0)", "value_range(0, 1)"),
+    ],
+)
+def test_spellings_of_the_same_are_equal(written, canonical):
+    assert parse(written).spec == canonical
+    assert parse(written) == parse(canonical)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resize(8)|filp", r"unknown operation 'filp' .* at position 11; did you mean flip\?"),
+        ("xyzzy", "unknown operation 'xyzzy' in 'xyzzy' at position 1; there are inception_crop"),
+        ("", "can't read ''"),
+        ("flip|", "can't read '' in 'flip|' at position 6"),
+        ("resize(8", r"can't read 'resize\(8'"),
+        ("resize", r"missing a required argument: 'size'; expected resize\(size\)"),
+        ("resize(1, 2)", r"too many positional arguments; expected resize\(size\)"),
+        ("resize(0)", "size is 0, expected 1 to 16384 pixels"),
+        ("resize(8.5)", "size is 8.5"),
+        ("resize(True)", "size is True"),
+        ("resize((1, 2, 3))", r"size is \(1, 2, 3\)"),
+        ("resize_small((8, 8))", r"size is \(8, 8\), expected 1 to 16384 pixels;"),
+        ("resize(99999999)", "size is 99999999"),
+        ("value_range(1, -1)", r"expected lo < hi; expected value_range\(lo, hi\)"),
+        ("value_range(0, 1e999)", "hi is inf, expected a number"),
+        ("value_range(low=0, hi=1)", "argument"),
+        ("value_range(a, b)", "not a list of numbers"),
+        ("value_range(1, 1, lo=3)", "multiple values"),
+        ("flip(1)", "expected flip without arguments"),
+        ("inception_crop(8, 0.9, 0.1)", "0 < area_min <= area_max <= 1"),
+        ("inception_crop(8, 0)", r"expected inception_crop\(size, area_min=0.05, area_max=1\)"),
+        ("resize(__import__('os'))", "can't read"),
+        ("resize(exit())", "not a list of numbers"),
+        ("flip|" * 300, "1500 characters"),
+    ],
+)
+def test_mistakes_are_told_with_their_place_and_what_was_expected(spec, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_refuses_random_operations():
+    assert parse("resize(8)", train=False).spec == "resize(8)"
+    with pytest.raises(UserError, match=r"flip in .* at position 11 is random"):
+        parse("resize(8)|flip", train=False)
+
+
+names = st.sampled_from(list(_OPS))
+numbers = st.one_of(st.integers(-3, 400), st.floats(-2, 2), st.just("(3, 4)"), st.just("lo=0"))
+calls = st.builds(
+    lambda n, a: f"{n}({', '.join(map(str, a))})", names, st.lists(numbers, max_size=3)
+)
+junk = st.text(alphabet="aeflipresz0123456789()|,.=-+_ \n*'\"\x00", max_size=40)
+
+
+@given(st.one_of(st.text(max_size=60), junk, st.lists(calls | names | junk).map("|".join)))
+@settings(deadline=None, max_examples=400)
+def test_any_text_parses_to_a_stable_spelling_or_is_a_user_error(text):
+    try:
+        preprocess = parse(text)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert parse(preprocess.spec).spec == preprocess.spec
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "arguments", ["-" * 900 + "1", "(" * 300 + ")" * 300, "9" * 900, "1" + "-1" * 400]
+)
+def test_hostile_arguments_are_user_errors(arguments):
+    with pytest.raises(UserError):
+        parse(f"resize({arguments})")

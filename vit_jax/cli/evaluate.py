@@ -1,0 +1,80 @@
+"""`vit-jax evaluate WEIGHTS [DATA]`: how good weights are on labelled pictures."""
+
+import argparse
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command."""
+    from vit_jax.cli import add_command
+
+    parser = add_command(
+        subparsers,
+        "evaluate",
+        run,
+        "measure accuracy and loss on labelled pictures",
+        "vit-jax evaluate runs/digits --csv=predictions.csv",
+    )
+    parser.add_argument("weights", help="an .npz file, or the workdir of a finished run")
+    parser.add_argument(
+        "data", nargs="?", help="a folder of pictures or a known name; by default the run's own"
+    )
+    parser.add_argument(
+        "--split", help='"test", "train[:10%%]", ...; by default the run\'s own, or test'
+    )
+    parser.add_argument("--batch", type=int, default=64, help="pictures at once (default: 64)")
+    parser.add_argument(
+        "--corrupt",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with unreadable ones",
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write every prediction to this file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints top-1, top-5, loss and the accuracy of each class."""
+    import json
+
+    import numpy as np
+
+    from vit_jax import data
+    from vit_jax.evaluation.pictures import evaluate_pictures, write_predictions
+    from vit_jax.pretrained import load
+    from vit_jax.training.workdir import read_config
+
+    vit = load(args.weights)
+    split, seed, loss = "test", 0, "softmax"
+    dataset = args.data
+    if dataset is None:
+        config = read_config(args.weights)
+        dataset, split, seed, loss = config.dataset, config.pp.test, config.seed, config.loss
+    source = data.open_source(dataset, args.split or split, seed=seed)
+    scores = evaluate_pictures(vit, source, batch_size=args.batch, corrupt=args.corrupt, loss=loss)
+    labels = [vit.label(i) for i in range(len(scores.per_class))]
+    counts = scores.confusion.sum(axis=1)
+    if args.csv:
+        write_predictions(args.csv, source, vit, scores)
+    if args.json:
+        per_class = {
+            label: None if np.isnan(share) else share
+            for label, share in zip(labels, scores.per_class.tolist(), strict=True)
+        }
+        names = ("count", "skipped", "top1", "top5", "loss")
+        print(
+            json.dumps({n: getattr(scores, n) for n in names} | {"per_class": per_class}, indent=1)
+        )
+        return
+    right = int(np.trace(scores.confusion))
+    print(f"top-1     {scores.top1:7.2%}  {right:,} of {scores.count:,}")
+    print(f"top-5     {scores.top5:7.2%}")
+    print(f"loss      {scores.loss:7.4f}")
+    if scores.skipped:
+        print(f"skipped   {scores.skipped:7,}  unreadable pictures, not counted")
+    print("\naccuracy of each class")
+    width = min(max(map(len, labels)), 40)
+    for label, share, count in zip(labels, scores.per_class, counts, strict=True):
+        if count:
+            print(f"  {label[:40]:<{width}} {share:7.1%}  of {count:,}")
+    if args.csv:
+        print(f"\npredictions in {args.csv}")

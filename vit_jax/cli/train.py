@@ -1,0 +1,46 @@
+"""`vit-jax train`: trains from a configuration, or fine-tunes on a folder of pictures."""
+
+import argparse
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command."""
+    from vit_jax.cli import add_command
+
+    parser = add_command(
+        subparsers,
+        "train",
+        run,
+        "train, or go on with a run that was stopped",
+        "vit-jax train --config=digits --workdir=runs/digits --config.total_steps=300\n"
+        "  vit-jax train --data=photos --weights=Ti_16.npz --workdir=runs/photos",
+    )
+    parser.usage = (
+        "vit-jax train (--config=FILE[:ARG] | --data=DIR [--weights=FILE]) --workdir=DIR "
+        "[--config.FIELD=VALUE ...]"
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="a configuration file, or the name of one of the package's")
+    what.add_argument("--data", help="a folder of pictures, for the recipe finetune_folder")
+    parser.add_argument("--weights", help="the weights to start from")
+    parser.add_argument("--workdir", required=True, help="the folder of this run")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(takes_fields=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains and prints how it ended."""
+    import dataclasses
+    import json
+
+    from vit_jax import training
+    from vit_jax.cli import EXIT_INTERRUPTED
+    from vit_jax.training.options import load_config, override
+
+    config = load_config(args.config or f"finetune_folder:{args.data}")
+    fields = list(args.fields)
+    if args.weights:
+        fields.append(f"--config.model_or_filename={args.weights}")
+    result = training.run(override(config, fields), args.workdir)
+    print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
+    return 0 if result.finished else EXIT_INTERRUPTED

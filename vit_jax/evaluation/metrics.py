@@ -1,0 +1,163 @@
+"""Exact figures of merit: every example is counted once."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def example_losses(
+    logits: jax.Array, labels: jax.Array, loss: str = "softmax", label_smoothing: float = 0.0
+) -> jax.Array:
+    """The loss of each example.
+
+    Args:
+      logits: (n, classes) float32.
+      labels: int (n,), or float (n, classes) of weights.
+      loss: "softmax": -sum(labels * log softmax(logits)). "sigmoid": the sum over the classes of
+        the binary cross-entropy, each class for itself.
+      label_smoothing: labels become labels * (1 - s) + s / classes.
+
+    Returns:
+      (n,) float32.
+    """
+    classes = logits.shape[-1]
+    if labels.ndim == 1:
+        labels = jax.nn.one_hot(labels, classes)
+    if label_smoothing:
+        labels = optax.smooth_labels(labels, label_smoothing)
+    if loss == "softmax":
+        return -jnp.sum(jax.nn.log_softmax(logits) * labels, axis=-1)
+    return optax.sigmoid_binary_cross_entropy(logits, labels).sum(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How good a network is on a set of pictures.
+
+    Attributes:
+      count: examples that were counted; skipped: those that could not be read and were left out.
+      loss: mean loss. top1, top5: share of examples whose class is the first, is among the first
+        five.
+      confusion: int64 (classes, classes), true class in the rows and predicted class in the
+        columns.
+      index, truth, prediction: int (count,), position in the source, true and predicted class.
+      probability: float (count,), of the predicted class.
+    """
+
+    count: int
+    skipped: int
+    loss: float
+    top1: float
+    top5: float
+    confusion: np.ndarray
+    index: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    probability: np.ndarray
+
+    @property
+    def per_class(self) -> np.ndarray:
+        """float64 (classes,): share of each class's examples that were right; nan without
+        examples."""
+        total = self.confusion.sum(axis=1)
+        right = np.diag(self.confusion)
+        return np.where(total > 0, right / np.maximum(total, 1), np.nan)
+
+
+EvalStep = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
+
+
+def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep:
+    """Compiles a network (a Linen module) and its figures of each example of a batch.
+
+    Returns:
+      step(params, batch) -> {"loss", "rank", "prediction", "probability"}, each (n,): the rank is
+      the number of classes that come before the true one. The batch holds "image" and "label" int32
+      (n,).
+    """
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        logits = model.apply({"params": params}, batch["image"])
+        return _figures(logits, batch["label"], loss)
+
+    return jax.jit(step, in_shardings=(everywhere, split), out_shardings=everywhere)
+
+
+def _figures(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.Array]:
+    classes = logits.shape[-1]
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    # Of equal logits the first counts, as in argmax: a network that says nothing isn't always
+    # right.
+    before = (logits > own) | ((logits == own) & (jnp.arange(classes) < labels[:, None]))
+    finite = jnp.isfinite(logits).all(axis=-1)
+    probabilities = jax.nn.softmax(logits)
+    return {
+        "loss": example_losses(logits, labels, loss),
+        "rank": jnp.where(finite, before.sum(axis=-1), classes),
+        "prediction": jnp.argmax(logits, axis=-1),
+        "probability": probabilities.max(axis=-1),
+    }
+
+
+def evaluate(
+    eval_step: EvalStep, params: Any, batches: Iterable[Mapping[str, np.ndarray]], num_classes: int
+) -> Scores:
+    """Puts every example through a network once and counts.
+
+    Args:
+      eval_step: see `make_eval_step`.
+      params: the weights.
+      batches: "image", "label" and "index" of equal length, and "mask", which is False for padding
+        and for pictures that could not be read.
+      num_classes: number of classes of the head.
+
+    Returns:
+      Scores. Sums are taken in float64 and int64 on the host, so they don't depend on the batch
+      size.
+    """
+    kept: list[dict[str, np.ndarray]] = []
+    waiting: list[tuple[Mapping[str, np.ndarray], dict[str, jax.Array]]] = []
+
+    def collect():
+        batch, figures = waiting.pop(0)
+        mask = batch["mask"]
+        rows = {k: np.asarray(v)[mask] for k, v in figures.items()}
+        kept.append(rows | {"truth": batch["label"][mask], "index": batch["index"][mask]})
+
+    examples = 0
+    for batch in batches:
+        examples = max(examples, int(batch["index"].max()) + 1)
+        inputs = {"image": batch["image"], "label": batch["label"]}
+        small = {k: batch[k] for k in ("mask", "label", "index")}
+        waiting.append((small, eval_step(params, inputs)))
+        if len(waiting) > 2:  # The device works on two batches while the host reads the next.
+            collect()
+    while waiting:
+        collect()
+
+    rows = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]} if kept else {}
+    count = len(rows["truth"]) if rows else 0
+    if count == 0:
+        raise ValueError("there is no example to evaluate")
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (rows["truth"], rows["prediction"]), 1)
+    return Scores(
+        count=count,
+        skipped=examples - count,
+        loss=float(rows["loss"].astype(np.float64).mean()),
+        top1=int((rows["rank"] < 1).sum()) / count,
+        top5=int((rows["rank"] < 5).sum()) / count,
+        confusion=confusion,
+        index=rows["index"],
+        truth=rows["truth"],
+        prediction=rows["prediction"],
+        probability=rows["probability"],
+    )

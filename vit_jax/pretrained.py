@@ -1,0 +1,255 @@
+"""What `vit_jax.load` gives: network, weights, labels and preprocessing in one object."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax import checkpoints, data
+from vit_jax.checkpoints import Spec
+from vit_jax.errors import UserError
+
+WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
+
+# Fields of the network that have no weights, so that they may be chosen for stored weights.
+WEIGHTLESS = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate", "dtype")
+
+_BATCH = 32  # Pictures that `Pretrained.__call__` puts through the network at once.
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A Vision Transformer with its weights and what is needed to use it.
+
+    Attributes:
+      model: the Linen module.
+      params: nested dict of float32 arrays; flattened with "/" it has the official keys.
+      spec: the architecture in numbers.
+      labels: names of the classes, or None if nobody noted them.
+      preprocess: how pictures are made ready, e.g. "resize(224)|value_range(-1, 1)".
+    """
+
+    model: nn.Module
+    params: Mapping[str, Any]
+    spec: Spec
+    labels: tuple[str, ...] | None
+    preprocess: str
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the position embeddings are for."""
+        return self.spec.image_size
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Logits of preprocessed pictures.
+
+        Args:
+          images: (n, h, w, c) float32 of `image_size`, preprocessed.
+
+        Returns:
+          float32 (n, num_classes); without a head its input, (n, features).
+
+        Raises UserError for another shape.
+        """
+        images = np.asarray(images, np.float32)
+        expected = (*self.image_size, self.spec.channels)
+        if images.shape[1:] != expected:
+            raise UserError(
+                f"images have shape {images.shape}, expected (n, {', '.join(map(str, expected))}): "
+                "preprocess them, or load the weights with image_size=(h, w)"
+            )
+        if len(images) <= _BATCH:
+            return np.asarray(self._apply(self._device_params, images))
+        padded = np.concatenate([images, np.zeros((-len(images) % _BATCH, *expected), np.float32)])
+        logits = [
+            self._apply(self._device_params, padded[i : i + _BATCH])
+            for i in range(0, len(padded), _BATCH)
+        ]
+        return np.concatenate([np.asarray(x) for x in logits])[: len(images)]
+
+    @functools.cached_property
+    def _device_params(self) -> Any:
+        return jax.device_put(self.params)
+
+    @functools.cached_property
+    def _apply(self):
+        return jax.jit(lambda params, images: self.model.apply({"params": params}, images))
+
+    def predict(
+        self, pictures: Sequence[str | os.PathLike | np.ndarray], *, top: int = 5
+    ) -> list[list[tuple[str, float]]]:
+        """Says what is on pictures.
+
+        Args:
+          pictures: paths, or uint8 arrays (h, w, channels) of any size.
+          top: how many classes to name.
+
+        Returns:
+          for each picture the `top` most probable (label, probability), best first. Classes without
+          a name are called by their index.
+
+        Raises UserError if a picture can't be read or the network has no head.
+        """
+        if self.spec.num_classes is None or self.spec.classifier not in ("token", "gap"):
+            raise UserError("these weights give no classes: load weights that have a head")
+        if isinstance(pictures, str | os.PathLike | np.ndarray):
+            raise UserError("predict takes a list of pictures: write predict([picture])")
+        preprocess = data.parse(self.preprocess)
+        answers: list[list[tuple[str, float]]] = []
+        for start in range(
+            0, len(pictures), _BATCH
+        ):  # Memory for one batch, however many there are.
+            batch = [preprocess(self._open(p), None) for p in pictures[start : start + _BATCH]]
+            for row in np.asarray(jax.nn.softmax(jnp.asarray(self(np.stack(batch))))):
+                best = np.argsort(-row, kind="stable")[:top]
+                answers.append([(self.label(i), float(row[i])) for i in best])
+        return answers
+
+    def _open(self, picture: str | os.PathLike | np.ndarray) -> np.ndarray:
+        if isinstance(picture, np.ndarray):
+            if (
+                picture.dtype != np.uint8
+                or picture.ndim != 3
+                or picture.shape[2] != self.spec.channels
+            ):
+                raise UserError(
+                    f"the picture has shape {picture.shape} and type {picture.dtype}, "
+                    f"expected (h, w, {self.spec.channels}) of uint8"
+                )
+            return picture
+        return data.read(picture, channels=self.spec.channels)
+
+    def label(self, index: int) -> str:
+        """The name of a class, or its index as text."""
+        return self.labels[index] if self.labels else str(int(index))
+
+    def save(self, path: str | os.PathLike, *, style: str = "linen") -> None:
+        """Writes the weights in the official .npz layout, which the original code reads too.
+
+        What the layout has no place for (labels, preprocessing, image size) goes into a small .json
+        file of the same name beside it, which `load` reads if it is there.
+
+        Args:
+          path: a name ending in .npz.
+          style: "linen" for today's key names, "prelinen" for those of the 2020 and 2021 files.
+        """
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise UserError(f"can't save to {path.name}: expected a name that ends in .npz")
+        notes = {
+            "classifier": self.spec.classifier,
+            "image_size": list(self.image_size),
+            "preprocess": self.preprocess,
+            "labels": list(self.labels) if self.labels else None,
+        }
+        # The notes first: weights are never without them, and notes without weights harm nobody.
+        with checkpoints.atomic_file(path.with_suffix(".json")) as file:
+            file.write((json.dumps(notes, indent=1, ensure_ascii=False) + "\n").encode())
+        checkpoints.save_npz(path, self.params, style=style)
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    pre_logits: bool | None = None,
+    **overrides: Any,
+) -> Pretrained:
+    """Loads weights. The architecture is read from the file.
+
+    Args:
+      source: an official .npz file, or the workdir of a training run.
+      num_classes: None keeps the stored head; a number gives a new head of zeros, for fine-tuning,
+        even if the stored one has as many classes.
+      image_size: None keeps the stored position embeddings; a size in pixels, one number or
+        (height, width), resamples them.
+      pre_logits: None keeps the tanh layer before the head with a kept head and drops it with a new
+        one (the paper's fine-tuning); True and False say so outright.
+      **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
+        stochastic_depth_rate and dtype, the one that is computed in.
+
+    Raises UserError if the source can't be read or doesn't fit.
+    """
+    for field in overrides:
+        if field not in WEIGHTLESS:
+            raise UserError(f"load takes no {field!r}: of the model only {', '.join(WEIGHTLESS)}")
+    path = find_weights(source)
+    notes = _read_notes(path)
+    arrays, spec = checkpoints.load_npz(
+        path, classifier=notes.get("classifier"), image_size=notes.get("image_size")
+    )
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and spec.image_size != size and "image_size" not in notes:
+        # The caller's size may be what tells the shape of a stored grid that is not square.
+        spec = checkpoints.read_spec(
+            arrays, classifier=spec.classifier, image_size=size, where=str(path)
+        )
+    arrays, new = checkpoints.adapt(
+        arrays, spec, num_classes=num_classes, image_size=size, pre_logits=pre_logits
+    )
+    labels = notes.get("labels") if num_classes is None else None
+    if labels is not None and len(labels) != new.num_classes:
+        raise UserError(
+            f"{path.with_suffix('.json')} names {len(labels)} classes, but the head has "
+            f"{new.num_classes}: mend or remove that file"
+        )
+    preprocess = notes.get("preprocess")
+    if preprocess is None or new.image_size != spec.image_size:
+        preprocess = original_preprocess(new.image_size)
+    return Pretrained(
+        model=new.model(**overrides),
+        params=checkpoints.to_tree(arrays),
+        spec=new,
+        labels=tuple(labels) if labels is not None else None,
+        preprocess=preprocess,
+    )
+
+
+def original_preprocess(image_size: tuple[int, int]) -> str:
+    """How the original evaluates: the whole picture squeezed to (height, width), values in [-1,
+    1]."""
+    height, width = image_size
+    size = height if height == width else (height, width)
+    return f"resize({size})|value_range(-1, 1)"
+
+
+def find_weights(source: str | os.PathLike) -> Path:
+    """The .npz file that a source means: the file itself, or the one in a workdir.
+
+    Raises UserError if there is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / WEIGHTS).is_file():
+            return path / WEIGHTS
+        if (path / "config.json").is_file():
+            raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
+        raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
+    return path
+
+
+def _read_notes(path: Path) -> dict[str, Any]:
+    """What `Pretrained.save` noted beside the weights; empty if there is nothing."""
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        return {}
+    try:
+        notes = json.loads(file.read_text())
+        notes["image_size"] = tuple(int(size) for size in notes["image_size"])
+        if notes["labels"] is not None:
+            notes["labels"] = tuple(str(label) for label in notes["labels"])
+        data.parse(notes["preprocess"])
+        return {k: notes[k] for k in ("classifier", "image_size", "preprocess", "labels")}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{file} is damaged ({type(e).__name__}: {e}): mend it, or remove it"
+        ) from e

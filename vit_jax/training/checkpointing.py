@@ -1,0 +1,127 @@
+"""The checkpoints of a run: written in the background, complete or not at all."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from vit_jax.errors import UserError
+from vit_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """The folder `checkpoints` of a workdir, one sub-folder a step, read and written with Orbax.
+
+    A save is done in the background and appears under its name only when complete; a process that
+    dies meanwhile leaves the checkpoints before it as they were.
+    """
+
+    def __init__(self, folder: Path, *, keep: int):
+        """Opens or makes the folder. The last `keep` checkpoints are kept, older ones are
+        deleted."""
+        _quiet()
+        self.folder = folder
+        self._manager = ocp.training.Checkpointer(
+            folder.resolve(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(max(keep, 1)),
+            cleanup_tmp_directories=True,
+        )
+        self._saving: Any = None
+        self._saving_step: int | None = None
+
+    @property
+    def latest(self) -> int | None:
+        """The last complete step, or None."""
+        latest = self._manager.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to save a state; returns as soon as the state may be changed.
+
+        Raises UserError if this save, or the one before, can't be written.
+        """
+        self.wait()
+        with self._explained(step):
+            # Orbax reads the arrays while the next steps run. On a CPU the arrays in memory are the
+            # very ones that the next step overwrites, as it is given the state to keep: save a
+            # copy.
+            copy = jax.tree.map(lambda x: x.copy(), state)
+            self._saving = self._manager.save_checkpointables_async(step, {"state": copy})
+            self._saving_step = step
+
+    def wait(self) -> None:
+        """Waits until the save under way is complete. Raises UserError if it failed."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            assert self._saving_step is not None
+            with self._explained(self._saving_step):
+                saving.result()
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The latest state, with the shapes, types and places of `like`.
+
+        Raises UserError if it can't be read.
+        """
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        step = self.latest
+        try:
+            return self._manager.load_checkpointables(step, {"state": abstract})["state"]
+        except Exception as e:
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} can't be read ({_reason(e)}): "
+                "remove that folder to go on from the one before"
+            ) from e
+
+    def close(self) -> None:
+        """Waits for the save under way and lets the folder go."""
+        try:
+            self.wait()
+        finally:
+            # Closing waits for the same save, whose error has been told.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # TensorStore, Orbax and the system each raise their own kinds.
+            good = [c.step for c in self._manager.checkpoints if c.step < step]
+            rest = (
+                f"the checkpoint of step {max(good)} is still good" if good else "none is saved yet"
+            )
+            raise UserError(
+                f"could not save step {step} in {self.folder} ({_reason(e)}); {rest}: "
+                "make room or mend the cause, then start the run again"
+            ) from e
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an error that says why: TensorStore and the system bury it in context."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    text = "\n".join(str(e) for e in chain)
+    for known in (
+        "No space left on device",
+        "File too large",
+        "Disk quota exceeded",
+        "Read-only file",
+    ):
+        if known in text:
+            return known
+    lines = [line for line in str(chain[0]).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(chain[0]).__name__
+
+
+def _quiet() -> None:
+    """Orbax reports each of its doings through absl at INFO and WARNING; a run says what
+    matters."""
+    logging.getLogger("absl").setLevel(logging.ERROR)

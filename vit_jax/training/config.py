@@ -1,0 +1,203 @@
+"""The fields of a training configuration, their defaults, and the check of what a user wrote."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vit_jax.errors import UserError
+from vit_jax.models import VisionTransformer
+
+CHOICES = {
+    "decay_type": ("cosine", "linear", "constant", "rsqrt"),
+    "optim": ("sgd", "adamw"),
+    "optim_dtype": ("bfloat16", "float32"),
+    "loss": ("softmax", "sigmoid"),
+    "dtype": ("float32", "bfloat16"),
+    "corrupt": ("error", "skip"),
+}
+_AT_LEAST_ONE = ("batch", "batch_eval", "total_steps", "accum_steps", "progress_every", "prefetch")
+_AT_LEAST_ZERO = ("warmup_steps", "eval_every", "checkpoint_every", "base_lr", "weight_decay")
+
+# These say how fast and how loudly, not what is computed: a run may go on with other values.
+FREE_FIELDS = frozenset({"prefetch", "threads"})
+
+
+def default_config() -> ConfigDict:
+    """Every field with its default value: the original's fine-tuning recipe where it has one."""
+    config = ConfigDict()
+    config.seed = 0
+
+    # What is trained: a named model, changed by any other fields of the network given here.
+    config.model = ConfigDict()
+    config.model.name = "ViT-B_16"
+    config.model.dropout_rate = 0.0
+    config.model.attention_dropout_rate = 0.0
+    config.model.stochastic_depth_rate = 0.0
+    # Where it starts: a file of weights, by its path or its name in `pretrained_dir`. With an empty
+    # name the file of the model's name in `pretrained_dir`; with that empty too, from scratch.
+    config.model_or_filename = ""
+    config.pretrained_dir = ""
+    config.dtype = "float32"  # What is computed in; weights and sums stay float32.
+
+    # On what: "digits" or a folder of pictures.
+    config.dataset = "digits"
+    config.tfds_data_dir = ""
+    config.tfds_manual_dir = ""
+    config.corrupt = (
+        "error"  # A picture that can't be read: stop ("error"), or warn and go on ("skip").
+    )
+    config.pp = ConfigDict()
+    config.pp.train = "train"  # The split, e.g. "train[:98%]".
+    config.pp.test = "test"
+    config.pp.crop = 224  # Height and width of what the model sees, in pixels.
+    # 0: evaluation resizes the whole picture to `crop`, as the original. Else the size in pixels of
+    # the shorter side, from whose centre `crop` is cut.
+    config.pp.resize = 0
+    config.pp.train_ops = (
+        ""  # The operations themselves, in place of what `crop` and `resize` mean.
+    )
+    config.pp.eval_ops = ""
+
+    # How long and how much at once. `batch` counts the pictures of a step over all devices.
+    config.total_steps = 10_000
+    config.batch = 512
+    config.batch_eval = 512
+    config.accum_steps = 8  # A step's batch is computed in this many slices, to save memory.
+
+    # How.
+    config.optim = "sgd"
+    config.momentum = 0.9  # Of SGD.
+    config.optim_dtype = "bfloat16"  # In what the momentum is kept.
+    config.b1 = 0.9  # Of AdamW.
+    config.b2 = 0.999
+    config.weight_decay = 0.0  # Of the kernels, decoupled and scaled by the learning rate.
+    config.base_lr = 0.03
+    config.decay_type = "cosine"
+    config.warmup_steps = 500
+    config.grad_norm_clip = 1.0  # 0 for none.
+    config.loss = "softmax"
+    config.label_smoothing = 0.0
+
+    # What is shown and kept. 0 for never before the end.
+    config.progress_every = 10
+    config.eval_every = 100
+    config.checkpoint_every = 1_000
+    config.keep_checkpoints = 2
+    config.keep_best = False  # Also keep the weights of the best evaluation, as weights_best.npz.
+
+    # How the data get to the device.
+    config.prefetch = 2  # Batches made ready ahead of the step.
+    config.threads = 0  # That decode pictures; 0 for one a core.
+    return config
+
+
+def check_config(config: ConfigDict) -> ConfigDict:
+    """The configuration with every default filled in, or a UserError about what is wrong with it.
+
+    An unknown field is named by its full path, with the nearest known ones.
+    """
+    full = default_config()
+    model_fields = {f.name for f in dataclasses.fields(VisionTransformer)} - {
+        "parent",
+        "num_classes",
+    }
+    _merge(full, config.to_dict(), "config", extra={"config.model": model_fields})
+    for field, choices in CHOICES.items():
+        if full[field] not in choices:
+            raise UserError(
+                f"config.{field} is {full[field]!r}, expected one of {', '.join(choices)}"
+            )
+    for fields, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+        for field in fields:
+            if not full[field] >= least:
+                raise UserError(f"config.{field} is {full[field]}, expected at least {least}")
+    if full.batch % full.accum_steps:
+        raise UserError(
+            f"config.batch {full.batch} is not divisible by config.accum_steps {full.accum_steps}: "
+            "change one of them"
+        )
+    if full.warmup_steps > full.total_steps:
+        raise UserError(
+            f"config.warmup_steps {full.warmup_steps} is more than config.total_steps "
+            f"{full.total_steps}: lower it"
+        )
+    if not 0 <= full.label_smoothing < 1:
+        raise UserError(
+            f"config.label_smoothing is {full.label_smoothing}, expected 0 <= value < 1"
+        )
+    return full
+
+
+def _merge(
+    full: ConfigDict, values: Mapping[str, Any], path: str, extra: Mapping[str, set[str]]
+) -> None:
+    for key, value in values.items():
+        here = f"{path}.{key}"
+        if key not in full:
+            if key in extra.get(path, ()):
+                full[key] = tuple(value) if isinstance(value, list) else value
+                continue
+            known = set(full.keys()) | extra.get(path, set())
+            raise unknown_field(here, [f"{path}.{k}" for k in known])
+        default = full[key]
+        if isinstance(default, ConfigDict):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{here} is {value!r}, expected fields: {', '.join(default)}")
+            _merge(default, value, here, extra)
+        else:
+            full[key] = _convert(value, default, here)
+
+
+def _convert(value: Any, default: Any, path: str) -> Any:
+    """The value in its field's type: 1 does for 1.0, nothing else is changed."""
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise UserError(
+            f"{path} is {value!r} of type {type(value).__name__}, expected "
+            f"{type(default).__name__}, e.g. {default!r}"
+        )
+    return value
+
+
+def unknown_field(path: str, known: list[str]) -> UserError:
+    """The error for a misspelt field: its full path, and the nearest ones that exist."""
+    near = difflib.get_close_matches(path, known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+    return UserError(f"unknown field {path}: {hint}")
+
+
+def config_to_json(config: ConfigDict) -> str:
+    """The configuration as JSON text; `config_from_json` gives it back."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
+
+
+def config_from_json(text: str) -> ConfigDict:
+    """The configuration that `config_to_json` wrote."""
+    values = json.loads(text)
+    values["model"] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()
+    }
+    return ConfigDict(values)
+
+
+def differing_fields(a: ConfigDict, b: ConfigDict) -> list[str]:
+    """What differs between two configurations and matters: ["config.batch 32 -> 64", ...]."""
+    flat_a, flat_b = _flatten(a), _flatten(b)
+    return [
+        f"{key} {flat_a.get(key)!r} -> {flat_b.get(key)!r}"
+        for key in sorted(flat_a.keys() | flat_b.keys())
+        if flat_a.get(key) != flat_b.get(key) and key.removeprefix("config.") not in FREE_FIELDS
+    ]
+
+
+def _flatten(config: ConfigDict, path: str = "config") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        here = f"{path}.{key}"
+        flat.update(_flatten(value, here) if isinstance(value, ConfigDict) else {here: value})
+    return flat

@@ -1,0 +1,97 @@
+"""What a run starts from: a network and its first weights, from scratch or from a file."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from vit_jax.checkpoints import read_spec
+from vit_jax.errors import UserError
+from vit_jax.models import create_model
+from vit_jax.pretrained import WEIGHTLESS, Pretrained, load
+
+
+def make_network(
+    config: ConfigDict,
+    *,
+    picture_shape: tuple[int, int, int],
+    labels: tuple[str, ...],
+    preprocess: str,
+) -> Pretrained:
+    """The network that a configuration trains, with its first weights.
+
+    Args:
+      config: see `default_config`.
+      picture_shape: (h, w, channels) of a preprocessed picture.
+      labels: names of the classes.
+      preprocess: how evaluation makes pictures ready, to be noted with the weights.
+
+    Raises UserError if there is no such model or file, or it doesn't fit the pictures.
+    """
+    height, width, channels = picture_shape
+    fields = dict(config.model) | {"dtype": jnp.dtype(config.dtype)}
+    name = fields.pop("name")
+    path = weights_path(config)
+    if path is None:
+        return _from_scratch(name, fields, config.seed, picture_shape, labels, preprocess)
+    vit = load(
+        path,
+        num_classes=len(labels),
+        image_size=(height, width),
+        **{k: v for k, v in fields.items() if k in WEIGHTLESS},
+    )
+    for field in fields.keys() - set(WEIGHTLESS):
+        if getattr(vit.model, field) != fields[field]:
+            raise UserError(
+                f"config.model.{field} is {fields[field]}, but the weights in {path} have "
+                f"{getattr(vit.model, field)}: leave it out"
+            )
+    if vit.spec.channels != channels:
+        raise UserError(
+            f"the weights in {path} take pictures of {vit.spec.channels} channels, "
+            f"these have {channels}: add {'rgb' if vit.spec.channels == 3 else 'gray'} to config.pp.train_ops and eval_ops"
+        )
+    return dataclasses.replace(vit, labels=labels, preprocess=preprocess)
+
+
+def _from_scratch(
+    name: str,
+    fields: dict[str, Any],
+    seed: int,
+    picture_shape: tuple[int, int, int],
+    labels: tuple[str, ...],
+    preprocess: str,
+) -> Pretrained:
+    model = create_model(name, num_classes=len(labels), **fields)
+    if model.classifier not in ("token", "gap"):
+        raise UserError(
+            f"config.model.classifier {model.classifier!r} gives no classes: use token or gap"
+        )
+    images = jnp.zeros((1, *picture_shape))
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(seed), images)["params"])
+    spec = read_spec(
+        flatten_dict(params, sep="/"), classifier=model.classifier, image_size=picture_shape[:2]
+    )
+    params = jax.tree.map(np.asarray, params)
+    return Pretrained(model=model, params=params, spec=spec, labels=labels, preprocess=preprocess)
+
+
+def weights_path(config: ConfigDict) -> Path | None:
+    """The file of weights that a configuration starts from; None to start from scratch."""
+    folder = Path(config.pretrained_dir or ".")
+    if not config.model_or_filename:
+        if not config.pretrained_dir:
+            return None
+        candidates = [folder / f"{config.model.name}.npz"]
+    else:
+        name = config.model_or_filename
+        candidates = [Path(name), folder / name, folder / f"{name}.npz"]
+    for path in candidates:
+        if path.exists():
+            return path
+    raise UserError(f"no weights at {' or '.join(dict.fromkeys(map(str, candidates)))}")

@@ -1,0 +1,147 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines anywhere else."""
+
+import math
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+
+class Progress:
+    """Shows how far a run is, how well it goes and what it waits for.
+
+    On a terminal, two lines that stay at the bottom and fit 60 columns:
+
+        120/600 ━━━━━━━━━━━━━                   20%  eta 0:01:12
+        loss  0.4312  lr 9.2e-03    1,234 img/s  data wait   3%
+
+    Elsewhere (a file, a pipe, a notebook) each update is one line of aligned columns. The time left
+    comes from the steps done since the start; the first update, which waits for the compiler,
+    counts only until there is another.
+
+    Args:
+        total_steps: number of the last step of the run.
+        start_step: the step the run starts or resumes from.
+        stream: where to write; standard error if None.
+    """
+
+    def __init__(self, total_steps: int, start_step: int, *, stream: TextIO | None = None):
+        self._stream = sys.stderr if stream is None else stream
+        self._total = total_steps
+        self._step = start_step
+        self._eta = "-:--:--"
+        self._numbers = "the first step is being compiled"
+        self._since: tuple[int, float] = (start_step, time.monotonic())
+        self._updated = False
+        self._live: Live | None = None
+        if self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+            self._live = Live(
+                console=Console(file=self._stream, force_terminal=True),
+                get_renderable=self._bar,
+                auto_refresh=False,
+                redirect_stdout=sys.stdout.isatty(),  # what is piped elsewhere must get there
+            )
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        images_per_s: float,
+        wait_share: float,
+        eval_text: str | None = None,
+    ) -> None:
+        """Shows the state after `step`.
+
+        Args:
+            step: number of updates done.
+            loss: mean training loss since the last update.
+            lr: learning rate of the last update.
+            images_per_s: training images a second, all devices together.
+            wait_share: share in [0, 1] of the time in which the step waited for data.
+            eval_text: results of an evaluation at this step, such as "test top-1 84.0%".
+        """
+        self._step = step
+        self._eta = self._time_left(step)
+        self._numbers = (
+            f"loss {_loss(loss):>7}  lr {lr:.1e}  {_rate(images_per_s):>7} img/s  "
+            f"data wait {wait_share:4.0%}"
+        )
+        if self._live is None:
+            ending = f"  {eval_text}" if eval_text else ""
+            self._print(f"step {self._counter()}  {self._numbers}  eta {self._eta}{ending}")
+        else:
+            if eval_text:
+                self.message(f"step {self._counter()}  {eval_text}")
+            self._live.refresh()
+
+    def message(self, text: str) -> None:
+        """Prints a line that stays: above the bar, or between the plain lines."""
+        if self._live is None:
+            self._print(text)
+        else:
+            self._live.console.print(Text(text), soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _print(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _counter(self) -> str:
+        return f"{self._step:>{len(str(self._total))}}/{self._total}"
+
+    def _time_left(self, step: int) -> str:
+        """Time to the last step at the rate measured so far, as h:mm:ss."""
+        then, since = self._since
+        now = time.monotonic()
+        if not self._updated:
+            self._updated, self._since = True, (step, now)
+        if step <= then:
+            return "-:--:--"
+        seconds = round((now - since) / (step - then) * max(self._total - step, 0))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+    def _bar(self) -> Group:
+        """The two lines at the bottom of the terminal."""
+        share = self._step / self._total if self._total else 1.0
+        line = Table.grid(padding=(0, 1), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True, justify="right")
+        line.add_row(
+            self._counter(),
+            ProgressBar(total=self._total, completed=self._step),
+            f"{share:4.0%}  eta {self._eta}",
+        )
+        return Group(line, Text(self._numbers, no_wrap=True, overflow="ellipsis"))
+
+
+def _loss(loss: float) -> str:
+    """Four decimals while they say something, else an exponent; seven characters at most."""
+    plain = loss == 0 or 1e-3 <= abs(loss) < 100 or not math.isfinite(loss)
+    return f"{loss:.4f}" if plain else f"{loss:.1e}"
+
+
+def _rate(images_per_s: float) -> str:
+    return f"{images_per_s:,.0f}" if images_per_s >= 10 else f"{images_per_s:.1f}"

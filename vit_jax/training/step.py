@@ -1,0 +1,91 @@
+"""One training step: from a batch to changed weights, in one compiled function."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vit_jax.evaluation.metrics import example_losses
+from vit_jax.training.parallel import make_mesh, replicated, split
+from vit_jax.training.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    accum_steps: int = 1,
+    loss: str = "softmax",
+    label_smoothing: float = 0.0,
+) -> Step:
+    """Compiles one update of the weights over all devices of a mesh.
+
+    Args:
+      model: a network that maps (n, h, w, c) pictures to (n, classes) logits.
+      tx: see `make_optimizer`.
+      mesh: see `make_mesh`, by default of all devices. The batch is split over it, the state
+        copied.
+      accum_steps: the batch is computed in this many slices one after the other, which saves
+        memory. It has to divide the number of pictures a device.
+      loss: "softmax" or "sigmoid" cross-entropy.
+      label_smoothing: share of a label that is spread evenly over all classes.
+
+    Returns:
+      step(state, batch) -> (state, metrics). The batch holds "image" float32 (n, h, w, c) and
+      "label", either int32 (n,) or float32 (n, classes). The state passed in is donated: it can't
+      be used again. Metrics are float32 scalars on the device: "loss", the mean over the batch, and
+      "grad_norm", the global norm of its gradient before clipping.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+
+    def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        return example_losses(logits, labels, loss, label_smoothing).mean()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        value, grads = _accumulate(
+            jax.value_and_grad(loss_fn), accum_steps, mesh, state.params, batch, state.dropout_key()
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        metrics = {"loss": value, "grad_norm": optax.global_norm(grads)}
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(replicated(mesh), split(mesh)),
+        out_shardings=(replicated(mesh), replicated(mesh)),
+    )
+
+
+def _accumulate(
+    value_and_grad: Callable, slices: int, mesh: Mesh, params: Any, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Mean loss and gradient over the slices of a batch; each slice has its own dropout."""
+    if slices == 1:
+        return value_and_grad(params, batch["image"], batch["label"], key)
+
+    def cut(x: jax.Array) -> jax.Array:
+        # (n, ...) -> (slices, n / slices, ...): each device cuts its own part into contiguous
+        # slices, so that no picture changes its device.
+        x = x.reshape(mesh.size, slices, -1, *x.shape[1:])
+        return x.swapaxes(0, 1).reshape(slices, -1, *x.shape[3:])
+
+    def body(total, slice_):
+        images, labels, index = slice_
+        one = value_and_grad(params, images, labels, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, one), None
+
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    slices_ = (cut(batch["image"]), cut(batch["label"]), jnp.arange(slices))
+    total, _ = jax.lax.scan(body, zeros, slices_)
+    return jax.tree.map(lambda x: x / slices, total)

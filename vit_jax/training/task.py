@@ -1,0 +1,93 @@
+"""The pictures of a run, and how training and evaluation make them ready."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vit_jax import data
+from vit_jax.errors import UserError
+from vit_jax.pretrained import original_preprocess
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Pictures to train on and to test on, and what is done to them."""
+
+    config: ConfigDict
+    train: data.Source
+    test: data.Source
+    train_ops: data.Preprocess
+    eval_ops: data.Preprocess
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.train.labels
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(h, w, channels) of a picture made ready."""
+        return _shape(self.eval_ops, self.train)
+
+    def train_batches(self, start_step: int) -> Iterator[Mapping[str, np.ndarray]]:
+        """Endless batches: "image" float32 (n, h, w, c) and "label" int32 (n,)."""
+        return data.train_batches(
+            self.train,
+            self.train_ops,
+            batch_size=self.config.batch,
+            seed=self.config.seed,
+            start_step=start_step,
+            threads=_threads(self.config),
+            prefetch=self.config.prefetch,
+            corrupt=self.config.corrupt,
+        )
+
+    def eval_batches(self) -> Iterator[Mapping[str, np.ndarray]]:
+        """The test pictures once: also "mask" bool (n,) and "index" int32 (n,)."""
+        return data.eval_batches(
+            self.test,
+            self.eval_ops,
+            batch_size=self.config.batch_eval,
+            threads=_threads(self.config),
+            corrupt=self.config.corrupt,
+        )
+
+
+def open_task(config: ConfigDict) -> Task:
+    """Opens what a configuration names.
+
+    Raises UserError if the data can't be opened, or training and evaluation don't fit together.
+    """
+    crop, resize = config.pp.crop, config.pp.resize
+    if resize and resize < crop:
+        raise UserError(
+            f"config.pp.resize {resize} is less than config.pp.crop {crop}: raise it, or use 0"
+        )
+    train = config.pp.train_ops or f"inception_crop({crop})|flip|value_range(-1, 1)"
+    central = f"resize_small({resize})|central_crop({crop})|value_range(-1, 1)"
+    test = central if resize else original_preprocess((crop, crop))
+    train_ops, eval_ops = data.parse(train), data.parse(config.pp.eval_ops or test)
+
+    train_source = data.open_source(config.dataset, config.pp.train, seed=config.seed)
+    test_source = data.open_source(config.dataset, config.pp.test, seed=config.seed)
+    shapes = _shape(train_ops, train_source), _shape(eval_ops, train_source)
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"training makes pictures of shape {shapes[0]} and evaluation of {shapes[1]}: "
+            "give config.pp.train_ops and config.pp.eval_ops the same size"
+        )
+    return Task(config, train_source, test_source, train_ops, eval_ops)
+
+
+def _shape(ops: data.Preprocess, source: data.Source) -> tuple[int, int, int]:
+    blank = np.zeros((8, 8, source.channels), np.uint8)
+    if ops.output_size is None:  # The pictures keep their size: look at one.
+        blank = source[0]["image"]
+    return ops(blank, np.random.default_rng(0)).shape
+
+
+def _threads(config: ConfigDict) -> int:
+    return config.threads or os.cpu_count() or 1

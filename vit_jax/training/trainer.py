@@ -1,0 +1,202 @@
+"""A training run, from the first picture to the report."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
+from vit_jax.pretrained import Pretrained
+from vit_jax.training.checkpointing import Checkpoints
+from vit_jax.training.config import check_config
+from vit_jax.training.feed import Feed, Figures
+from vit_jax.training.metrics import MetricsWriter, read_metrics
+from vit_jax.training.network import make_network
+from vit_jax.training.optimizer import make_optimizer, schedule_of
+from vit_jax.training.outcome import (
+    METRICS,
+    Result,
+    describe,
+    finish,
+    finished,
+    last_test,
+    score_figures,
+    score_text,
+)
+from vit_jax.training.parallel import make_mesh, replicated, split
+from vit_jax.training.progress import Progress
+from vit_jax.training.signals import StopRequest
+from vit_jax.training.state import TrainState
+from vit_jax.training.step import make_train_step
+from vit_jax.training.task import Task, open_task
+from vit_jax.training.workdir import open_workdir
+
+BEST_WEIGHTS = "weights_best.npz"
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
+    """Trains as a configuration says, or goes on where a run in the same workdir stopped.
+
+    The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, and at the end
+    weights.npz with its weights.json (`vit_jax.load(workdir)`) and report.png. SIGTERM and Ctrl-C
+    save and return.
+
+    Args:
+      config: fields of `default_config`; what is not given has its default.
+      workdir: the folder of this run, made if it isn't there.
+
+    Raises UserError for a bad configuration, bad data, a loss that is not finite, or a disk that
+    can't be written. What was saved before stays good.
+    """
+    config = check_config(config)
+    mesh = make_mesh(config)
+    workdir = open_workdir(workdir, config)
+    if done := finished(workdir, config.total_steps):
+        return done
+
+    task = open_task(config)
+    vit = make_network(
+        config,
+        picture_shape=task.picture_shape,
+        labels=task.labels,
+        preprocess=task.eval_ops.spec,
+    )
+    tx = make_optimizer(config, config.total_steps)
+    state = TrainState.create(params=vit.params, tx=tx, seed=config.seed)
+    state = jax.device_put(state, replicated(mesh))
+    train_step = make_train_step(
+        vit.model,
+        tx,
+        mesh=mesh,
+        accum_steps=config.accum_steps,
+        loss=config.loss,
+        label_smoothing=config.label_smoothing,
+    )
+    eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
+    learning_rate = schedule_of(config, config.total_steps)
+
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(state)
+    start = step = int(state.step)
+    feed = Feed(task.train_batches(start), split(mesh), config.prefetch)
+    figures = Figures()
+    scores: Scores | None = None
+
+    with (
+        contextlib.closing(checkpoints),
+        MetricsWriter(workdir, resume_step=start) as metrics,
+        Progress(config.total_steps, start) as progress,
+        StopRequest() as stop,
+    ):
+        progress.message(_introduction(vit, task))
+        if start:
+            progress.message(f"going on from step {start}, saved in {checkpoints.folder}")
+        tests = [line for line in read_metrics(workdir / METRICS) if "test/loss" in line]
+        best = max((line["test/top1"] for line in tests), default=-1.0)
+
+        while True:
+            # What is due after a step, in an order that a kill at any moment does not disturb:
+            # figures are written before the state is saved, and on resuming those after the saved
+            # state go.
+            last = step == config.total_steps
+            if last or _due(step, config.eval_every):
+                figures.look()
+                tested = bool(tests) and tests[-1]["step"] == step  # Before the state was saved.
+                if last or not tested:
+                    scores = _evaluate(eval_step, state, task, stop)
+                if scores is not None and not tested and not stop:
+                    metrics.write(step, score_figures(scores))
+                    progress.message(f"step {step}: {score_text(scores)}")
+                    if config.keep_best and scores.top1 > best:
+                        best = scores.top1
+                        _with_params(vit, state).save(workdir / BEST_WEIGHTS)
+                feed.restart_clock()
+            if last or stop or _due(step, config.checkpoint_every):
+                figures.look()
+                if step and checkpoints.latest != step:
+                    checkpoints.save(step, state)
+                feed.restart_clock()
+            if last or stop:
+                break
+
+            state, step_figures = train_step(state, next(feed))
+            step += 1
+            figures.add(step, step_figures)
+            if step == start + 1:
+                jax.block_until_ready(state)  # The compiler's time is not the steps' time.
+                feed.restart_clock()
+            if _due(step, config.progress_every) or step == config.total_steps:
+                values = figures.look()
+                speed = feed.speed()
+                images_per_s = speed.batches_per_s * config.batch
+                lr = float(learning_rate(step - 1))
+                metrics.write(
+                    step,
+                    {
+                        "train/loss": values["loss"],
+                        "train/lr": lr,
+                        "train/grad_norm": values["grad_norm"],
+                        "time/images_per_s": images_per_s,
+                        "time/data_wait": speed.wait_share,
+                    },
+                )
+                progress.update(
+                    step,
+                    loss=values["loss"],
+                    lr=lr,
+                    images_per_s=images_per_s,
+                    wait_share=speed.wait_share,
+                )
+
+    if scores is None or step < config.total_steps:
+        saved = f"saved in {checkpoints.folder}" if step else "nothing to save yet"
+        summary = (
+            f"stopped by {stop.signal_name} at step {step:,} of {config.total_steps:,}, {saved}: "
+            "start the same command again to go on"
+        )
+        return Result(step, False, summary, last_test(workdir))
+    return finish(_with_params(vit, state), scores, task, workdir, config.total_steps)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+class _StoppedError(Exception):
+    """An evaluation is broken off because the run is to end."""
+
+
+def _evaluate(
+    eval_step: EvalStep, state: TrainState, task: Task, stop: StopRequest
+) -> Scores | None:
+    """Scores on the test pictures; None if the run is to end before all were seen."""
+
+    def until_stopped() -> Iterator[Mapping[str, np.ndarray]]:
+        for batch in task.eval_batches():
+            if stop:
+                raise _StoppedError
+            yield batch
+
+    try:
+        return evaluate(eval_step, state.params, until_stopped(), len(task.labels))
+    except _StoppedError:
+        return None
+
+
+def _with_params(vit: Pretrained, state: TrainState) -> Pretrained:
+    return dataclasses.replace(vit, params=jax.device_get(state.params))
+
+
+def _introduction(vit: Pretrained, task: Task) -> str:
+    parameters = sum(x.size for x in jax.tree.leaves(vit.params))
+    devices = jax.devices()
+    return (
+        f"{describe(vit)}, {parameters / 1e6:.2f} M parameters, {len(task.labels)} classes, "
+        f"{len(task.train):,} pictures to train on and {len(task.test):,} to test on, "
+        f"{len(devices)} x {devices[0].device_kind}"
+    )

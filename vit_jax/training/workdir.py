@@ -1,0 +1,65 @@
+"""The folder of a run: made once, gone on with only by the same configuration."""
+
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vit_jax.checkpoints import atomic_file
+from vit_jax.errors import UserError
+from vit_jax.training.config import config_from_json, config_to_json, differing_fields
+
+CONFIG = "config.json"
+
+
+def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
+    """Makes the folder of a run, or checks that the one that is there belongs to this
+    configuration.
+
+    Returns:
+      the folder, which holds the configuration as config.json.
+
+    Raises UserError if it can't be written, or was made by another configuration: then the fields
+    that differ are named and nothing is changed.
+    """
+    workdir = Path(path)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as e:
+        raise UserError(f"the workdir {workdir} is a file: choose a folder") from e
+    except OSError as e:
+        raise UserError(
+            f"can't make the workdir {workdir}: {e.strerror}: choose another place"
+        ) from e
+    file = workdir / CONFIG
+    if file.exists():
+        before = read_config(workdir)
+        differing = differing_fields(before, config)
+        if differing:
+            raise UserError(
+                f"{workdir} holds a run of another configuration ({'; '.join(differing)}): "
+                "choose another workdir, or the same fields as then"
+            )
+        if not os.access(workdir, os.W_OK):
+            raise UserError(f"the workdir {workdir} can't be written: mend its permissions")
+        return workdir
+    try:
+        with atomic_file(file) as out:
+            out.write(config_to_json(config).encode())
+    except OSError as e:
+        raise UserError(
+            f"can't write in the workdir {workdir}: {e.strerror}: choose another place"
+        ) from e
+    return workdir
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The configuration of the run in a folder. Raises UserError if there is none or it is
+    damaged."""
+    file = Path(workdir) / CONFIG
+    try:
+        return config_from_json(file.read_text())
+    except FileNotFoundError as e:
+        raise UserError(f"{workdir} is no workdir of a training run: it holds no {CONFIG}") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{file} is damaged ({e}): choose another workdir") from e
