@@ -113,11 +113,11 @@ def test_each_epoch_holds_each_picture_once_in_an_order_of_its_own():
 
 
 def test_shuffling_is_even():
-    epochs = shown(first(300, train_batches(numbered(6), IDENTITY, batch_size=6, seed=0)))
+    epochs = shown(first(90, train_batches(numbered(6), IDENTITY, batch_size=6, seed=0)))
     for place in zip(*epochs, strict=True):
-        counts = np.bincount(place, minlength=6)
-        assert counts.min() > 25
-        assert counts.max() < 80
+        counts = np.bincount(place, minlength=6)  # 15 expected
+        assert counts.min() >= 3
+        assert counts.max() <= 31
 
 
 def test_seeds_give_orders_and_augmentations_of_their_own():

@@ -1,8 +1,6 @@
 """Configurations from files, changed by `--config.field=value` options."""
 
-import contextlib
 import importlib.util
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,11 +77,12 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
             names.append(name)
         elif not position or options[position - 1].partition("=")[1] or not names:
             raise UserError(f"unknown option {option!r}: fields are set with --config.field=value")
+    command = ["vit-jax", *options]
+    command = ["vit-jax", *options]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            values(["vit-jax", *options])
+        values(command)
     except (flags.Error, ValueError, TypeError, AttributeError) as e:
         raise UserError(" ".join(str(e).split()).replace("flag --config", "config")) from e
     return check_config(values.config)
