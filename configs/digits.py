@@ -18,9 +18,9 @@ def get_config(arg: str = ""):
     config.model.mlp_dim = 128
     config.model.dropout_rate = 0.1
 
-    # The digits fill their 8x8 pixels: shifting or cropping them did harm.
-    config.pp.train_ops = "value_range(-1, 1)"
-    config.pp.eval_ops = "value_range(-1, 1)"
+    # The digits fill their 8x8 pixels: shifting or cropping them does harm.
+    config.pp.train_ops = "resize(8)|value_range(-1, 1)"
+    config.pp.eval_ops = "resize(8)|value_range(-1, 1)"
 
     config.optim = "adamw"
     config.optim_dtype = "float32"

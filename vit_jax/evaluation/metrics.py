@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vit_jax.errors import UserError
+
 
 def example_losses(
     logits: jax.Array, labels: jax.Array, loss: str = "softmax", label_smoothing: float = 0.0
@@ -25,7 +27,11 @@ def example_losses(
 
     Returns:
       (n,) float32.
+
+    Raises UserError for another loss.
     """
+    if loss not in ("softmax", "sigmoid"):
+        raise UserError(f"loss is {loss!r}, expected softmax or sigmoid")
     classes = logits.shape[-1]
     if labels.ndim == 1:
         labels = jax.nn.one_hot(labels, classes)
@@ -97,12 +103,13 @@ def _figures(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.A
     # Of equal logits the first counts, as in argmax: a network that says nothing isn't always
     # right.
     before = (logits > own) | ((logits == own) & (jnp.arange(classes) < labels[:, None]))
-    finite = jnp.isfinite(logits).all(axis=-1)
+    # NaN compares with nothing: it is never right, so its prediction is a class that is wrong.
+    nan = jnp.isnan(logits).any(axis=-1)
     probabilities = jax.nn.softmax(logits)
     return {
         "loss": example_losses(logits, labels, loss),
-        "rank": jnp.where(finite, before.sum(axis=-1), classes),
-        "prediction": jnp.argmax(logits, axis=-1),
+        "rank": jnp.where(nan, classes, before.sum(axis=-1)),
+        "prediction": jnp.where(nan, (labels + 1) % classes, jnp.argmax(logits, axis=-1)),
         "probability": probabilities.max(axis=-1),
     }
 
@@ -122,6 +129,8 @@ def evaluate(
     Returns:
       Scores. Sums are taken in float64 and int64 on the host, so they don't depend on the batch
       size.
+
+    Raises UserError if there is no example that counts.
     """
     kept: list[dict[str, np.ndarray]] = []
     waiting: list[tuple[Mapping[str, np.ndarray], dict[str, jax.Array]]] = []
@@ -146,7 +155,7 @@ def evaluate(
     rows = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]} if kept else {}
     count = len(rows["truth"]) if rows else 0
     if count == 0:
-        raise ValueError("there is no example to evaluate")
+        raise UserError("no picture to evaluate: none was given, or none of them can be read")
     confusion = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(confusion, (rows["truth"], rows["prediction"]), 1)
     return Scores(

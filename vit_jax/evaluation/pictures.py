@@ -95,4 +95,5 @@ def write_predictions(
             ]
         )
     with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+        # A file name need not be text: what Python can't decode it can write back.
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))

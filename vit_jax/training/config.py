@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
-from vit_jax.models import VisionTransformer
+from vit_jax.models import VisionTransformer, variant
 
 CHOICES = {
     "decay_type": ("cosine", "linear", "constant", "rsqrt"),
@@ -19,8 +20,38 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "corrupt": ("error", "skip"),
 }
-_AT_LEAST_ONE = ("batch", "batch_eval", "total_steps", "accum_steps", "progress_every", "prefetch")
-_AT_LEAST_ZERO = ("warmup_steps", "eval_every", "checkpoint_every", "base_lr", "weight_decay")
+# least <= value < bound.
+LIMITS = {
+    "seed": (0, 2**32),
+    "batch": (1, math.inf),
+    "batch_eval": (1, math.inf),
+    "accum_steps": (1, math.inf),
+    "total_steps": (1, math.inf),
+    "warmup_steps": (0, math.inf),
+    "pp.crop": (1, math.inf),
+    "pp.resize": (0, math.inf),
+    "momentum": (0, 1),
+    "b1": (0, 1),
+    "b2": (0, 1),
+    "weight_decay": (0, math.inf),
+    "base_lr": (0, math.inf),
+    "grad_norm_clip": (0, math.inf),
+    "label_smoothing": (0, 1),
+    "progress_every": (1, math.inf),
+    "eval_every": (0, math.inf),
+    "checkpoint_every": (0, math.inf),
+    "keep_checkpoints": (1, math.inf),
+    "prefetch": (1, math.inf),
+    "threads": (0, math.inf),
+    "model.dropout_rate": (0, 1),
+    "model.attention_dropout_rate": (0, 1),
+    "model.stochastic_depth_rate": (0, 1),
+    "model.hidden_size": (1, math.inf),
+    "model.num_layers": (1, math.inf),
+    "model.num_heads": (1, math.inf),
+    "model.mlp_dim": (1, math.inf),
+    "model.representation_size": (1, math.inf),
+}
 
 # These say how fast and how loudly, not what is computed: a run may go on with other values.
 FREE_FIELDS = frozenset({"prefetch", "threads"})
@@ -101,20 +132,23 @@ def check_config(config: ConfigDict) -> ConfigDict:
     An unknown field is named by its full path, with the nearest known ones.
     """
     full = default_config()
-    model_fields = {f.name for f in dataclasses.fields(VisionTransformer)} - {
-        "parent",
-        "num_classes",
-    }
-    _merge(full, config.to_dict(), "config", extra={"config.model": model_fields})
+    _merge(full, config.to_dict(), "config")
     for field, choices in CHOICES.items():
         if full[field] not in choices:
             raise UserError(
                 f"config.{field} is {full[field]!r}, expected one of {', '.join(choices)}"
             )
-    for fields, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
-        for field in fields:
-            if not full[field] >= least:
-                raise UserError(f"config.{field} is {full[field]}, expected at least {least}")
+    flat = _flatten(full)
+    for field, (least, bound) in LIMITS.items():
+        value = flat.get(f"config.{field}")
+        if value is not None and not least <= value < bound:
+            expected = f"at least {least}" if bound == math.inf else f"{least} <= value < {bound}"
+            raise UserError(f"config.{field} is {value}, expected {expected}")
+    patch = full.model.get("patch_size", (1, 1))
+    if len(patch) != 2 or not all(type(size) is int and size > 0 for size in patch):
+        raise UserError(
+            f"config.model.patch_size is {patch}, expected height and width, e.g. (16, 16)"
+        )
     if full.batch % full.accum_steps:
         raise UserError(
             f"config.batch {full.batch} is not divisible by config.accum_steps {full.accum_steps}: "
@@ -125,35 +159,41 @@ def check_config(config: ConfigDict) -> ConfigDict:
             f"config.warmup_steps {full.warmup_steps} is more than config.total_steps "
             f"{full.total_steps}: lower it"
         )
-    if not 0 <= full.label_smoothing < 1:
-        raise UserError(
-            f"config.label_smoothing is {full.label_smoothing}, expected 0 <= value < 1"
-        )
     return full
 
 
-def _merge(
-    full: ConfigDict, values: Mapping[str, Any], path: str, extra: Mapping[str, set[str]]
-) -> None:
+def model_fields() -> dict[str, Any]:
+    """The fields of the network that config.model may hold beside those of `default_config`, each
+    with a value of its type."""
+    fields = {f.name: f.default for f in dataclasses.fields(VisionTransformer)}
+    for computed in ("name", "parent", "num_classes", "dtype"):
+        del fields[computed]
+    return fields | variant("ViT-B_16")
+
+
+def _merge(full: ConfigDict, values: Mapping[str, Any], path: str) -> None:
+    extra = model_fields() if path == "config.model" else {}
     for key, value in values.items():
         here = f"{path}.{key}"
+        if key in extra and key not in full:
+            value = tuple(value) if isinstance(value, list) else value
+            full[key] = _convert(value, extra[key], here)
+            continue
         if key not in full:
-            if key in extra.get(path, ()):
-                full[key] = tuple(value) if isinstance(value, list) else value
-                continue
-            known = set(full.keys()) | extra.get(path, set())
-            raise unknown_field(here, [f"{path}.{k}" for k in known])
+            raise unknown_field(here, [f"{path}.{k}" for k in full.keys() | extra.keys()])
         default = full[key]
         if isinstance(default, ConfigDict):
             if not isinstance(value, Mapping):
                 raise UserError(f"{here} is {value!r}, expected fields: {', '.join(default)}")
-            _merge(default, value, here, extra)
+            _merge(default, value, here)
         else:
             full[key] = _convert(value, default, here)
 
 
 def _convert(value: Any, default: Any, path: str) -> Any:
     """The value in its field's type: 1 does for 1.0, nothing else is changed."""
+    if default is None:  # Only representation_size: a number, or no layer.
+        default = 768 if value is not None else None
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):

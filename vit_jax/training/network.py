@@ -94,4 +94,7 @@ def weights_path(config: ConfigDict) -> Path | None:
     for path in candidates:
         if path.exists():
             return path
-    raise UserError(f"no weights at {' or '.join(dict.fromkeys(map(str, candidates)))}")
+    raise UserError(
+        f"no weights at {' or '.join(dict.fromkeys(map(str, candidates)))}: give "
+        "config.model_or_filename the path of an .npz file, or its name in config.pretrained_dir"
+    )

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from vit_jax.errors import UserError
-from vit_jax.training.config import check_config, unknown_field
+from vit_jax.training.config import check_config, model_fields, unknown_field
 
 
 def find_config_file(name: str) -> Path:
@@ -67,6 +68,7 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
     Raises UserError naming a misspelt field with the nearest ones, or a value of the wrong type.
     """
     options = list(options)
+    config = _with_model_fields(config, options)
     known = _fields(config)
     names = []
     for position, option in enumerate(options):
@@ -86,6 +88,17 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
     except (flags.Error, ValueError, TypeError, AttributeError) as e:
         raise UserError(" ".join(str(e).split()).replace("flag --config", "config")) from e
     return check_config(values.config)
+
+
+def _with_model_fields(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
+    """Adds the fields of the network that options set and the configuration leaves to the named
+    model: only fields that are there can be set."""
+    config = config.copy_and_resolve_references()
+    named = {o.removeprefix("--config.model.").partition("=")[0] for o in options}
+    for field, example in model_fields().items():
+        if field in named and field not in config.get("model", ConfigDict()):
+            config.model[field] = placeholder(int) if example is None else example
+    return config
 
 
 def _fields(config: ConfigDict, path: str = "config") -> list[str]:

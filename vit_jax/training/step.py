@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
 from vit_jax.training.parallel import make_mesh, replicated, split
 from vit_jax.training.state import TrainState
@@ -45,12 +46,18 @@ def make_train_step(
       "grad_norm", the global norm of its gradient before clipping.
     """
     mesh = make_mesh() if mesh is None else mesh
+    parts = mesh.size * accum_steps
 
     def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         return example_losses(logits, labels, loss, label_smoothing).mean()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if len(batch["image"]) % parts:
+            raise UserError(
+                f"the batch holds {len(batch['image'])} pictures, expected a multiple of {parts}: "
+                f"{mesh.size} devices x {accum_steps} accum_steps"
+            )
         value, grads = _accumulate(
             jax.value_and_grad(loss_fn), accum_steps, mesh, state.params, batch, state.dropout_key()
         )

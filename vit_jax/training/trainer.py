@@ -2,13 +2,17 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
@@ -57,7 +61,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
     workdir = open_workdir(workdir, config)
     if done := finished(workdir, config.total_steps):
         return done
+    with _full_disk_explained(workdir):
+        return _train(config, mesh, workdir)
 
+
+def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
     task = open_task(config)
     vit = make_network(
         config,
@@ -109,7 +117,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
                 tested = bool(tests) and tests[-1]["step"] == step  # Before the state was saved.
                 if last or not tested:
                     scores = _evaluate(eval_step, state, task, stop)
-                if scores is not None and not tested and not stop:
+                if scores is not None and not tested:
                     metrics.write(step, score_figures(scores))
                     progress.message(f"step {step}: {score_text(scores)}")
                     if config.keep_best and scores.top1 > best:
@@ -161,6 +169,19 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
         )
         return Result(step, False, summary, last_test(workdir))
     return finish(_with_params(vit, state), scores, task, workdir, config.total_steps)
+
+
+@contextlib.contextmanager
+def _full_disk_explained(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise UserError(
+            f"can't write in {workdir} ({e.strerror}); what was saved before is kept: make room, "
+            "then run the same command again"
+        ) from e
 
 
 def _due(step: int, every: int) -> bool:
