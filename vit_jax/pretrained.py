@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import checkpoints, data
-from vit_jax.checkpoints import Spec
+from vit_jax.checkpoints import hub
+from vit_jax.checkpoints.labels import class_names
+from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
+from vit_jax.models import CLASSIFIERS, POOLED
 
 WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
 
@@ -25,7 +29,7 @@ WEIGHTLESS = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate",
 _BATCH = 32  # Pictures that `Pretrained.__call__` puts through the network at once.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # Arrays have no truth value to compare by.
 class Pretrained:
     """A Vision Transformer with its weights and what is needed to use it.
 
@@ -39,7 +43,7 @@ class Pretrained:
 
     model: nn.Module
     params: Mapping[str, Any]
-    spec: Spec
+    spec: AnySpec
     labels: tuple[str, ...] | None
     preprocess: str
 
@@ -57,31 +61,46 @@ class Pretrained:
         Returns:
           float32 (n, num_classes); without a head its input, (n, features).
 
-        Raises UserError for another shape.
+        Raises UserError for another shape, or for integers, which are not preprocessed.
         """
-        images = np.asarray(images, np.float32)
+        return self._batched(
+            lambda model, params, x: model.apply({"params": params}, x), "logits", images
+        )
+
+    def _batched(self, function: Callable, name: str, images: np.ndarray) -> np.ndarray:
+        """function(model, params, images) of checked pictures, some at once, compiled once."""
+        images = np.asarray(images)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images are {images.dtype}, expected preprocessed float32: "
+                "use predict, which preprocesses, or do it yourself"
+            )
+        images = images.astype(np.float32, copy=False)
         expected = (*self.image_size, self.spec.channels)
         if images.shape[1:] != expected:
             raise UserError(
                 f"images have shape {images.shape}, expected (n, {', '.join(map(str, expected))}): "
                 "preprocess them, or load the weights with image_size=(h, w)"
             )
+        if name not in self._compiled:
+            self._compiled[name] = jax.jit(functools.partial(function, self.model))
+        apply = self._compiled[name]
         if len(images) <= _BATCH:
-            return np.asarray(self._apply(self._device_params, images))
+            return np.asarray(apply(self._device_params, images))
         padded = np.concatenate([images, np.zeros((-len(images) % _BATCH, *expected), np.float32)])
-        logits = [
-            self._apply(self._device_params, padded[i : i + _BATCH])
+        results = [
+            apply(self._device_params, padded[i : i + _BATCH])
             for i in range(0, len(padded), _BATCH)
         ]
-        return np.concatenate([np.asarray(x) for x in logits])[: len(images)]
+        return np.concatenate([np.asarray(x) for x in results])[: len(images)]
 
     @functools.cached_property
     def _device_params(self) -> Any:
         return jax.device_put(self.params)
 
     @functools.cached_property
-    def _apply(self):
-        return jax.jit(lambda params, images: self.model.apply({"params": params}, images))
+    def _compiled(self) -> dict[str, Callable]:
+        return {}
 
     def predict(
         self, pictures: Sequence[str | os.PathLike | np.ndarray], *, top: int = 5
@@ -98,15 +117,21 @@ class Pretrained:
 
         Raises UserError if a picture can't be read or the network has no head.
         """
-        if self.spec.num_classes is None or self.spec.classifier not in ("token", "gap"):
+        if isinstance(self.spec, LiTSpec):
+            raise UserError(
+                "these weights are a LiT bundle, which classifies by words: give labels, with "
+                "evaluation.classify(vit, pictures, labels) or vit-jax predict --labels"
+            )
+        if self.spec.num_classes is None or self.spec.classifier not in POOLED:
             raise UserError("these weights give no classes: load weights that have a head")
         if isinstance(pictures, str | os.PathLike | np.ndarray):
             raise UserError("predict takes a list of pictures: write predict([picture])")
+        if top < 1:
+            raise UserError(f"top is {top}, expected at least 1")
         preprocess = data.parse(self.preprocess)
         answers: list[list[tuple[str, float]]] = []
-        for start in range(
-            0, len(pictures), _BATCH
-        ):  # Memory for one batch, however many there are.
+        # Memory for one batch, however many there are.
+        for start in range(0, len(pictures), _BATCH):
             batch = [preprocess(self._open(p), None) for p in pictures[start : start + _BATCH]]
             for row in np.asarray(jax.nn.softmax(jnp.asarray(self(np.stack(batch))))):
                 best = np.argsort(-row, kind="stable")[:top]
@@ -125,6 +150,11 @@ class Pretrained:
                     f"expected (h, w, {self.spec.channels}) of uint8"
                 )
             return picture
+        if self.spec.channels not in (1, 3):
+            raise UserError(
+                f"these weights take pictures of {self.spec.channels} channels, which no picture "
+                "file has here: give uint8 arrays instead of paths"
+            )
         return data.read(picture, channels=self.spec.channels)
 
     def label(self, index: int) -> str:
@@ -150,10 +180,91 @@ class Pretrained:
             "preprocess": self.preprocess,
             "labels": list(self.labels) if self.labels else None,
         }
+        checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
         # The notes first: weights are never without them, and notes without weights harm nobody.
         with checkpoints.atomic_file(path.with_suffix(".json")) as file:
             file.write((json.dumps(notes, indent=1, ensure_ascii=False) + "\n").encode())
         checkpoints.save_npz(path, self.params, style=style)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PretrainedLiT(Pretrained):
+    """A LiT bundle: pictures and texts are embedded into one space.
+
+    Attributes:
+      vocabulary: the file of the tokenizer, .txt (WordPiece) or .model (SentencePiece), or None if
+        there is none beside the weights; then only pictures can be embedded.
+    """
+
+    vocabulary: Path | None = None
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Raises UserError: a LiT bundle has no classes."""
+        raise UserError("these weights are a LiT bundle without classes: call embed_images instead")
+
+    def embed_images(self, images: np.ndarray) -> np.ndarray:
+        """Embeds preprocessed pictures.
+
+        Args:
+          images: (n, h, w, c) float32 of `image_size`, preprocessed.
+
+        Returns:
+          float32 (n, d), of length 1.
+        """
+        return self._batched(
+            lambda model, params, x: model.apply({"params": params}, images=x)[0], "images", images
+        )
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+          texts: any number of them; what is longer than 16 tokens is cut.
+
+        Returns:
+          float32 (n, d), of length 1.
+
+        Raises UserError if the vocabulary is not there.
+        """
+        if isinstance(texts, str):
+            raise UserError("embed_texts takes a list of texts: write embed_texts([text])")
+        tokens = self._tokenizer(texts)
+        embeddings = []
+        for start in range(0, len(tokens), _BATCH):
+            rows = tokens[start : start + _BATCH]
+            padded = np.pad(rows, ((0, _BATCH - len(rows)), (0, 0)), mode="edge")
+            embeddings.append(self._embed_tokens(self._device_params, padded)[: len(rows)])
+        return np.concatenate([np.asarray(x) for x in embeddings])
+
+    def save(self, path: str | os.PathLike, *, style: str = "linen") -> None:
+        """As `Pretrained.save`, with the vocabulary copied beside the weights."""
+        super().save(path, style=style)
+        if self.vocabulary is not None:
+            copy = Path(path).with_suffix(self.vocabulary.suffix)
+            if copy != self.vocabulary:
+                with checkpoints.atomic_file(copy) as file:
+                    file.write(self.vocabulary.read_bytes())
+
+    @functools.cached_property
+    def _embed_tokens(self) -> Callable:
+        return jax.jit(lambda params, t: self.model.apply({"params": params}, tokens=t)[1])
+
+    @functools.cached_property
+    def _tokenizer(self) -> Callable[[Sequence[str]], np.ndarray]:
+        from vit_jax.tokenizers import open_tokenizer
+
+        if self.vocabulary is None:
+            raise UserError(
+                "there is no vocabulary beside the weights: put NAME.txt (WordPiece) or NAME.model "
+                "(SentencePiece) next to NAME.npz"
+            )
+        return open_tokenizer(self.vocabulary)
+
+
+def _vocabulary(path: Path) -> Path | None:
+    """The tokenizer's file beside a file of weights."""
+    candidates = [path.with_suffix(suffix) for suffix in (".txt", ".model")]
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def load(
@@ -167,11 +278,14 @@ def load(
     """Loads weights. The architecture is read from the file.
 
     Args:
-      source: an official .npz file, or the workdir of a training run.
+      source: an official .npz file, the workdir of a training run, or a name or address of
+        published weights ("augreg/B_16", "imagenet21k/ViT-B_16", "gs://...", "https://..."; see
+        `checkpoints.hub.resolve`), which are downloaded once.
       num_classes: None keeps the stored head; a number gives a new head of zeros, for fine-tuning,
         even if the stored one has as many classes.
       image_size: None keeps the stored position embeddings; a size in pixels, one number or
         (height, width), resamples them.
+        Pictures are then squeezed to that size, values in the recorded range.
       pre_logits: None keeps the tanh layer before the head with a kept head and drops it with a new
         one (the paper's fine-tuning); True and False say so outright.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
@@ -184,50 +298,73 @@ def load(
             raise UserError(f"load takes no {field!r}: of the model only {', '.join(WEIGHTLESS)}")
     path = find_weights(source)
     notes = _read_notes(path)
+    size = None if image_size is None else _height_width(image_size)
     arrays, spec = checkpoints.load_npz(
-        path, classifier=notes.get("classifier"), image_size=notes.get("image_size")
+        path,
+        classifier=notes.get("classifier"),
+        image_size=notes.get("image_size"),
+        likely_size=size,
     )
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and spec.image_size != size and "image_size" not in notes:
-        # The caller's size may be what tells the shape of a stored grid that is not square.
-        spec = checkpoints.read_spec(
-            arrays, classifier=spec.classifier, image_size=size, where=str(path)
-        )
     arrays, new = checkpoints.adapt(
         arrays, spec, num_classes=num_classes, image_size=size, pre_logits=pre_logits
     )
-    labels = notes.get("labels") if num_classes is None else None
+    labels = None
+    if num_classes is None:
+        labels = notes["labels"] if notes else class_names(new.num_classes)
     if labels is not None and len(labels) != new.num_classes:
         raise UserError(
             f"{path.with_suffix('.json')} names {len(labels)} classes, but the head has "
             f"{new.num_classes}: mend or remove that file"
         )
     preprocess = notes.get("preprocess")
-    if preprocess is None or new.image_size != spec.image_size:
+    if preprocess is None:
         preprocess = original_preprocess(new.image_size)
-    return Pretrained(
-        model=new.model(**overrides),
-        params=checkpoints.to_tree(arrays),
-        spec=new,
-        labels=tuple(labels) if labels is not None else None,
-        preprocess=preprocess,
-    )
+        if isinstance(new, LiTSpec):  # Its towers saw whole grey levels.
+            preprocess = preprocess.replace("|", "|uint8|", 1)
+    elif new.image_size != spec.image_size:
+        preprocess = _preprocess_at(new.image_size, preprocess)
+    known = {f.name for f in dataclasses.fields(type(new.model()))}
+    for field in overrides.keys() - known:
+        raise UserError(f"{new.name or 'this network'} has no {field}: leave it out")
+    bundle = {
+        "model": new.model(**overrides),
+        "params": checkpoints.to_tree(arrays),
+        "spec": new,
+        "labels": labels,
+        "preprocess": preprocess,
+    }
+    if isinstance(new, LiTSpec):
+        return PretrainedLiT(**bundle, vocabulary=_vocabulary(path))
+    return Pretrained(**bundle)
 
 
 def original_preprocess(image_size: tuple[int, int]) -> str:
-    """How the original evaluates: the whole picture squeezed to (height, width), values in [-1,
-    1]."""
+    """How the original evaluates: the whole picture squeezed to (h, w), values in [-1, 1]."""
     height, width = image_size
     size = height if height == width else (height, width)
     return f"resize({size})|value_range(-1, 1)"
 
 
+def _preprocess_at(image_size: tuple[int, int], recorded: str) -> str:
+    """The original preprocessing for a new size, but with the recorded range of values."""
+    resize, value_range = original_preprocess(image_size).split("|")
+    recorded_ranges = re.findall(r"(?:uint8\|)?value_range\([^)]*\)", recorded)
+    return f"{resize}|{recorded_ranges[-1] if recorded_ranges else value_range}"
+
+
+def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    sizes = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise UserError(f"image_size is {image_size}, expected pixels or (height, width) of them")
+    return sizes[0], sizes[1]
+
+
 def find_weights(source: str | os.PathLike) -> Path:
-    """The .npz file that a source means: the file itself, or the one in a workdir.
+    """The .npz file that a source means: the file itself, the one in a workdir, or a download.
 
     Raises UserError if there is none.
     """
-    path = Path(source)
+    path = hub.resolve(source)
     if path.is_dir():
         if (path / WEIGHTS).is_file():
             return path / WEIGHTS
@@ -240,16 +377,23 @@ def find_weights(source: str | os.PathLike) -> Path:
 def _read_notes(path: Path) -> dict[str, Any]:
     """What `Pretrained.save` noted beside the weights; empty if there is nothing."""
     file = path.with_suffix(".json")
-    if not file.is_file():
+    if file == path or not file.is_file():
         return {}
     try:
-        notes = json.loads(file.read_text())
-        notes["image_size"] = tuple(int(size) for size in notes["image_size"])
-        if notes["labels"] is not None:
-            notes["labels"] = tuple(str(label) for label in notes["labels"])
+        notes = json.loads(file.read_text(encoding="utf-8"))
+        labels, classifier = notes["labels"], notes["classifier"]
+        if classifier not in (*CLASSIFIERS, LiTSpec.classifier):
+            raise ValueError(f"classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
+        if not isinstance(labels, list | None):
+            raise ValueError("labels is no list")
         data.parse(notes["preprocess"])
-        return {k: notes[k] for k in ("classifier", "image_size", "preprocess", "labels")}
-    except (ValueError, KeyError, TypeError) as e:
+        return {
+            "classifier": classifier,
+            "image_size": _height_width([int(size) for size in notes["image_size"]]),
+            "preprocess": notes["preprocess"],
+            "labels": labels and tuple(map(str, labels)),
+        }
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(
             f"{file} is damaged ({type(e).__name__}: {e}): mend it, or remove it"
         ) from e

@@ -8,53 +8,74 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.architecture import Spec, check_arrays, read_spec
+from vit_jax.checkpoints.architecture import check_arrays, read_spec
+from vit_jax.checkpoints.files import ENDINGS, open_arrays, split_tower, write_arrays
 from vit_jax.checkpoints.layouts import STYLES, key_style, to_linen, to_style
 from vit_jax.checkpoints.npz import atomic_file, read_npz, write_npz
 from vit_jax.checkpoints.positions import resample
+from vit_jax.checkpoints.spec import AnySpec, Spec
 from vit_jax.errors import UserError
 
 __all__ = [
+    "ENDINGS",
     "STYLES",
+    "AnySpec",
     "Spec",
     "adapt",
     "atomic_file",
     "check_arrays",
     "key_style",
     "load_npz",
+    "load_weights",
+    "open_arrays",
     "read_npz",
     "read_spec",
     "resample",
     "save_npz",
+    "save_weights",
+    "split_tower",
     "to_linen",
     "to_style",
     "to_tree",
+    "write_arrays",
     "write_npz",
 ]
 
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 
 
-def load_npz(
+def load_weights(
     path: str | os.PathLike,
     *,
+    tower: str | None = None,
     classifier: str | None = None,
     image_size: tuple[int, int] | None = None,
-) -> tuple[dict[str, np.ndarray], Spec]:
-    """Reads an official .npz file in any known key style.
+    likely_size: tuple[int, int] | None = None,
+) -> tuple[dict[str, np.ndarray], AnySpec]:
+    """Reads a file of weights of any kind, in any layout that was published.
 
     Args:
-      path: the file.
-      classifier, image_size: what the arrays can't tell, see `architecture.read_spec`.
+      path: an .npz or .safetensors file, or an Orbax folder.
+      tower: of a file with several networks the one to take, see `layouts.read_layout`.
+      classifier, image_size, likely_size: what the arrays can't tell, see
+        `architecture.read_spec`.
 
     Returns:
       (arrays, spec): float32 arrays under today's names, and the architecture they belong to.
 
-    Raises UserError if the file can't be read or its arrays do not fit together.
+    Raises UserError if the file can't be read or its arrays do not fit together. No value is read
+    before they are known to.
     """
-    arrays = to_linen(read_npz(path))
-    spec = read_spec(arrays, classifier=classifier, image_size=image_size, where=str(path))
-    return {k: np.asarray(v, np.float32) for k, v in arrays.items()}, spec
+    with open_arrays(path) as stored:
+        arrays = to_linen(stored, tower=tower, where=str(path))
+        spec = read_spec(
+            arrays,
+            classifier=classifier,
+            image_size=image_size,
+            likely_size=likely_size,
+            where=str(path),
+        )
+        return {k: np.asarray(v, np.float32) for k, v in arrays.items()}, spec
 
 
 def adapt(
@@ -75,8 +96,7 @@ def adapt(
         it, False drops it.
 
     Returns:
-      (arrays, spec) of the changed network. The arrays that didn't change are shared with the
-      input.
+      (arrays, spec) of the changed network. Arrays that didn't change are shared with the input.
 
     Raises UserError if there is no layer to keep, or the kept head doesn't fit without it.
     """
@@ -114,16 +134,25 @@ def adapt(
     return arrays, new
 
 
-def save_npz(path: str | os.PathLike, params: Mapping[str, Any], *, style: str = "linen") -> None:
-    """Writes a parameter tree as an official .npz file, atomically.
+def save_weights(
+    path: str | os.PathLike, params: Mapping[str, Any], *, style: str = "linen"
+) -> None:
+    """Writes a parameter tree in an official layout, atomically.
 
     Args:
-      path: the file.
+      path: a name that ends in .npz, .safetensors or .orbax, which says what to write.
       params: nested dict of arrays.
-      style: "linen" for today's key names, "prelinen" for those of the 2020 and 2021 files.
+      style: one of STYLES: "linen" for today's key names, "prelinen" for those of the 2020 and 2021
+        files, "2020" for those of the first hybrids.
+
+    Raises UserError for another ending or style, or if it can't be written.
     """
-    flat = {k: np.asarray(v) for k, v in flatten_dict(params, sep="/").items()}
-    write_npz(path, to_style(flat, style))
+    flat = {k: np.asarray(v) for k, v in sorted(flatten_dict(params, sep="/").items())}
+    write_arrays(path, to_style(flat, style))
+
+
+# Their names when .npz was all there was.
+load_npz, save_npz = load_weights, save_weights
 
 
 def to_tree(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -1,166 +1,69 @@
 """Understanding a file of weights: the architecture is read from the arrays themselves."""
 
 import dataclasses
-import functools
 import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict
 
+from vit_jax.checkpoints.spec import AnySpec, LiTSpec, MixerSpec, Spec
 from vit_jax.errors import UserError
-from vit_jax.models import VARIANTS, VisionTransformer
 
-_BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/(.+)")
-_POSITIONS = "Transformer/posembed_input/pos_embedding"
+POSITIONS = "Transformer/posembed_input/pos_embedding"
 
+# Fixed sines and cosines leave no trace in a file; most networks saw pictures of this size.
+_USUAL_SIZE = (224, 224)
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A Vision Transformer in numbers: what is needed to build it and to feed it.
+_Shapes = Mapping[str, tuple[int, ...]]
+_Size = tuple[int, int]
 
-    patch_size and image_size are (height, width) in pixels; num_classes and representation_size are
-    None where there is no head or no `pre_logits` layer.
-    """
-
-    patch_size: tuple[int, int]
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-    classifier: str
-    representation_size: int | None
-    num_classes: int | None
-    channels: int
-    image_size: tuple[int, int]
-
-    @property
-    def name(self) -> str | None:
-        """The official name of this architecture, or None if it has none."""
-        for name, fields in VARIANTS.items():
-            if all(getattr(self, field) == value for field, value in fields.items()):
-                return name
-        return None
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        return self.model().grid_size(self.image_size)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of a picture, the class token among them."""
-        return math.prod(self.grid_size) + self.model().has_class_token
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers the weights are."""
-        return sum(math.prod(shape) for shape in self.shapes().values())
-
-    def model(self, **overrides: Any) -> VisionTransformer:
-        """The network. Overrides are fields of `VisionTransformer`, e.g. dropout_rate."""
-        names = {f.name for f in dataclasses.fields(VisionTransformer)}
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k in names}
-        return VisionTransformer(**(fields | overrides))
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter, {"a/b/c": shape}."""
-        # All blocks have the same shapes, so that tracing one of them is enough.
-        model = self.model(num_layers=1)
-        images = jax.ShapeDtypeStruct((1, *self.image_size, self.channels), jnp.float32)
-        variables = jax.eval_shape(
-            functools.partial(model.init, train=False), jax.random.key(0), images
-        )
-        shapes = {}
-        for key, leaf in flatten_dict(variables["params"], sep="/").items():
-            if match := _BLOCK.fullmatch(key):
-                for i in range(self.num_layers):
-                    shapes[f"Transformer/encoderblock_{i}/{match[2]}"] = leaf.shape
-            else:
-                shapes[key] = leaf.shape
-        return shapes
+_log = logging.getLogger(__name__)
 
 
 def read_spec(
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, Any],
     *,
     classifier: str | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: _Size | None = None,
+    likely_size: _Size | None = None,
     where: str = "the checkpoint",
-) -> Spec:
-    """Finds out which Vision Transformer a set of arrays belongs to, and checks every one of them.
+) -> AnySpec:
+    """Finds out which network a set of arrays belongs to, and checks every one of them.
 
     Args:
       arrays: arrays (or anything with a shape) under today's names, see `layouts.to_linen`.
       classifier: what no array tells, if it is known: "unpooled" looks like "gap", "token_unpooled"
-        like "token". Without it the common ones, "token" with a class token and "gap" without.
+        like "token". Without it the common ones: "map" with attention pooling, "token" with a class
+        token, else "gap".
       image_size: (height, width) that the stored position embeddings are for, if it is known.
-        Without it a square grid is assumed where possible, else the most nearly square one, lying.
+        Without it a square grid is assumed where possible.
+      likely_size: (height, width) to believe where no square grid is possible and it fits. Without
+        it the most nearly square grid is assumed, lying, with a warning.
       where: the file's name, for messages.
 
     Raises UserError that names every missing, unexpected and mis-shaped array.
     """
     shapes = {key: tuple(array.shape) for key, array in arrays.items()}
-    anchors = {"embedding/kernel": 4, _POSITIONS: 3}
-    found = {key: shapes[key] for key, rank in anchors.items() if len(shapes.get(key, ())) == rank}
-    blocks = _blocks(shapes)
-    if len(found) < len(anchors) or not blocks:
-        missing = [key for key in anchors if key not in shapes]
-        wrong = [f"{k} {shapes[k]}" for k in anchors if k in shapes and k not in found]
-        if not blocks:
-            missing.append("Transformer/encoderblock_0/...")
-        raise UserError(
-            f"{where} is no ViT checkpoint: "
-            + "; ".join(
-                filter(
-                    None, [_listing("missing", missing), _listing("wrong number of axes", wrong)]
-                )
-            )
-            + f"; it holds {len(shapes)} arrays: {_first(sorted(shapes))}"
-        )
-
-    ph, pw, channels, hidden_size = found["embedding/kernel"]
-    tokens = found[_POSITIONS][1]
-    class_token = "cls" in shapes
-    if (
-        not class_token
-        and math.isqrt(tokens) ** 2 != tokens
-        and math.isqrt(tokens - 1) ** 2 == tokens - 1
-    ):
-        class_token = True  # 197 tokens without a class token: it is missing.
-    heads, mlp = _vote(blocks, "query/kernel", 1), _vote(blocks, "Dense_0/kernel", 1)
-    grid = _grid(tokens - class_token, (ph, pw), image_size, where)
-    spec = Spec(
-        patch_size=(ph, pw),
-        hidden_size=hidden_size,
-        num_layers=1 + max(int(_BLOCK.fullmatch(key)[1]) for key in blocks),  # type: ignore[index]
-        num_heads=heads,
-        mlp_dim=mlp,
-        classifier=classifier or ("token" if class_token else "gap"),
-        representation_size=_last_axis(shapes, "pre_logits/kernel"),
-        num_classes=_last_axis(shapes, "head/kernel"),
-        channels=channels,
-        image_size=(grid[0] * ph, grid[1] * pw),
-    )
+    spec: AnySpec
+    if any(key.startswith("txt/") for key in shapes):
+        spec = _lit(shapes, image_size, likely_size, where)
+    elif "stem/kernel" in shapes:
+        spec = _mixer(shapes, image_size, likely_size, where)
+    else:
+        spec = _vit(shapes, classifier, image_size, likely_size, where)
     check_arrays(arrays, spec, where=where)
     return spec
 
 
-def check_arrays(arrays: Mapping[str, np.ndarray], spec: Spec, *, where: str) -> None:
+def check_arrays(arrays: Mapping[str, Any], spec: AnySpec, *, where: str) -> None:
     """Compares arrays with what an architecture needs.
 
     Raises UserError naming all that are missing, unexpected, of another shape or not floating.
     """
-    if spec.hidden_size % spec.num_heads:
-        raise UserError(
-            f"{where}: {spec.num_heads} attention heads do not divide the width {spec.hidden_size}"
-        )
     expected = spec.shapes()
     problems = [
         _listing(
@@ -189,8 +92,192 @@ def check_arrays(arrays: Mapping[str, np.ndarray], spec: Spec, *, where: str) ->
     ]
     problems = [p for p in problems if p]
     if problems:
-        name = spec.name or f"a ViT of width {spec.hidden_size} and {spec.num_layers} blocks"
-        raise UserError(f"{where} does not fit {name}: {'; '.join(problems)}")
+        raise UserError(f"{where} does not fit {spec.description}: {'; '.join(problems)}")
+
+
+def _vit(
+    shapes: _Shapes, classifier: str | None, known: _Size | None, likely: _Size | None, where: str
+) -> Spec:
+    blocks = _Blocks(shapes, "Transformer/encoderblock_")
+    heads = blocks.vote("query/kernel", 3, 1)
+    mlp_dim = blocks.vote("Dense_0/kernel", 2, 1)
+    fixed_positions = "embedding/kernel" in shapes and not {POSITIONS, "cls"} & shapes.keys()
+    anchors = {"embedding/kernel": 4} | ({} if fixed_positions else {POSITIONS: 3})
+    _check_anchors(shapes, anchors, [] if heads and mlp_dim else [f"{blocks.prefix}0/..."], where)
+    assert heads
+    assert mlp_dim
+    ph, pw, channels, hidden_size = shapes["embedding/kernel"]
+    if hidden_size % heads:
+        raise UserError(f"{where}: {heads} attention heads do not divide the width {hidden_size}")
+    resnet = _resnet(shapes)
+    if resnet is not None:
+        channels = shapes["conv_root/kernel"][2]
+    spec = Spec(
+        patch_size=(ph, pw),
+        hidden_size=hidden_size,
+        num_layers=blocks.depth,
+        num_heads=heads,
+        mlp_dim=mlp_dim,
+        classifier="gap",
+        representation_size=_outputs(shapes, "pre_logits"),
+        num_classes=_outputs(shapes, "head"),
+        channels=channels,
+        image_size=(1, 1),
+        resnet=resnet,
+        position_embedding="sincos2d" if fixed_positions else "learned",
+    )
+    if fixed_positions:
+        size = known or likely or _USUAL_SIZE
+        if not known:
+            _log.warning(
+                "%s: it has no position embeddings; taken as fixed sines and cosines, for pictures "
+                "of %dx%d pixels",
+                *(where, *size),
+            )
+        classifier = classifier or ("map" if "MAPHead_0/probe" in shapes else "gap")
+        return dataclasses.replace(spec, classifier=classifier, image_size=size)
+
+    tokens = shapes[POSITIONS][1]
+    if classifier is not None:
+        class_token = classifier in ("token", "token_unpooled")
+    else:
+        class_token = "cls" in shapes or _lacks_class_token(spec, tokens, (known, likely))
+        pooled = "map" if "MAPHead_0/probe" in shapes else "gap"
+        classifier = "token" if class_token else pooled
+    size = _image_size(spec, tokens - class_token, known, likely, where)
+    return dataclasses.replace(spec, classifier=classifier, image_size=size)
+
+
+def _mixer(shapes: _Shapes, known: _Size | None, likely: _Size | None, where: str) -> MixerSpec:
+    blocks = _Blocks(shapes, "MixerBlock_")
+    tokens = blocks.vote("token_mixing/Dense_0/kernel", 2, 0)
+    tokens_mlp_dim = blocks.vote("token_mixing/Dense_0/kernel", 2, 1)
+    channels_mlp_dim = blocks.vote("channel_mixing/Dense_0/kernel", 2, 1)
+    complete = tokens and tokens_mlp_dim and channels_mlp_dim
+    _check_anchors(shapes, {"stem/kernel": 4}, [] if complete else [f"{blocks.prefix}0/..."], where)
+    assert tokens
+    assert tokens_mlp_dim
+    assert channels_mlp_dim
+    ph, pw, channels, hidden_size = shapes["stem/kernel"]
+    spec = MixerSpec(
+        patch_size=(ph, pw),
+        hidden_size=hidden_size,
+        num_layers=blocks.depth,
+        tokens_mlp_dim=tokens_mlp_dim,
+        channels_mlp_dim=channels_mlp_dim,
+        num_classes=_outputs(shapes, "head"),
+        channels=channels,
+        image_size=(1, 1),
+    )
+    size = _image_size(spec, tokens, known, likely, where)
+    return dataclasses.replace(spec, image_size=size)
+
+
+def _lit(shapes: _Shapes, known: _Size | None, likely: _Size | None, where: str) -> LiTSpec:
+    towers: dict[str, dict[str, tuple[int, ...]]] = {"img": {}, "txt": {}}
+    for key, shape in shapes.items():
+        tower, _, rest = key.partition("/")
+        if tower in towers:
+            towers[tower][rest] = shape
+    image = _vit(towers["img"], None, known, likely, f"{where} (img/)")
+    text = towers["txt"]
+    bert = any(key.startswith("BertEncoder_0/") for key in text)
+    prefix = (
+        "BertEncoder_0/encoder_block/layer_sequence/layers_" if bert else "Encoder_0/encoderblock_"
+    )
+    blocks = _Blocks(text, prefix)
+    if bert:
+        vocabulary = "BertEncoder_0/embedder/embedders_token_ids/embedding"
+        positions = "BertEncoder_0/embedder/embedders_position_ids/embedding"
+        mlp_dim = blocks.vote("mlp/dense_layer/kernel", 2, 1)
+        # BERT's heads leave no trace in its arrays, but all its published sizes are 64 wide.
+        heads = (blocks.vote("query/kernel", 2, 1) or 0) // 64
+    else:
+        vocabulary, positions = "Embed_0/embedding", "pos_embedding"
+        mlp_dim = blocks.vote("MlpBlock_0/Dense_0/kernel", 2, 1)
+        heads = blocks.vote("query/kernel", 3, 1) or 0
+    _check_anchors(
+        text,
+        {vocabulary: 2, positions: 2 if bert else 3},
+        [] if heads and mlp_dim else [f"{prefix}0/..."],
+        f"{where} (txt/)",
+    )
+    assert mlp_dim
+    fields = {
+        "hidden_size": text[vocabulary][1],
+        "num_layers": blocks.depth,
+        "num_heads": heads,
+        "mlp_dim": mlp_dim,
+        "vocab_size": text[vocabulary][0],
+        "max_len": text[positions][0 if bert else 1],
+    }
+    return LiTSpec(
+        image=image,
+        text_model="bert" if bert else "text_transformer",
+        text=tuple(fields.items()),
+        text_classes=_outputs(text, "head"),
+    )
+
+
+class _Blocks:
+    """The arrays of the numbered blocks "PREFIX0/...", "PREFIX1/...", ..."""
+
+    def __init__(self, shapes: _Shapes, prefix: str):
+        self.prefix = prefix
+        pattern = re.compile(re.escape(prefix) + r"([0-9]{1,4})/(.+)")
+        self._shapes = {
+            (int(match[1]), match[2]): shape
+            for key, shape in shapes.items()
+            if (match := pattern.fullmatch(key))
+        }
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks: up to the last one, of which at least half are there.
+
+        A missing block is so named as missing, and a stray one with a huge number as unexpected.
+        """
+        indices = sorted({index for index, _ in self._shapes})
+        return 1 + max((i for count, i in enumerate(indices, 1) if i + 1 <= 2 * count), default=0)
+
+    def vote(self, ending: str, rank: int, axis: int) -> int | None:
+        """The size that most blocks agree on, so that one bad block is the one that is named."""
+        sizes = Counter(
+            shape[axis]
+            for (_, name), shape in self._shapes.items()
+            if name.endswith(ending) and len(shape) == rank and min(shape) > 0
+        )
+        return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _resnet(shapes: _Shapes) -> tuple[int, ...] | None:
+    """Units in each stage of a hybrid's ResNet; None if there is none."""
+    if len(shapes.get("conv_root/kernel", ())) != 4:
+        return None
+    units: dict[int, int] = {}
+    for key in shapes:
+        if match := re.match(r"block([0-9]{1,2})/unit([0-9]{1,3})/", key):
+            stage, unit = int(match[1]), int(match[2])
+            units[stage] = max(units.get(stage, 0), unit)
+    return tuple(units.get(stage, 1) for stage in range(1, max(units, default=0) + 1))
+
+
+def _check_anchors(
+    shapes: _Shapes, ranks: Mapping[str, int], missing_blocks: Iterable[str], where: str
+) -> None:
+    """Raises UserError if the arrays from which the architecture is read are not there."""
+    missing = [key for key in ranks if key not in shapes] + list(missing_blocks)
+    wrong = [
+        f"{key} {shapes[key]}, expected {rank} axes and no empty one"
+        for key, rank in ranks.items()
+        if key in shapes and (len(shapes[key]) != rank or 0 in shapes[key])
+    ]
+    problems = [p for p in (_listing("missing", missing), _listing("wrong shape", wrong)) if p]
+    if problems:
+        raise UserError(
+            f"{where} is no ViT checkpoint: {'; '.join(problems)}; "
+            f"it holds {len(shapes)} arrays: {_first(sorted(shapes))}"
+        )
 
 
 def _first(names: list[str], count: int = 5) -> str:
@@ -201,44 +288,53 @@ def _listing(title: str, items: list[str]) -> str:
     return f"{title} ({len(items)}): {', '.join(items)}" if items else ""
 
 
-def _blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The encoder blocks' arrays from which heads and MLP width are read, if both kinds are
-    there."""
-    blocks = {key: shape for key, shape in shapes.items() if _BLOCK.fullmatch(key)}
-    for ending, rank in (("query/kernel", 3), ("Dense_0/kernel", 2)):
-        if not any(k.endswith(ending) and len(s) == rank and min(s) > 0 for k, s in blocks.items()):
-            return {}
-    return blocks
+def _outputs(shapes: _Shapes, layer: str) -> int | None:
+    """The width of a dense layer's output, from its kernel or else its bias; None without it."""
+    ends = (shapes.get(f"{layer}/{array}", ())[-1:] for array in ("kernel", "bias"))
+    return next((end[0] for end in ends if end and end[0] > 0), None)
 
 
-def _vote(blocks: Mapping[str, tuple[int, ...]], ending: str, axis: int) -> int:
-    """The size that most blocks agree on, so that one bad block is the one that is named."""
-    rank = 3 if ending == "query/kernel" else 2
-    sizes = Counter(
-        s[axis] for k, s in blocks.items() if k.endswith(ending) and len(s) == rank and min(s) > 0
-    )
-    return sizes.most_common(1)[0][0]
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number
 
 
-def _last_axis(shapes: Mapping[str, tuple[int, ...]], key: str) -> int | None:
-    kernel, bias = shapes.get(f"{key}"), shapes.get(key.replace("kernel", "bias"))
-    return kernel[-1] if kernel else bias[-1] if bias else None
+def _fits(spec: Spec | MixerSpec, patches: int, image_size: _Size | None) -> bool:
+    if image_size is None or min(image_size) < 1:
+        return False
+    try:
+        return math.prod(spec.model().grid_size(image_size)) == patches
+    except UserError:  # Smaller than a patch.
+        return False
 
 
-def _grid(
-    patches: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None, where: str
-) -> tuple[int, int]:
-    if image_size is not None:
-        grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
-        if grid[0] * grid[1] == patches:
-            return grid
-    side = math.isqrt(max(patches, 1))
+def _lacks_class_token(spec: Spec, tokens: int, sizes: Iterable[_Size | None]) -> bool:
+    """Whether `cls` is missing rather than not needed: 197 positions are a square and one more."""
+    if any(_fits(spec, tokens, size) for size in sizes):
+        return False
+    return not _is_square(tokens) and _is_square(tokens - 1)
+
+
+def _image_size(
+    spec: Spec | MixerSpec, patches: int, known: _Size | None, likely: _Size | None, where: str
+) -> _Size:
+    """(height, width) of the pictures that the stored positions are for, see `read_spec`."""
+    height, width = spec.model().stride
+    if known is not None:
+        if not _fits(spec, patches, known):
+            raise UserError(
+                f"{where}: its {patches} positions do not fit pictures of {known[0]}x{known[1]} "
+                f"pixels in patches of {height}x{width}: give the size that the weights are for"
+            )
+        return known
+    side = math.isqrt(patches)
     if side * side == patches:
-        return side, side
+        return side * height, side * width
+    if likely is not None and _fits(spec, patches, likely):
+        return likely
     rows = next(r for r in range(side, 0, -1) if patches % r == 0)
-    logging.getLogger(__name__).warning(
+    _log.warning(
         "%s: its %d positions are no square grid; taken as %d rows of %d. If that is wrong, "
         "pass the image size that the weights are for",
         *(where, patches, rows, patches // rows),
     )
-    return rows, patches // rows
+    return rows * height, patches // rows * width

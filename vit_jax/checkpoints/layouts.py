@@ -1,18 +1,235 @@
-"""The key styles in which ViT weights were published, and the way between them.
+"""Every layout in which weights were published, and the way to today's names and back.
 
-"linen": today's names, those of the parameters in memory. "prelinen": the files of 2020 and 2021
-(ViT, AugReg, SAM), where one counter ran over all sub-modules of an encoder block.
+In memory the arrays always have the names of today's Flax Linen modules. Each other layout is
+undone by one step, a function arrays -> arrays that leaves alone what it does not know. Which ones a
+file needs is seen from its keys and shapes; it can need several.
+
+The values may be NumPy arrays or `LazyArray`s: no step reads one.
 """
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
+from vit_jax.checkpoints.lazy import rows, with_zero_token
 from vit_jax.errors import UserError
 
-T = TypeVar("T")
+Arrays = Mapping[str, Any]
 
-STYLES = ("linen", "prelinen")
+# Those that are written, from the newest to the oldest.
+STYLES = ("linen", "prelinen", "2020")
+
+_POSITIONS = "Transformer/posembed_input/pos_embedding"
+_MAX_LAYERS = 1000  # The deepest published network has 56.
+
+_log = logging.getLogger(__name__)
+
+
+class Layout(NamedTuple):
+    """What a file turned out to be.
+
+    Attributes:
+      arrays: the network's arrays under today's names.
+      steps: which of STEPS it needed; none if it had today's names already.
+      left_out: keys of arrays that are not the network's.
+    """
+
+    arrays: dict[str, Any]
+    steps: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def read_layout(arrays: Arrays, *, tower: str | None = None) -> Layout:
+    """Undoes every known layout.
+
+    Args:
+      arrays: name -> array, as they stand in a file.
+      tower: of a file with several networks the one to take, e.g. "img"; None for the image tower,
+        but for all of a LiT bundle.
+
+    Raises UserError if the arrays contradict each other, or there is no such tower.
+    """
+    steps, left_out = [], []
+    for name, step in STEPS.items():
+        new = step(arrays, tower) if step is choose_tower else step(arrays)
+        if new is arrays:
+            continue
+        steps.append(name)
+        if len(new) < len(arrays):
+            kept = {id(array) for array in new.values()}
+            left_out += [key for key, array in arrays.items() if id(array) not in kept]
+        arrays = new
+    return Layout(dict(arrays), tuple(steps), tuple(left_out))
+
+
+def to_linen(
+    arrays: Arrays, *, tower: str | None = None, where: str = "the checkpoint"
+) -> dict[str, Any]:
+    """The network's arrays under today's names, see `read_layout`; logs what is left out.
+
+    Args:
+      arrays, tower: see `read_layout`.
+      where: the file's name, for the log.
+
+    Raises UserError as `read_layout` does.
+    """
+    layout = read_layout(arrays, tower=tower)
+    if layout.left_out:
+        groups = sorted({key.partition("/")[0] for key in layout.left_out})
+        _log.warning(
+            "%s: %d of its %d arrays are taken, those of the network; left out: %s",
+            *(where, len(arrays) - len(layout.left_out), len(arrays), ", ".join(groups)),
+        )
+    return layout.arrays
+
+
+def key_style(arrays: Arrays) -> str:
+    """The layout of a file in words: "linen", or which of STEPS it needs."""
+    return ", ".join(read_layout(arrays).steps) or "linen"
+
+
+def to_style(arrays: Arrays, style: str) -> dict[str, Any]:
+    """Gives arrays with today's names those of an older style, one of STYLES.
+
+    "prelinen" is that of the published files of 2020 and 2021, "2020" that of the first hybrids
+    among them; for other networks the two are the same, and for Mixers all three.
+
+    Raises UserError for an unknown style.
+    """
+    if style not in STYLES:
+        raise UserError(f"unknown key style {style!r}, expected one of {', '.join(STYLES)}")
+    if style == "linen":
+        return dict(arrays)
+    styled = _rename_in_blocks(arrays, _PRELINEN)
+    if style == "2020":
+        for key, array in styled.items():
+            if _GROUP_NORM.search(key):
+                styled[key] = array.reshape((1, 1, 1, -1))
+    return styled
+
+
+# The steps.
+
+
+def unwrap_optimizer(arrays: Arrays) -> Arrays:
+    """2020: training checkpoints, in which the parameters lie beside the optimizer's state.
+
+    The original code saved a Flax optimizer, "opt/target/..." (its Linen version
+    "optimizer/target/..."); big_vision and Optax's train states have "params/...".
+    """
+    for prefix in ("opt/target/", "optimizer/target/", "params/"):
+        if any(key.startswith(prefix) for key in arrays):
+            arrays = _below(arrays, prefix)
+    return arrays
+
+
+def choose_tower(arrays: Arrays, tower: str | None) -> Arrays:
+    """2022: contrastive models of big_vision (SigLIP, arXiv:2303.15343), "img/..." and "txt/...".
+
+    A LiT bundle of the original code (arXiv:2111.07991) has the same two towers, but its image
+    tower the names of the original's ViT; it is a network of its own and stays whole.
+    """
+    if tower is not None:
+        chosen = _below(arrays, f"{tower}/")
+        if not chosen:
+            groups = sorted({key.partition("/")[0] for key in arrays if "/" in key})
+            raise UserError(
+                f"there is no tower {tower!r} in the file: expected one of {', '.join(groups[:8])}"
+            )
+        return chosen
+    is_lit = f"img/{_POSITIONS}" in arrays and any(key.startswith("txt/") for key in arrays)
+    if is_lit or not any(key.startswith("img/") for key in arrays):
+        return arrays
+    return _below(arrays, "img/")
+
+
+def unstack_blocks(arrays: Arrays) -> Arrays:
+    """2023: big_vision's scanned models, with one "encoderblock" for all layers.
+
+    Its arrays have an axis of layers first.
+    """
+    stacked = {key for key in arrays if "/encoderblock/" in key}
+    if not stacked:
+        return arrays
+    depths = {arrays[key].shape[:1] for key in stacked}
+    if len(depths) > 1 or depths == {()} or not 0 < max(depths)[0] <= _MAX_LAYERS:
+        raise UserError(
+            "the arrays of 'encoderblock' have first axes of "
+            f"{', '.join(str(*depth) or 'no size' for depth in sorted(depths)[:5])}, expected the "
+            f"same number of layers in all, at most {_MAX_LAYERS}: the file is damaged"
+        )
+
+    def pairs():
+        for key, array in arrays.items():
+            if key in stacked:
+                for i, row in enumerate(rows(array)):
+                    yield key.replace("/encoderblock/", f"/encoderblock_{i}/", 1), row
+            else:
+                yield key, array
+
+    return _collect(pairs())
+
+
+def move_positions(arrays: Arrays) -> Arrays:
+    """2022: big_vision's ViT (arXiv:2205.01580), with "pos_embedding" at the top level.
+
+    It is added to the patches before the class token comes in front of them: a class token has no
+    position there, which is to say one of zeros.
+    """
+    if "pos_embedding" not in arrays:
+        return arrays
+    positions = arrays["pos_embedding"]
+    if "cls" in arrays and len(positions.shape) == 3:
+        positions = with_zero_token(positions)
+    arrays = {**arrays, "pos_embedding": positions}
+    return _renamed(arrays, lambda key: _POSITIONS if key == "pos_embedding" else key)
+
+
+def move_map_head(arrays: Arrays) -> Arrays:
+    """2021: big_vision's attention pooling as in the making of ViT-G (arXiv:2106.04560).
+
+    Its four parts stood at the top level.
+    """
+    if "probe" not in arrays:
+        return arrays
+    part = re.compile(r"(probe$|(LayerNorm_0|MlpBlock_0|MultiHeadDotProductAttention_0)/)")
+    return _renamed(arrays, lambda key: f"MAPHead_0/{key}" if part.match(key) else key)
+
+
+def rename_prelinen(arrays: Arrays) -> Arrays:
+    """2020: the original's files up to 2021 (ViT, AugReg, SAM), made before Flax had Linen.
+
+    One counter ran over all sub-modules of an encoder block.
+    """
+    old = re.compile(rf"(^|/)encoderblock_[0-9]+/({'|'.join(_LINEN)})/")
+    if not any(old.search(key) for key in arrays):
+        return arrays
+    return _rename_in_blocks(arrays, _LINEN)
+
+
+def flatten_group_norms(arrays: Arrays) -> Arrays:
+    """2020: the first hybrids (R50+ViT-B_16), whose GroupNorms have shape (1, 1, 1, channels)."""
+    old = {
+        key
+        for key, array in arrays.items()
+        if _GROUP_NORM.search(key) and len(array.shape) == 4 and array.shape[:3] == (1, 1, 1)
+    }
+    if not old:
+        return arrays
+    return {key: a.reshape((a.shape[-1],)) if key in old else a for key, a in arrays.items()}
+
+
+# In the order in which they have to be undone: wrappings first.
+STEPS: dict[str, Callable[..., Arrays]] = {
+    "optimizer": unwrap_optimizer,
+    "towers": choose_tower,
+    "scanned": unstack_blocks,
+    "top-level positions": move_positions,
+    "top-level MAP head": move_map_head,
+    "prelinen": rename_prelinen,
+    "2020": flatten_group_norms,
+}
 
 _PRELINEN = {
     "LayerNorm_1": "LayerNorm_2",
@@ -21,41 +238,28 @@ _PRELINEN = {
 }
 _LINEN = {old: new for new, old in _PRELINEN.items()}
 
-
-def key_style(keys: Iterable[str]) -> str:
-    """The style of a file's keys, one of STYLES."""
-    old = re.compile(
-        r"(^|/)encoderblock_\d+/(LayerNorm_2|MultiHeadDotProductAttention_1|MlpBlock_3)/"
-    )
-    return "prelinen" if any(old.search(key) for key in keys) else "linen"
+_GROUP_NORM = re.compile(r"(^|/)gn([0-9]+|_root|_proj)/(scale|bias)$")
 
 
-def to_linen(arrays: Mapping[str, T]) -> dict[str, T]:
-    """Renames the keys of any known style to today's. What has no rule keeps its name.
-
-    Raises UserError if an array is there under its old and its new name.
-    """
-    if key_style(arrays) == "linen":
-        return dict(arrays)
-    return _rename(arrays, _LINEN)
+def _rename_in_blocks(arrays: Arrays, names: Mapping[str, str]) -> dict[str, Any]:
+    block = re.compile(rf"(?<=encoderblock_)([0-9]+)/({'|'.join(names)})(?=/)")
+    return _renamed(arrays, lambda key: block.sub(lambda m: f"{m[1]}/{names[m[2]]}", key))
 
 
-def to_style(arrays: Mapping[str, T], style: str) -> dict[str, T]:
-    """Renames today's keys to those of a published style.
-
-    Raises UserError for an unknown style.
-    """
-    if style not in STYLES:
-        raise UserError(f"unknown key style {style!r}, expected one of {', '.join(STYLES)}")
-    return dict(arrays) if style == "linen" else _rename(arrays, _PRELINEN)
+def _below(arrays: Arrays, prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
 
 
-def _rename(arrays: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
-    block = re.compile(rf"(?<=encoderblock_)(\d+)/({'|'.join(names)})(?=/)")
-    renamed: dict[str, T] = {}
-    for key, value in arrays.items():
-        new = block.sub(lambda m: f"{m[1]}/{names[m[2]]}", key)
-        if new in renamed:
-            raise UserError(f"the array {new!r} is there twice, in two key styles")
-        renamed[new] = value
-    return renamed
+def _renamed(arrays: Arrays, name: Callable[[str], str]) -> dict[str, Any]:
+    return _collect((name(key), array) for key, array in arrays.items())
+
+
+def _collect(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    arrays: dict[str, Any] = {}
+    for key, array in pairs:
+        if key in arrays:
+            raise UserError(
+                f"the array {key!r} is there twice, in two layouts: write the file in one of them"
+            )
+        arrays[key] = array
+    return arrays

@@ -3,9 +3,9 @@
 import contextlib
 import math
 import os
-import tempfile
+import secrets
+import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -13,66 +13,94 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
+from vit_jax.checkpoints.lazy import Array, LazyArray
 from vit_jax.errors import UserError
+
+_END_OF_DIRECTORY = 22  # Bytes of a zip archive's last record, without its comment.
 
 
 def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads every array of a .npz file, without the permission to unpickle anything.
+    """Reads every array of a .npz file; see `open_npz`."""
+    with open_npz(path) as arrays:
+        return {name: array.read() for name, array in arrays.items()}
 
-    A two-byte void array, which is how NumPy shows a bfloat16 array that it wrote, is given back as
-    bfloat16.
 
-    Raises UserError if the file is missing, no .npz, damaged, or holds Python objects.
+@contextlib.contextmanager
+def open_npz(path: str | os.PathLike) -> Iterator[dict[str, LazyArray]]:
+    """The arrays of a .npz file, to be read while it is open, in any order.
+
+    Nothing is ever unpickled. A two-byte void array, which is how NumPy shows a bfloat16 array that
+    it wrote, is given back as bfloat16.
+
+    Raises UserError if the file is missing, no .npz, damaged, or holds Python objects; damaged
+    values are noticed when they are read.
     """
     path = Path(path)
-    arrays: dict[str, np.ndarray] = {}
-    with _open_zip(path) as archive:
+    with contextlib.ExitStack() as stack:
+        archive = _open_zip(path, stack)
+        arrays: dict[str, LazyArray] = {}
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
+            if name == member.filename:
+                raise UserError(
+                    f"{path} is a zip archive, but no .npz checkpoint: it holds {name!r}, expected "
+                    "only .npy arrays"
+                )
             if name in arrays:
                 raise UserError(f"{path}: two arrays are named {name!r}: write the file again")
-            arrays[name] = _read_member(archive, member, path)
-    return arrays
+            arrays[name] = _open_member(archive, member, path)
+        yield arrays
 
 
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> np.ndarray:
+def _open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> LazyArray:
     name = member.filename
-    try:
-        with archive.open(member) as file:
-            shape, fortran_order, dtype = _read_header(file)
-            if dtype.hasobject:
-                raise UserError(
-                    f"{path}: array {name!r} holds pickled Python objects, which could run any "
-                    "code and are never loaded: save plain arrays instead"
-                )
-            count = math.prod(shape)
-            # Checked before anything is allocated: a header can claim any size.
-            if count * dtype.itemsize != member.file_size - file.tell():
-                raise UserError(
-                    f"{path}: array {name!r} claims shape {shape} of {dtype}, but has "
-                    f"{member.file_size} bytes: the file is damaged, fetch it again"
-                )
-            array = np.empty(count, dtype)
-            _fill(array.view(np.uint8).data, file)
+    with _explained(name, path), archive.open(member) as file:
+        shape, fortran_order, dtype = _read_header(file)
+        start = file.tell()
+        if dtype.hasobject:
+            raise UserError(
+                f"{path}: array {name!r} holds pickled Python objects, which could run any "
+                "code and are never loaded: save plain arrays instead"
+            )
+        size = math.prod(shape) * dtype.itemsize
+        # Checked before anything is allocated: the header can claim any size, and so can the
+        # archive, in which deflate makes a byte of at most 1032.
+        if (
+            size != member.file_size - start
+            or size > 1032 * path.stat().st_size
+            or min(shape, default=0) < 0
+        ):
+            raise UserError(
+                f"{path}: array {name!r} claims shape {shape} of {dtype}, but its size is "
+                "another: the file is damaged, fetch it again"
+            )
+        np.empty(0, dtype)  # Some types can be written down, but not made.
+    is_bfloat16 = dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None
+
+    def read() -> np.ndarray:
+        with _explained(name, path), archive.open(member) as file:
+            file.read(start)
+            data = np.empty(size, np.uint8)
+            _fill(data.data, file)
             file.read(1)  # At the end of the member, which is where its checksum is compared.
+            array = data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
+        return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
+
+    return LazyArray(shape, ml_dtypes.bfloat16 if is_bfloat16 else dtype, read)
+
+
+@contextlib.contextmanager
+def _explained(name: str, path: Path) -> Iterator[None]:
+    """Tells of damage: zipfile, zlib and NumPy meet damaged bytes with a dozen kinds of error."""
+    try:
+        yield
     except UserError:
         raise
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as e:
+    except Exception as e:
         raise UserError(
-            f"{path}: array {name!r} can't be read ({_first_line(e)}): "
+            f"{path}: array {name!r} can't be read ({first_line(e)}): "
             "the file is damaged or cut short, fetch it again"
         ) from e
-    array = array.reshape(shape, order="F" if fortran_order else "C")
-    if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None:
-        array = array.view(ml_dtypes.bfloat16)
-    return array
 
 
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -83,76 +111,89 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _fill(buffer: memoryview, file) -> None:
-    """Reads exactly len(buffer) bytes, in pieces that keep the decompressor's memory small."""
+    """Reads exactly len(buffer) bytes, in pieces that stay in the processor's cache."""
     position = 0
     while position < len(buffer):
-        piece = file.read(min(len(buffer) - position, 1 << 24))
+        piece = file.read(min(len(buffer) - position, 1 << 18))
         if not piece:
             raise EOFError(f"{len(buffer) - position} bytes are missing")
         buffer[position : position + len(piece)] = piece
         position += len(piece)
 
 
-@contextlib.contextmanager
-def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+def _open_zip(path: Path, stack: contextlib.ExitStack) -> zipfile.ZipFile:
+    """The archive, which is closed with the stack."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-            if start != b"PK\x03\x04":
-                found = "an empty file" if not start else f"a file that starts with {start!r}"
-                raise UserError(
-                    f"{path} is no .npz checkpoint: expected a zip archive of arrays, found {found}"
-                )
-            try:
-                archive = zipfile.ZipFile(file)
-            except zipfile.BadZipFile as e:
-                raise UserError(
-                    f"{path} is no complete .npz checkpoint ({_first_line(e)}): "
-                    "the file is damaged or cut short, fetch it again"
-                ) from e
-            with archive:
-                yield archive
-    except FileNotFoundError as e:
-        raise UserError(f"no such file: {path}") from e
-    except IsADirectoryError as e:
-        raise UserError(f"{path} is a folder, expected a .npz file") from e
-    except PermissionError as e:
-        raise UserError(f"{path}: no permission to read it") from e
+        file = stack.enter_context(path.open("rb"))
+        start = file.read(4)
+    except OSError as e:
+        raise unreadable(path, e) from e
+    if start != b"PK\x03\x04":
+        found = "an empty file" if not start else f"a file that starts with {start!r}"
+        raise UserError(
+            f"{path} is no .npz checkpoint: expected a zip archive of arrays, found {found}"
+        )
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        # A damaged entry of the directory can swallow those after it.
+        file.seek(-_END_OF_DIRECTORY - len(archive.comment), os.SEEK_END)
+        (count,) = struct.unpack_from("<H", file.read(_END_OF_DIRECTORY), 10)
+        if count != len(archive.infolist()) and count != 0xFFFF:
+            raise EOFError(f"{count} arrays are listed, {len(archive.infolist())} found")
+        return archive
+    except Exception as e:  # A damaged directory raises a dozen kinds.
+        raise UserError(
+            f"{path} is no complete .npz checkpoint ({first_line(e)}): "
+            "the file is damaged or cut short, fetch it again"
+        ) from e
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say if a file can't be opened."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"no such file: {path}")
+    if isinstance(error, IsADirectoryError):
+        return UserError(f"{path} is a folder, expected a file")
+    return UserError(f"{path} can't be read ({error.strerror})")
 
 
-def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays to an uncompressed .npz file, keys in sorted order.
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind if it has none."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
-    The file appears under its name only when it is complete and on disk.
+
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
+    """Writes arrays to an uncompressed .npz file, in their order and one at a time.
+
+    The file appears under its name only when it is complete and on disk. Equal arrays give equal
+    files.
     """
-    with atomic_file(path) as file:
-        np.savez(file, allow_pickle=False, **{k: np.asarray(arrays[k]) for k in sorted(arrays)})
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when the block ends without an error."""
+    """A file to write that takes its name only when the block ends without an error.
+
+    Raises UserError if it can't be written: no such folder, no permission, no space.
+    """
     path = Path(path)
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: the folder {path.parent} does not exist") from e
-    except PermissionError as e:
-        raise UserError(f"{path}: no permission to write in {path.parent}") from e
-    try:
-        with open(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's own mode is for secrets.
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as e:
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}: make it first") from e
+        raise UserError(f"{path} can't be written ({e.strerror or e})") from e

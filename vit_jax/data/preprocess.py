@@ -226,6 +226,12 @@ def random_shift(pixels: int) -> Step:
 
 
 @_op
+def uint8() -> Step:
+    """Cuts off what is behind the point, as a cast to uint8 does; LiT's towers were trained so."""
+    return Step(lambda image, _: image.astype(np.uint8))
+
+
+@_op
 def value_range(lo: float, hi: float) -> Step:
     """Maps 0..255 to lo..hi, neither rounded nor clipped; -1, 1 is exactly (x - 127.5) / 127.5."""
     if not lo < hi:

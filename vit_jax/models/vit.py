@@ -11,14 +11,40 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.models.resnet import resnet_features, resnet_output_size, resnet_stride
 
-CLASSIFIERS = ("token", "gap", "unpooled", "token_unpooled")
+CLASSIFIERS = ("token", "gap", "map", "unpooled", "token_unpooled")
+POOLED = ("token", "gap", "map")  # Those that give one vector, so one answer, a picture.
+POSITION_EMBEDDINGS = ("learned", "sincos2d")
 
-# The official code's value; the published weights were trained with it (Flax's default is the
-# same).
+# The published weights were trained with it.
 LAYER_NORM_EPSILON = 1e-6
+
+
+def sincos_positions(grid_size: tuple[int, int], width: int) -> jax.Array:
+    """Fixed position embeddings: sines and cosines of the column and of the row of a patch.
+
+    With D = width and w_i = 10000^(-i / (D/4 - 1)), i < D/4, the four quarters are sin(x w), cos(x
+    w), sin(y w) and cos(y w); x is the column and y the row (arXiv:2104.02057, section 4).
+
+    Returns:
+      (1, rows * columns, width) float32.
+
+    Raises UserError if the width can't be cut in four.
+    """
+    if width % 4 or width < 8:
+        raise UserError(
+            f"hidden_size is {width}, expected a multiple of 4 from 8 for sincos2d positions"
+        )
+    rows, columns = grid_size
+    # In NumPy's float64 and rounded once: the angles reach hundreds of radians.
+    frequencies = 1.0 / 10_000.0 ** (np.arange(width // 4) / (width // 4 - 1))
+    y, x = (axis.reshape(-1, 1) * frequencies for axis in np.mgrid[:rows, :columns])
+    positions = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    return jnp.asarray(positions[None], jnp.float32)
 
 
 class AddPositionEmbs(nn.Module):
@@ -93,8 +119,36 @@ class EncoderBlock(nn.Module):
         return x + drop_path(y)
 
 
+class MAPHead(nn.Module):
+    """Multihead attention pooling (arXiv:2106.04560, appendix). (n, t, d) -> (n, d).
+
+    A learned probe attends to the tokens; a residual MLP block follows.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n, _, d = x.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
+        y = nn.MultiHeadDotProductAttention(
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            force_fp32_for_softmax=True,
+        )(jnp.tile(probe.astype(x.dtype), (n, 1, 1)), x)
+        z = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(y)
+        y = y + MlpBlock(self.mlp_dim, dtype=self.dtype)(z, deterministic=True)
+        return y[:, 0]
+
+
 class Encoder(nn.Module):
-    """Position embeddings, `num_layers` blocks and a final LayerNorm. (n, t, d) -> (n, t, d)."""
+    """Position embeddings, `num_layers` blocks and a final LayerNorm. (n, t, d) -> (n, t, d).
+
+    `positions` (1, t, d) are added in place of learned ones if they are given.
+    """
 
     num_layers: int
     num_heads: int
@@ -106,10 +160,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, deterministic: bool
+        self, x: jax.Array, *, deterministic: bool, positions: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         features = {}
-        x = AddPositionEmbs(name="posembed_input")(x)
+        if positions is None:
+            x = AddPositionEmbs(name="posembed_input")(x)
+        else:
+            x = x + positions.astype(x.dtype)
         x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
         for i in range(self.num_layers):
             x = EncoderBlock(
@@ -126,6 +183,15 @@ class Encoder(nn.Module):
         return nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="encoder_norm")(x), features
 
 
+def check_images(images: jax.Array) -> None:
+    """Raises UserError if pictures have not four axes."""
+    if images.ndim != 4:
+        raise UserError(
+            f"images have shape {images.shape}, expected (n, height, width, channels): "
+            "add the missing axis, e.g. images[None] for one picture"
+        )
+
+
 class VisionTransformer(nn.Module):
     """A Vision Transformer for pictures of any size, shape and number of channels.
 
@@ -135,11 +201,15 @@ class VisionTransformer(nn.Module):
       hidden_size: width of a token, d.
       num_layers, num_heads, mlp_dim: depth, attention heads and hidden width of the blocks.
       classifier: what the head sees: "token" the class token, "gap" the mean of the patch tokens,
-        "unpooled" every patch token, "token_unpooled" every token with the class token first.
+        "map" what attention pooling makes of them, "unpooled" every patch token, "token_unpooled"
+        every token with the class token first.
       representation_size: width of the tanh layer `pre_logits` before the head; None for no layer.
       head_bias_init: initial value of the head's bias (its kernel starts at zero).
       dropout_rate, attention_dropout_rate, stochastic_depth_rate: active only with train=True,
         which then needs an rng named "dropout".
+      resnet: None, or the number of units in each stage of a ResNet whose features are cut into
+        patches instead of the pictures themselves (a hybrid); empty for the ResNet's root alone.
+      position_embedding: "learned" or "sincos2d" (fixed, see `sincos_positions`).
       dtype: what is computed in, float32 or bfloat16. Parameters, statistics of the LayerNorms,
         attention softmax and the returned logits are float32 in any case.
     """
@@ -156,18 +226,29 @@ class VisionTransformer(nn.Module):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
+    resnet: tuple[int, ...] | None = None
+    position_embedding: str = "learned"
     dtype: Any = jnp.float32
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """(height, width) in pixels from one patch to the next."""
+        pixels = 1 if self.resnet is None else resnet_stride(self.resnet)
+        return self.patch_size[0] * pixels, self.patch_size[1] * pixels
 
     def grid_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The (rows, columns) of patches in a picture of (height, width) pixels.
 
         Raises UserError if the picture is smaller than one patch.
         """
-        rows, columns = (s // p for s, p in zip(image_size, self.patch_size, strict=True))
+        height, width = image_size
+        if self.resnet is not None:
+            height, width = (resnet_output_size(size, self.resnet) for size in image_size)
+        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
         if rows < 1 or columns < 1:
             raise UserError(
                 "the picture of {}x{} pixels is smaller than one patch of {}x{}: "
-                "use a larger image size".format(*image_size, *self.patch_size)
+                "use a larger image size".format(*image_size, *self.stride)
             )
         return rows, columns
 
@@ -189,29 +270,40 @@ class VisionTransformer(nn.Module):
 
         Returns:
           logits, float32: (n, num_classes), or (n, t, num_classes) for the unpooled classifiers;
-            with
-          num_classes=None the head's input instead. With return_features a pair (logits, features):
-          "embedding" (n, rows, columns, d) the patches, "encoderblock_0", ... (n, t, d) the output
-          of each block, "encoder_norm" (n, t, d), and "pre_logits" the head's input.
+          with num_classes=None the head's input instead. With return_features a pair (logits,
+          features): "embedding" (n, rows, columns, d) the patches, "encoderblock_0", ... (n, t, d)
+          the output of each block, "encoder_norm" (n, t, d), and "pre_logits" the head's input; of
+          a hybrid also "resnet" (n, h', w', c').
+
+        Raises UserError if the fields or the pictures make no sense.
         """
         self._check(images)
         n, h, w, _ = images.shape
-        patches = nn.Conv(
+        x = images.astype(self.dtype)
+        features = {}
+        if self.resnet is not None:
+            x = features["resnet"] = resnet_features(x, self.resnet, self.dtype)
+        patches = features["embedding"] = nn.Conv(
             self.hidden_size,
             self.patch_size,
             strides=self.patch_size,
             padding="VALID",
             dtype=self.dtype,
             name="embedding",
-        )(images.astype(self.dtype))
-        rows, columns = self.grid_size((h, w))
-        x = patches.reshape(n, rows * columns, self.hidden_size)
+        )(x)
+        grid = self.grid_size((h, w))
+        x = patches.reshape(n, grid[0] * grid[1], self.hidden_size)
+        positions = None
+        if self.position_embedding == "sincos2d":
+            positions = sincos_positions(grid, self.hidden_size)
 
         if self.has_class_token:
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
             x = jnp.concatenate([jnp.tile(cls.astype(x.dtype), (n, 1, 1)), x], axis=1)
+            if positions is not None:  # The class token has no place.
+                positions = jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
 
-        encoded, features = Encoder(
+        encoded, block_features = Encoder(
             self.num_layers,
             self.num_heads,
             self.mlp_dim,
@@ -220,18 +312,20 @@ class VisionTransformer(nn.Module):
             self.stochastic_depth_rate,
             self.dtype,
             name="Transformer",
-        )(x, deterministic=not train)
+        )(x, deterministic=not train, positions=positions)
 
         x = encoded
         if self.classifier == "token":
             x = x[:, 0]  # Equation 4.
         elif self.classifier == "gap":
             x = x.astype(jnp.float32).mean(axis=1)
+        elif self.classifier == "map":
+            x = MAPHead(self.num_heads, self.mlp_dim, self.dtype, name="MAPHead_0")(x)
 
         if self.representation_size is not None:
             x = nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x)
             x = nn.tanh(x)
-        pre_logits = x
+        features |= block_features | {"encoder_norm": encoded, "pre_logits": x}
         if self.num_classes is not None:
             # The head computes in float32: it costs little, and the loss wants all the digits.
             x = nn.Dense(
@@ -241,26 +335,31 @@ class VisionTransformer(nn.Module):
                 name="head",
             )(x.astype(jnp.float32))
         logits = x.astype(jnp.float32)
-        if not return_features:
-            return logits
-        return logits, {
-            "embedding": patches,
-            **features,
-            "encoder_norm": encoded,
-            "pre_logits": pre_logits,
-        }
+        return (logits, features) if return_features else logits
 
     def _check(self, images: jax.Array) -> None:
-        if images.ndim != 4:
-            raise UserError(
-                f"images have shape {images.shape}, expected (n, height, width, channels): "
-                "add the missing axis, e.g. images[None] for one picture"
-            )
+        check_images(images)
+        if np.shape(self.patch_size) != (2,) or min(self.patch_size) < 1:
+            raise UserError(f"patch_size is {self.patch_size}, expected (height, width) in pixels")
+        _, height, width, _ = images.shape
+        self.grid_size((height, width))
         if self.classifier not in CLASSIFIERS:
             raise UserError(
                 f"unknown classifier {self.classifier!r}, expected one of {', '.join(CLASSIFIERS)}"
             )
+        if self.position_embedding not in POSITION_EMBEDDINGS:
+            raise UserError(
+                f"unknown position_embedding {self.position_embedding!r}, expected one of "
+                f"{', '.join(POSITION_EMBEDDINGS)}"
+            )
         if self.hidden_size % self.num_heads:
             raise UserError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
+                "change one of them"
             )
+        for field in ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(
+                    f"{field} is {getattr(self, field)}, expected a probability, at least 0 and "
+                    "less than 1"
+                )

@@ -1,0 +1,267 @@
+import http.server
+import os
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import vit_jax
+from vit_jax.checkpoints import hub, save_npz
+from vit_jax.checkpoints.hub import STORE, cache_path, companions, locate, resolve
+from vit_jax.errors import UserError
+
+TI = "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"
+INDEX = f"""name,ds,final_val,filename
+Ti/16,i21k,0.3,Ti_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0
+Ti/16,i21k,0.4,{TI}
+Ti/16,i1k,0.9,Ti_16-i1k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0
+R+Ti/16,i21k,0.8,R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0
+"""
+EMPTY_NPZ = b"PK\x05\x06" + bytes(18)  # The shortest complete archive.
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    for name in ("VIT_JAX_OFFLINE", "VIT_JAX_MIRROR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    """A server that has {path: content}, set as the mirror; its `asked` lists the paths."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append(self.path)
+            content = server.content.get(self.path)
+            self.send_response(200 if content is not None else 404)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.content, server.asked = {}, []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setenv("VIT_JAX_MIRROR", f"http://127.0.0.1:{server.server_address[1]}/")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("imagenet21k/ViT-B_16", "vit_models/imagenet21k/ViT-B_16.npz"),
+        ("imagenet21k/ViT-B_16.npz", "vit_models/imagenet21k/ViT-B_16.npz"),
+        ("ViT-B_16", "vit_models/imagenet21k/ViT-B_16.npz"),
+        ("R50+ViT-B_16", "vit_models/imagenet21k/R50+ViT-B_16.npz"),
+        ("imagenet21k+imagenet2012/ViT-L_32", "vit_models/imagenet21k+imagenet2012/ViT-L_32.npz"),
+        ("sam/ViT-B_32", "vit_models/sam/ViT-B_32.npz"),
+        ("gsam/ViT-B_16-gap-norep", "vit_models/gsam/ViT-B_16-gap-norep.npz"),
+        ("mixer/Mixer-B_16", "mixer_models/imagenet21k/Mixer-B_16.npz"),
+        ("Mixer-L_16", "mixer_models/imagenet21k/Mixer-L_16.npz"),
+        ("mixer/imagenet1k/Mixer-B_16", "mixer_models/imagenet1k/Mixer-B_16.npz"),
+        ("lit/LiT-B16B", "vit_models/lit/LiT-B16B.npz"),
+        ("LiT-L16Ti", "vit_models/lit/LiT-L16Ti.npz"),
+        (f"augreg/{TI}", f"vit_models/augreg/{TI}.npz"),
+        (f"augreg/{TI}.npz", f"vit_models/augreg/{TI}.npz"),
+        (
+            f"{TI}--imagenet2012-steps_20k-lr_0.03-res_384",
+            f"vit_models/augreg/{TI}--imagenet2012-steps_20k-lr_0.03-res_384.npz",
+        ),
+        ("gs://big_vision/vit_s16_i1k_90ep.npz", "big_vision/vit_s16_i1k_90ep.npz"),
+        ("gs://bucket/a b/ü?.npz", "bucket/a%20b/%C3%BC%3F.npz"),
+    ],
+)
+def test_names_have_an_address(name, place):
+    assert locate(name) == f"{STORE}/{place}"
+
+
+def test_addresses_stay_as_they_are_but_for_odd_characters():
+    assert locate("https://host:8/a/b.npz?x=1&y=%20") == "https://host:8/a/b.npz?x=1&y=%20"
+    assert locate("https://host/a b.npz") == "https://host/a%20b.npz"
+
+
+@pytest.mark.parametrize("name", ["augreg/Ti_16", "Ti_16", "ViT-Ti_16"])
+def test_a_model_means_the_recommended_augreg_checkpoint(mirror, name):
+    mirror.content["/vit_models/augreg/index.csv"] = INDEX.encode()
+    assert locate(name) == f"{STORE}/vit_models/augreg/{TI}.npz"
+    assert "/augreg/R_Ti_16-i21k-" in locate("R+ViT-Ti_16")
+    assert mirror.asked == ["/vit_models/augreg/index.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Vit-B_16", "did you mean imagenet21k/ViT-B_16"),
+        ("augreg/B_17", "did you mean augreg/B_16"),
+        ("imagenet21/ViT-B_16", "did you mean imagenet21k/ViT-B_16"),
+        ("ViT-S_16-gap-norep", "did you mean gsam/ViT-S_16-gap-norep"),
+        ("LiT-B16", "did you mean lit/LiT-B16B"),
+        ("runs/flowers", "no such file.*vit-jax models"),
+        ("missing.npz", "no such file: missing.npz"),
+        ("", "no such file"),
+        ("imagenet21k/../../etc/passwd", "no such file"),
+        ("imagenet21k/", "no such file"),
+        ("augreg/", "no such file"),
+        ("gs://bucket", "names no file"),
+        ("gs://bucket/folder/", "names no file"),
+        ("ftp://host/x.npz", "no such file"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_nearest(name, message):
+    with pytest.raises(UserError, match=message) as caught:
+        locate(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_known_names_all_have_an_address(mirror):
+    mirror.content["/vit_models/augreg/index.csv"] = (
+        "name,ds,final_val,filename\n"
+        + "".join(f"x,i21k,0.1,{model}-i21k-300ep-x\n" for model in hub.augreg.MODELS)
+    ).encode()
+    addresses = {name: locate(name) for name in hub.names()}
+    assert all(url.endswith(".npz") for url in addresses.values())
+
+
+def test_a_local_path_wins_over_a_name(tmp_path):
+    (tmp_path / "Ti_16").mkdir()
+    (tmp_path / "x.npz").write_bytes(b"")
+    assert resolve("Ti_16") == Path("Ti_16")
+    assert resolve(tmp_path / "x.npz") == tmp_path / "x.npz"
+    with pytest.raises(UserError, match="no such file"):
+        resolve(Path("ViT-B_16"))
+
+
+def test_a_name_is_downloaded_once(mirror, cache):
+    mirror.content["/vit_models/augreg/index.csv"] = INDEX.encode()
+    mirror.content[f"/vit_models/augreg/{TI}.npz"] = EMPTY_NPZ
+    path = resolve("augreg/Ti_16")
+    assert path.read_bytes() == EMPTY_NPZ
+    assert path == cache / "storage.googleapis.com" / "vit_models" / "augreg" / f"{TI}.npz"
+    assert resolve("augreg/Ti_16") == resolve(f"gs://vit_models/augreg/{TI}.npz") == path
+    assert len(mirror.asked) == 2
+
+
+def test_lit_bundles_come_with_their_vocabulary(mirror):
+    mirror.content["/vit_models/lit/LiT-B16B.npz"] = EMPTY_NPZ
+    mirror.content["/vit_models/lit/LiT-B16B.txt"] = b"[PAD]\n"
+    mirror.content["/vit_models/lit/LiT-L16S.npz"] = EMPTY_NPZ
+    mirror.content["/vit_models/lit/LiT-L16S.model"] = b"spm"
+    assert resolve("lit/LiT-B16B").with_suffix(".txt").read_bytes() == b"[PAD]\n"
+    assert resolve("gs://vit_models/lit/LiT-L16S.npz").with_suffix(".model").read_bytes() == b"spm"
+    assert companions(locate("ViT-B_16")) == ()
+
+
+def test_load_takes_names(mirror, tmp_path):
+    model = vit_jax.create_model("ViT-Ti_16", num_classes=5, num_layers=1)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    save_npz(tmp_path / "weights.npz", params)
+    mirror.content["/vit_models/sam/ViT-B_16.npz"] = (tmp_path / "weights.npz").read_bytes()
+    assert vit_jax.load("sam/ViT-B_16").spec.num_classes == 5
+
+
+def test_a_file_the_server_has_not_is_said_with_its_address(mirror):
+    with pytest.raises(UserError, match=r"404.*by hand") as caught:
+        resolve("sam/ViT-X_16")
+    assert "/vit_models/sam/ViT-X_16.npz" in str(caught.value)
+
+
+def test_offline_only_the_cache_is_used(mirror, cache, monkeypatch):
+    kept = cache_path(f"{STORE}/vit_models/imagenet21k/ViT-B_32.npz")
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(EMPTY_NPZ)
+    monkeypatch.setenv("VIT_JAX_OFFLINE", "1")
+    assert resolve("ViT-B_32") == kept
+    with pytest.raises(UserError, match="switched off") as caught:
+        resolve("ViT-B_16")
+    assert "/vit_models/imagenet21k/ViT-B_16.npz by hand" in str(caught.value)
+    assert str(kept.with_name("ViT-B_16.npz")) in str(caught.value)
+    assert mirror.asked == []
+    mirror.content["/vit_models/imagenet21k/ViT-B_16.npz"] = EMPTY_NPZ
+    assert resolve("ViT-B_16", offline=False).is_file()
+
+
+@pytest.mark.parametrize("value", ["", "0", "false"])
+def test_the_offline_switch_can_be_off(mirror, monkeypatch, value):
+    monkeypatch.setenv("VIT_JAX_OFFLINE", value)
+    mirror.content["/vit_models/sam/ViT-B_16.npz"] = EMPTY_NPZ
+    assert resolve("sam/ViT-B_16").is_file()
+
+
+def test_a_mirror_is_an_http_address(monkeypatch):
+    monkeypatch.setenv("VIT_JAX_MIRROR", "file:///data")
+    with pytest.raises(UserError, match="VIT_JAX_MIRROR is 'file:///data'"):
+        resolve("ViT-B_16")
+
+
+def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    assert hub.cache_folder() == tmp_path / "cache"
+    assert hub.cache_folder(tmp_path / "given") == tmp_path / "given"
+    monkeypatch.delenv("VIT_JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert hub.cache_folder() == tmp_path / "xdg" / "vit_jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert hub.cache_folder() == Path.home() / ".cache" / "vit_jax"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host/..%2f..%2fetc/passwd",
+        "https://host/a%00b/c.npz",
+        "https://host/" + "x" * 300 + ".npz",
+        "https://host/a\\b:c*?.npz",
+        "http://127.0.0.1:80/x.npz",
+        "https://host/CON|<>.npz?a/../b",
+    ],
+)
+def test_no_address_leaves_the_cache_or_makes_odd_names(url, cache):
+    path = cache_path(url)
+    assert cache in path.parents
+    assert os.path.normpath(path) == str(path)
+    for part in path.relative_to(cache).parts:
+        assert len(part) <= 200
+        assert not set(part) & set('\\:*?"<>|\0')
+    assert path.suffix in (".npz", "")
+
+
+@pytest.mark.parametrize("url", ["https://host/../x", "https://host/%2e%2e/x", "https://host/"])
+def test_addresses_that_name_no_file_are_refused(url):
+    with pytest.raises(UserError, match="names no file"):
+        cache_path(url)
+
+
+def test_addresses_that_differ_are_kept_apart():
+    urls = [
+        "https://host/x.npz",
+        "http://host/x.npz",
+        "https://host:8/x.npz",
+        "https://host/x.npz?version=1",
+        "https://host/x.npz?version=2",
+        "https://host/" + "x" * 300 + ".npz",
+        "https://host/" + "x" * 301 + ".npz",
+    ]
+    assert len({cache_path(url) for url in urls}) == len(urls)
+
+
+def test_sources_of_a_model_are_loadable_names():
+    assert hub.sources("ViT-B_16") == [
+        "augreg/B_16",
+        "imagenet21k/ViT-B_16",
+        "imagenet21k+imagenet2012/ViT-B_16",
+        "imagenet21k+imagenet2012/ViT-B_16-224",
+        "sam/ViT-B_16",
+    ]
+    assert hub.sources("Mixer-B_16")[0] == "mixer/Mixer-B_16"
+    assert hub.sources("ViT-e_14") == []

@@ -1,0 +1,225 @@
+"""The 50,000 checkpoints of "How to train your ViT?" (arXiv:2106.10270): their table.
+
+A row of `index.csv` is one fine-tuning of one pre-trained checkpoint: what it was pre-trained on
+(`name, ds, lr, aug, wd, do, sd`), how well that went (`best_val, final_val, final_test`), the same
+of the fine-tuning (`adapt_...`), speed and size, and the files (`filename, adapt_filename`, without
+".npz").
+"""
+
+import ast
+import csv
+import difflib
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from vit_jax.errors import UserError
+
+MODELS = (
+    *("Ti_16", "S_16", "S_32", "B_8", "B_16", "B_32", "L_16"),
+    *("R_Ti_16", "R26_S_32", "R50_L_32"),
+)
+
+Value = str | int | float | None
+Row = dict[str, Value]
+
+_NEEDED = ("name", "ds", "final_val", "filename")
+
+
+def model_of(official: str) -> str:
+    """The AugReg name of an official model: "R_Ti_16" for "R+ViT-Ti_16"."""
+    return official.replace("ViT-", "").replace("+", "_")
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text is built like the file names in the table: MODEL-DATASET-EPOCHSep-..."""
+    model, *rest = text.split("-", 3)
+    known = model in MODELS and len(rest) == 3 and rest[1].endswith("ep")
+    return known and re.fullmatch(r"[\w.,+-]+", text, re.ASCII) is not None
+
+
+def read_index(path: str | os.PathLike) -> list[Row]:
+    """Reads the table.
+
+    Returns:
+      its rows. A column that holds nothing but numbers gives numbers, int if all of them are whole;
+      an empty cell or "nan" gives None.
+
+    Raises UserError if the file is no such table or is damaged.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in csv.reader(file) if line]
+    except (OSError, ValueError, csv.Error) as e:
+        raise UserError(
+            f"{path} can't be read as a table ({e}): remove it, and it is fetched again"
+        ) from e
+    header, lines = (lines[0], lines[1:]) if lines else ([], [])
+    missing = [column for column in _NEEDED if column not in header]
+    if missing or len(set(header)) != len(header):
+        problem = f"no column {missing[0]}" if missing else "a column twice"
+        raise UserError(
+            f"{path} is no AugReg index: {problem}, found {', '.join(header) or 'nothing'}; remove "
+            "it, and it is fetched again"
+        )
+    for number, line in enumerate(lines, 2):
+        if len(line) != len(header):
+            raise UserError(
+                f"{path}: line {number} has {len(line)} cells, expected {len(header)}: remove the "
+                "file, and it is fetched again"
+            )
+    # A table without rows has columns all the same, for a query to name.
+    columns = [_column([line[i] for line in lines]) for i in range(len(header))]
+    named = [i for i, name in enumerate(header) if name]
+    return [{header[i]: columns[i][n] for i in named} for n in range(len(lines))]
+
+
+def _column(cells: Sequence[str]) -> list[Value]:
+    texts: list[str | None] = [c if c and c.lower() != "nan" else None for c in cells]
+    try:
+        numbers = [None if text is None else float(text) for text in texts]
+    except ValueError:
+        return list(texts)
+    if all(n is None or (math.isfinite(n) and n.is_integer()) for n in numbers):
+        return [None if n is None else int(n) for n in numbers]
+    return list(numbers)
+
+
+def recommended(rows: Iterable[Row], model: str) -> str:
+    """The file name, without ".npz", of the checkpoint of a model that is best to start from.
+
+    It is the one pre-trained on ImageNet-21k that did best in the end on that data set's held-out
+    part, as the original chooses.
+
+    Args:
+      rows: the table.
+      model: one of MODELS, e.g. "R_Ti_16".
+
+    Raises UserError if there is none.
+    """
+    best: Row | None = None
+    for row in rows:
+        if (
+            row["ds"] == "i21k"
+            and row["final_val"] is not None
+            and str(row["filename"]).startswith(f"{model}-")
+            and (best is None or _above(row["final_val"], best["final_val"]))
+        ):
+            best = row
+    if best is None:
+        raise UserError(
+            f"the AugReg index has no {model} pre-trained on ImageNet-21k: choose another of "
+            f"{', '.join(MODELS)}, or a file by its name"
+        )
+    return str(best["filename"]).removesuffix(".npz")
+
+
+def _above(a: Value, b: Value) -> bool:
+    return a > b  # type: ignore[operator]  # both are numbers of one column
+
+
+def sort(rows: Sequence[Row], column: str) -> list[Row]:
+    """Rows in falling order of a column, those without a value last. Equal ones keep their order.
+
+    Raises UserError for an unknown column.
+    """
+    if rows:
+        _check_column(column, rows[0])
+    there = [row for row in rows if row[column] is not None]
+    there.sort(key=operator.itemgetter(column), reverse=True)
+    return there + [row for row in rows if row[column] is None]
+
+
+def query(rows: Sequence[Row], expression: str) -> list[Row]:
+    """The rows for which an expression over the columns holds.
+
+    Args:
+      rows: the table.
+      expression: comparisons (== != < <= > >=, in, not in) of columns, texts, numbers, None and
+        lists of those, joined by and, or, not and parentheses, in Python's notation:
+        "name == 'B/16' and ds in ('i21k', 'i1k') and wd <= 0.03". `in` before a column looks for a
+        part of its text: "'medium' in aug". What is not there (None) is neither above nor below
+        anything, and has no parts.
+
+    Raises UserError for anything else, for an unknown column with the nearest names, and if a text
+    is compared in size with a number.
+    """
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        reason = e.msg if isinstance(e, SyntaxError) else "it is too long or has odd characters"
+        raise UserError(
+            f"the query {expression!r} can't be understood ({reason}): write it like "
+            "\"name == 'B/16' and ds == 'i21k'\""
+        ) from e
+    if not rows:
+        return []
+    try:
+        holds = _compile(tree.body, rows[0], expression)
+        return [row for row in rows if holds(row)]
+    except RecursionError as e:
+        raise UserError("the query is nested too deeply: write it shorter") from e
+
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: lambda a, b: a is not None and b is not None and a < b,
+    ast.LtE: lambda a, b: a is not None and b is not None and a <= b,
+    ast.Gt: lambda a, b: a is not None and b is not None and a > b,
+    ast.GtE: lambda a, b: a is not None and b is not None and a >= b,
+    ast.In: lambda a, b: b is not None and a in b,
+    ast.NotIn: lambda a, b: b is None or a not in b,
+}
+
+
+def _compile(node: ast.expr, columns: Row, text: str) -> Callable[[Row], Any]:
+    """A function of a row. Only what is listed here exists: no calls, attributes or subscripts."""
+    match node:
+        case ast.BoolOp(op, values):
+            parts = [_compile(value, columns, text) for value in values]
+            every = isinstance(op, ast.And)
+            return lambda row: (all if every else any)(part(row) for part in parts)
+        case ast.UnaryOp(ast.Not(), operand):
+            inner = _compile(operand, columns, text)
+            return lambda row: not inner(row)
+        case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as number)):
+            return lambda row: -number
+        case ast.Constant(str() | int() | float() | None as value):
+            return lambda row: value
+        case ast.List(elements) | ast.Tuple(elements):
+            items = [_compile(element, columns, text) for element in elements]
+            return lambda row: [item(row) for item in items]
+        case ast.Name(id=name):
+            _check_column(name, columns)
+            return lambda row: row[name]
+        case ast.Compare(left, ops, comparators) if all(type(op) in _COMPARISONS for op in ops):
+            terms = [_compile(term, columns, text) for term in (left, *comparators)]
+            tests = [_COMPARISONS[type(op)] for op in ops]
+
+            def holds(row: Row) -> bool:
+                values = [term(row) for term in terms]
+                try:
+                    return all(t(a, b) for t, a, b in zip(tests, values, values[1:], strict=False))
+                except TypeError as e:
+                    raise UserError(
+                        f"the query {text!r} compares what can't be compared ({e}): texts stand in "
+                        "quotes, numbers without"
+                    ) from e
+
+            return holds
+    found = ast.get_source_segment(text.strip(), node) or type(node).__name__
+    raise UserError(
+        f"a query can't contain {found!r}: expected columns, texts and numbers, joined by "
+        "== != < <= > >= in, not, and, or"
+    )
+
+
+def _check_column(name: str, columns: Row) -> None:
+    if name not in columns:
+        near = difflib.get_close_matches(name, columns, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(columns)}"
+        raise UserError(f"the AugReg index has no column {name!r}: {hint}")

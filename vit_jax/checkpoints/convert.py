@@ -1,0 +1,106 @@
+"""From one file of weights to another, one array at a time."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from vit_jax.checkpoints.architecture import read_spec
+from vit_jax.checkpoints.files import check_ending, open_arrays, split_tower, write_arrays
+from vit_jax.checkpoints.layouts import to_linen, to_style
+from vit_jax.checkpoints.spec import AnySpec, LiTSpec
+from vit_jax.errors import UserError
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Converted(NamedTuple):
+    """What `convert` wrote: the architecture, the number of arrays, and the files."""
+
+    spec: AnySpec
+    arrays: int
+    files: tuple[Path, ...]
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    style: str = "linen",
+    dtype: str | None = None,
+    force: bool = False,
+) -> Converted:
+    """Writes weights again as another kind of file, or in another layout.
+
+    No more than one array is in memory at a time, two where its type changes; an Orbax folder as
+    the target needs all of them. Without `dtype` every value keeps its bits. Of a file that holds
+    more than the network (an optimizer, a second tower) only the network is taken.
+
+    The .json with the labels and the preprocessing beside the source, and the vocabulary of a LiT
+    bundle, come along.
+
+    Args:
+      source: any file that `files.open_arrays` opens, with ":img" behind it for one tower of it.
+      target: a name that ends in .npz, .safetensors or .orbax (a folder).
+      style: the layout to write, one of `layouts.STYLES`.
+      dtype: "float32" or "bfloat16", what to store numbers as; None for what they are.
+      force: whether files that are there may be replaced.
+
+    Raises UserError if the source is not understood, or the target is there already.
+    """
+    check_ending(target)
+    to_style({}, style)  # An unknown style is refused before anything is read.
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    path, tower = split_tower(source)
+    path, target = Path(path), Path(target)
+    with open_arrays(path) as stored:
+        arrays = to_linen(stored, tower=tower, where=str(path))
+        spec = read_spec(arrays, image_size=_noted_size(path), where=str(path))
+        companions = _companions(spec, path, target)
+        _check_free([target, *companions.values()], force)
+        if dtype is not None:
+            arrays = {key: array.astype(DTYPES[dtype]) for key, array in arrays.items()}
+        write_arrays(target, to_style(arrays, style))
+    for old, new in companions.items():
+        _copy(old, new)
+    written = [new for old, new in companions.items() if old.is_file()]
+    return Converted(spec, len(arrays), (target, *written))
+
+
+def _companions(spec: AnySpec, source: Path, target: Path) -> dict[Path, Path]:
+    """The small files that belong beside weights, whether they are there or not."""
+    endings = (".json", ".txt", ".model") if isinstance(spec, LiTSpec) else (".json",)
+    pairs = {source.with_suffix(ending): target.with_suffix(ending) for ending in endings}
+    return {old: new for old, new in pairs.items() if old.resolve() != new.resolve()}
+
+
+def _copy(old: Path, new: Path) -> None:
+    if old.is_file():
+        shutil.copyfile(old, new)
+    else:  # Notes of the weights that were there before would be wrong for these.
+        with contextlib.suppress(FileNotFoundError):
+            new.unlink()
+
+
+def _check_free(targets: Sequence[Path], force: bool) -> None:
+    there = [str(path) for path in targets if path.exists()]
+    if there and not force:
+        raise UserError(
+            f"{' and '.join(there)} is there already: choose another name, or say --force"
+        )
+
+
+def _noted_size(path: Path) -> tuple[int, int] | None:
+    """The picture size that the notes beside weights give, without which it may be ambiguous."""
+    try:
+        height, width = json.loads(path.with_suffix(".json").read_bytes())["image_size"]
+        return int(height), int(width)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

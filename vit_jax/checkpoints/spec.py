@@ -1,0 +1,208 @@
+"""Architectures in numbers: what is needed to build a network and to feed it."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from vit_jax.models import VARIANTS, MlpMixer, VisionTransformer
+from vit_jax.models.lit import LIT_VARIANTS, LiT
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _ImageSpec:
+    """What all networks for pictures have.
+
+    patch_size and image_size are (height, width); num_classes is None where there is no head.
+    """
+
+    patch_size: tuple[int, int]
+    hidden_size: int
+    num_layers: int
+    num_classes: int | None
+    channels: int
+    image_size: tuple[int, int]
+
+    module: ClassVar[type[nn.Module]]
+    kind: ClassVar[str]  # What a person calls such a network.
+    block: ClassVar[str]  # The name of a block, without its number.
+
+    @property
+    def name(self) -> str | None:
+        """The official name of this architecture, or None if it has none."""
+        defaults = {"resnet": None, "position_embedding": "learned"}
+        for name, fields in VARIANTS.items():
+            fields = {k: v for k, v in (defaults | fields).items() if k != "dropout_rate"}
+            if all(getattr(self, k, defaults.get(k)) == v for k, v in fields.items()):
+                return name
+        return None
+
+    @property
+    def description(self) -> str:
+        """The official name, or what the network is."""
+        return self.name or (
+            f"a {self.kind} of width {self.hidden_size} and {self.num_layers} blocks"
+        )
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return self.model().grid_size(self.image_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a picture, the class token among them."""
+        return math.prod(self.grid_size)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of the module that depend on the architecture."""
+        names = {f.name for f in dataclasses.fields(self.module)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
+
+    def model(self, **overrides: Any) -> Any:
+        """The network. Overrides are fields of the module, e.g. dropout_rate."""
+        return self.module(**(self.fields() | overrides))
+
+    def shapes(self) -> Shapes:
+        """Name and shape of every parameter, {"a/b/c": shape}."""
+        # All blocks have the same shapes, so that tracing one of them is enough.
+        model = self.model(num_layers=1)
+        images = jax.ShapeDtypeStruct((1, *self.image_size, self.channels), jnp.float32)
+        shapes = {}
+        first = re.compile(rf"(.*\b{self.block})0(/.+)")
+        for key, shape in _init_shapes(model, images).items():
+            if match := first.fullmatch(key):
+                for i in range(self.num_layers):
+                    shapes[f"{match[1]}{i}{match[2]}"] = shape
+            else:
+                shapes[key] = shape
+        return shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec(_ImageSpec):
+    """A Vision Transformer, hybrid ones included; see `models.VisionTransformer` for the fields."""
+
+    num_heads: int
+    mlp_dim: int
+    classifier: str
+    representation_size: int | None = None
+    resnet: tuple[int, ...] | None = None
+    position_embedding: str = "learned"
+
+    module = VisionTransformer
+    kind = "ViT"
+    block = "encoderblock_"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a picture, the class token among them."""
+        return math.prod(self.grid_size) + self.model().has_class_token
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerSpec(_ImageSpec):
+    """An MLP-Mixer; see `models.MlpMixer` for the fields."""
+
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+
+    module = MlpMixer
+    kind = "Mixer"
+    block = "MixerBlock_"
+    classifier: ClassVar[str] = "gap"
+    representation_size: ClassVar[None] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LiTSpec:
+    """A LiT bundle.
+
+    Attributes:
+      image: the image tower; its num_classes is the width of the projection, or None.
+      text_model: "bert" or "text_transformer".
+      text: fields of the text tower, as ordered pairs.
+      text_classes: width of the text tower's projection, or None.
+    """
+
+    image: Spec
+    text_model: str
+    text: tuple[tuple[str, int], ...]
+    text_classes: int | None
+
+    classifier: ClassVar[str] = "lit"
+    num_classes: ClassVar[None] = None
+    representation_size: ClassVar[None] = None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the image tower's positions are for."""
+        return self.image.image_size
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of a picture."""
+        return self.image.channels
+
+    @property
+    def name(self) -> str | None:
+        """The official name of this architecture, or None if it has none."""
+        text = dict(self.text)
+        for name, fields in LIT_VARIANTS.items():
+            if (
+                fields["image"] == self.image.name
+                and fields["text_model"] == self.text_model
+                and fields["out_dim"] == (self.image.num_classes, self.text_classes)
+                and all(text[k] == v for k, v in fields["text"].items())
+            ):
+                return name
+        return None
+
+    @property
+    def description(self) -> str:
+        """The official name, or what the network is."""
+        return self.name or f"a LiT bundle of {self.image.description} and a {self.text_model}"
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def model(self, **overrides: Any) -> LiT:
+        """The network. Overrides are fields of `LiT`, e.g. dtype."""
+        image = {k: v for k, v in self.image.fields().items() if k != "num_classes"}
+        fields: dict[str, Any] = {
+            "image": image,
+            "text_model": self.text_model,
+            "text": dict(self.text),
+            "out_dim": (self.image.num_classes, self.text_classes),
+        }
+        return LiT(**(fields | overrides))
+
+    def shapes(self) -> Shapes:
+        """Name and shape of every parameter, {"img/...": shape, "txt/...": shape, "t": shape}."""
+        images = jax.ShapeDtypeStruct((1, *self.image_size, self.channels), jnp.float32)
+        tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+        return _init_shapes(self.model(), images, tokens)
+
+
+AnySpec = Spec | MixerSpec | LiTSpec
+
+
+def _init_shapes(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Shapes:
+    variables: Mapping = jax.eval_shape(functools.partial(model.init), jax.random.key(0), *inputs)
+    return {k: v.shape for k, v in flatten_dict(variables["params"], sep="/").items()}

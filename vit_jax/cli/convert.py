@@ -1,0 +1,60 @@
+"""`vit-jax convert A B`: the same weights as another kind of file."""
+
+import argparse
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command."""
+    from vit_jax.cli import add_command
+
+    parser = add_command(
+        subparsers,
+        "convert",
+        run,
+        "write weights as another kind of file, or in another layout",
+        "vit-jax convert ViT-B_16.npz ViT-B_16.safetensors\n"
+        "  vit-jax convert webli_en_b16.npz:img image_tower.npz --style=prelinen",
+    )
+    parser.add_argument(
+        "source",
+        help="an .npz or .safetensors file, or an Orbax folder; FILE:img for its tower img",
+    )
+    parser.add_argument(
+        "target", help="a name that ends in .npz, .safetensors or .orbax, which is a folder"
+    )
+    parser.add_argument(
+        "--style",
+        choices=("linen", "prelinen", "2020"),
+        default="linen",
+        help="names as today (default), as in the published files of 2020 and 2021, or as in the "
+        "first hybrids",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="store numbers so; by default as they are"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace the target, and the .json beside it"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts and says what was written."""
+    import json
+
+    from vit_jax.checkpoints.convert import convert
+
+    done = convert(args.source, args.target, style=args.style, dtype=args.dtype, force=args.force)
+    if args.json:
+        facts = {
+            "architecture": done.spec.name,
+            "parameters": done.spec.num_parameters,
+            "arrays": done.arrays,
+            "files": [str(path) for path in done.files],
+        }
+        print(json.dumps(facts, indent=1))
+        return
+    name = done.spec.name or "a network without an official name"
+    print(f"{name}, {done.spec.num_parameters:,} parameters in {done.arrays} arrays")
+    for path in done.files:
+        print(f"wrote {path}")

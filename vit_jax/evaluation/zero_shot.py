@@ -1,0 +1,195 @@
+"""Zero-shot classification: the class whose name lies nearest to the picture.
+
+See LiT (arXiv:2111.07991); the prompts are those of CLIP (arXiv:2103.00020, section 3.1.4).
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from jax.sharding import AxisType
+
+from vit_jax import data
+from vit_jax.errors import UserError
+from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
+from vit_jax.models.lit import LiT
+
+TEMPLATES = ("a photo of a {}.",)
+
+_BATCH = 32  # Pictures that `classify` puts through the network at once.
+
+
+class TwoTowers(Protocol):
+    """What is asked of LiT weights.
+
+    `embed_images` takes preprocessed pictures, float32 (n, h, w, 3); it and `embed_texts` give
+    float32 (n, d) of length 1.
+    """
+
+    @property
+    def model(self) -> LiT: ...
+    @property
+    def params(self) -> Mapping[str, Any]: ...
+    @property
+    def preprocess(self) -> str: ...
+    def embed_images(self, images: np.ndarray) -> np.ndarray: ...
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+def class_embeddings(
+    embed_texts: Callable[[Sequence[str]], np.ndarray],
+    labels: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+) -> np.ndarray:
+    """The embedding of each class: the mean over the prompts with its name.
+
+    Args:
+      embed_texts: texts -> (n, d).
+      labels: names of the classes.
+      templates: prompts with {} in place of the name. Each prompt's embedding counts the same,
+        whatever its length.
+
+    Returns:
+      float32 (classes, d) of length 1.
+
+    Raises UserError if there is no class, no template, or a template without {}.
+    """
+    if isinstance(labels, str) or not len(labels):
+        raise UserError(f"labels are {labels!r}, expected a list of names of classes")
+    if isinstance(templates, str) or not len(templates):
+        raise UserError(f"templates are {templates!r}, expected a list of texts with {{}} in them")
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(
+                f"template {template!r} has no place for the class: write {{}} where its name goes"
+            )
+    total = np.zeros(1)
+    # One template at a time: a thousand classes in eighty prompts needn't be in memory at once.
+    for template in templates:
+        prompts = [template.replace("{}", label) for label in labels]
+        total = total + _unit(np.asarray(embed_texts(prompts), np.float64))
+    return _unit(total).astype(np.float32)
+
+
+def zero_shot(
+    vit: TwoTowers,
+    source: data.Source,
+    labels: Sequence[str] | None = None,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    batch_size: int = 64,
+    corrupt: str = "error",
+) -> Scores:
+    """Scores of two towers on labelled pictures that they were never trained to classify.
+
+    Args:
+      vit: LiT weights, see `vit_jax.load`.
+      source: see `data.open_source`.
+      labels: what to call the classes of the source, in its order; None for the source's own
+        names, with "_" read as a space.
+      templates: see `class_embeddings`.
+      batch_size: pictures at once, over all devices; rounded up to a multiple of their number.
+      corrupt: "error" stops at a picture that can't be read, "skip" warns and leaves it out.
+
+    Returns:
+      Scores; its loss is the cross-entropy of softmax(t * text . picture).
+
+    Raises UserError if the names don't fit the source.
+    """
+    if labels is None:
+        labels = [label.replace("_", " ") for label in source.labels]
+    if len(labels) != len(source.labels):
+        raise UserError(
+            f"{len(labels)} labels were given for the {len(source.labels)} classes of "
+            f"{source.name}: give one for each, in the order {', '.join(source.labels[:10])}"
+            + (", ..." if len(source.labels) > 10 else "")
+        )
+    devices = jax.device_count()
+    batches = data.eval_batches(
+        source,
+        _preprocess(vit),
+        batch_size=-(-max(batch_size, 1) // devices) * devices,
+        threads=os.cpu_count() or 1,
+        corrupt=corrupt,
+    )
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    step = make_eval_step(_Classifier(vit.model), mesh=mesh)
+    classes = class_embeddings(vit.embed_texts, labels, templates)
+    params = {"img": vit.params["img"], "t": vit.params["t"], "classes": classes}
+    return evaluate(step, jax.device_put(params), batches, len(labels))
+
+
+def classify(
+    vit: TwoTowers,
+    pictures: Sequence[str | os.PathLike | np.ndarray],
+    labels: Sequence[str],
+    *,
+    templates: Sequence[str] = ("{}",),
+    top: int = 5,
+) -> list[list[tuple[str, float]]]:
+    """Says which of the descriptions fits a picture best.
+
+    Args:
+      vit: LiT weights, see `vit_jax.load`.
+      pictures: paths, or uint8 arrays (h, w, 3 or 1) of any size.
+      labels: descriptions, e.g. "a cat"; or names of classes, with `templates` to go around them.
+      templates: see `class_embeddings`; by default the labels stand for themselves.
+      top: how many labels to name.
+
+    Returns:
+      for each picture the `top` most probable (label, probability), best first.
+
+    Raises UserError if a picture can't be read.
+    """
+    if isinstance(pictures, str | os.PathLike | np.ndarray):
+        raise UserError("classify takes a list of pictures: write classify(vit, [picture], labels)")
+    preprocess = _preprocess(vit)
+    classes = class_embeddings(vit.embed_texts, labels, templates)
+    temperature = np.exp(np.asarray(vit.params["t"]))
+    answers: list[list[tuple[str, float]]] = []
+    for start in range(0, len(pictures), _BATCH):
+        batch = [preprocess(_open(p)) for p in pictures[start : start + _BATCH]]
+        logits = temperature * vit.embed_images(np.stack(batch)) @ classes.T
+        for row in scipy.special.softmax(logits, axis=1):
+            best = np.argsort(-row, kind="stable")[:top]
+            answers.append([(labels[i], float(row[i])) for i in best])
+    return answers
+
+
+class _Classifier:
+    """An image tower whose head is the embeddings of the classes; it is applied as a module is."""
+
+    def __init__(self, model: LiT) -> None:
+        self._model = model
+
+    def apply(self, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
+        """Logits, float32 (n, classes)."""
+        params = dict(variables["params"])
+        classes = params.pop("classes")
+        embedded: Any = self._model.apply({"params": params}, images=images)
+        zimg, _, out = embedded
+        # Some accelerators round what they multiply to 8 bits, and t magnifies the error.
+        return out["t"] * jnp.dot(zimg, classes.T, precision="highest")
+
+
+def _preprocess(vit: TwoTowers) -> data.Preprocess:
+    return data.parse(f"rgb|{vit.preprocess}")  # The towers know colours only.
+
+
+def _open(picture: str | os.PathLike | np.ndarray) -> np.ndarray:
+    if not isinstance(picture, np.ndarray):
+        return data.read(picture)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3):
+        raise UserError(
+            f"the picture has shape {picture.shape} and type {picture.dtype}, "
+            "expected (h, w, 3) or (h, w, 1) of uint8"
+        )
+    return picture
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,145 @@
+"""MLP-Mixer (Tolstikhin et al., arXiv:2105.01601), as pure Flax Linen modules.
+
+The names of the sub-modules are those of the official checkpoints. Shapes: n pictures, t tokens,
+d = hidden_size.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+from vit_jax.models.vit import LAYER_NORM_EPSILON, check_images
+
+
+class MixerMlp(nn.Module):
+    """Two dense layers with a GELU (tanh form) between them, over the last axis."""
+
+    mlp_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype)(x), approximate=True)
+        return nn.Dense(x.shape[-1], dtype=self.dtype)(hidden)
+
+
+class MixerBlock(nn.Module):
+    """Mixes over tokens, then over channels (equation 1). (n, t, d) -> (n, t, d)."""
+
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    drop_path_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        drop_path = nn.Dropout(
+            self.drop_path_rate, broadcast_dims=(1, 2), deterministic=deterministic
+        )
+        y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
+        y = MixerMlp(self.tokens_mlp_dim, self.dtype, name="token_mixing")(y.swapaxes(1, 2))
+        x = x + drop_path(y.swapaxes(1, 2))
+        y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
+        y = MixerMlp(self.channels_mlp_dim, self.dtype, name="channel_mixing")(y)
+        return x + drop_path(y)
+
+
+class MlpMixer(nn.Module):
+    """An MLP-Mixer. Its weights fit one number of tokens, that is one size of picture.
+
+    Attributes:
+      num_classes: width of the head; None leaves the head out and returns its input.
+      patch_size: (height, width) of a patch in pixels; the border is padded with zeros to fill
+        patches.
+      hidden_size: width of a token, d.
+      num_layers, tokens_mlp_dim, channels_mlp_dim: depth, and hidden widths of the two MLPs.
+      head_bias_init: initial value of the head's bias (its kernel starts at zero).
+      stochastic_depth_rate: active only with train=True, which then needs an rng named "dropout".
+      dtype: what is computed in, float32 or bfloat16; parameters and logits are float32.
+    """
+
+    num_classes: int | None
+    patch_size: tuple[int, int]
+    hidden_size: int
+    num_layers: int
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    head_bias_init: float = 0.0
+    stochastic_depth_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """(height, width) in pixels from one patch to the next."""
+        return self.patch_size
+
+    def grid_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The (rows, columns) of patches in a picture of (height, width) pixels."""
+        return (-(-image_size[0] // self.patch_size[0]), -(-image_size[1] // self.patch_size[1]))
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, return_features: bool = False
+    ) -> jax.Array | tuple[jax.Array, Mapping[str, jax.Array]]:
+        """Classifies pictures.
+
+        Args:
+          images: (n, h, w, c) float, for the official weights in [-1, 1].
+          train: whether stochastic depth is active.
+          return_features: whether to return the intermediate features too.
+
+        Returns:
+          logits, float32 (n, num_classes); with num_classes=None the head's input, (n, d). With
+          return_features a pair (logits, features): "stem" (n, rows, columns, d), "MixerBlock_0",
+          ... (n, t, d), "pre_head_layer_norm" (n, t, d), and "pre_logits" the head's input.
+
+        Raises UserError if stored weights are for another number of tokens.
+        """
+        check_images(images)
+        rows, columns = self.grid_size((images.shape[1], images.shape[2]))
+        self._check_tokens(rows * columns)
+        stem = nn.Conv(
+            self.hidden_size,
+            self.patch_size,
+            strides=self.patch_size,
+            padding="SAME",
+            dtype=self.dtype,
+            name="stem",
+        )(images.astype(self.dtype))
+        features = {"stem": stem}
+        x = stem.reshape(len(images), rows * columns, self.hidden_size)
+        for i in range(self.num_layers):
+            x = features[f"MixerBlock_{i}"] = MixerBlock(
+                self.tokens_mlp_dim,
+                self.channels_mlp_dim,
+                self.stochastic_depth_rate * i / max(self.num_layers - 1, 1),
+                self.dtype,
+                name=f"MixerBlock_{i}",
+            )(x, deterministic=not train)
+        x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="pre_head_layer_norm")(x)
+        features["pre_head_layer_norm"] = x
+        x = features["pre_logits"] = x.astype(jnp.float32).mean(axis=1)
+        if self.num_classes is not None:
+            x = nn.Dense(
+                self.num_classes,
+                kernel_init=nn.initializers.zeros,
+                bias_init=nn.initializers.constant(self.head_bias_init),
+                name="head",
+            )(x)
+        return (x, features) if return_features else x
+
+    def _check_tokens(self, tokens: int) -> None:
+        if self.is_initializing():
+            return
+        params = self.variables.get("params", {})
+        if "MixerBlock_0" in params:
+            stored = params["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"].shape[0]
+            if stored != tokens:
+                raise UserError(
+                    f"these Mixer weights are for {stored} tokens, the pictures make {tokens}: the "
+                    "number of tokens of a Mixer is fixed; resize the pictures, or train anew"
+                )
