@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from vit_jax import checkpoints, data
 from vit_jax.checkpoints import Spec
 from vit_jax.errors import UserError
+from vit_jax.models import CLASSIFIERS
 
 WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
 
@@ -25,7 +27,7 @@ WEIGHTLESS = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate",
 _BATCH = 32  # Pictures that `Pretrained.__call__` puts through the network at once.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # Arrays have no truth value to compare by.
 class Pretrained:
     """A Vision Transformer with its weights and what is needed to use it.
 
@@ -57,9 +59,15 @@ class Pretrained:
         Returns:
           float32 (n, num_classes); without a head its input, (n, features).
 
-        Raises UserError for another shape.
+        Raises UserError for another shape, or for integers, which are not preprocessed.
         """
-        images = np.asarray(images, np.float32)
+        images = np.asarray(images)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images are {images.dtype}, expected preprocessed float32: "
+                "use predict, which preprocesses, or do it yourself"
+            )
+        images = images.astype(np.float32, copy=False)
         expected = (*self.image_size, self.spec.channels)
         if images.shape[1:] != expected:
             raise UserError(
@@ -102,11 +110,12 @@ class Pretrained:
             raise UserError("these weights give no classes: load weights that have a head")
         if isinstance(pictures, str | os.PathLike | np.ndarray):
             raise UserError("predict takes a list of pictures: write predict([picture])")
+        if top < 1:
+            raise UserError(f"top is {top}, expected at least 1")
         preprocess = data.parse(self.preprocess)
         answers: list[list[tuple[str, float]]] = []
-        for start in range(
-            0, len(pictures), _BATCH
-        ):  # Memory for one batch, however many there are.
+        # Memory for one batch, however many there are.
+        for start in range(0, len(pictures), _BATCH):
             batch = [preprocess(self._open(p), None) for p in pictures[start : start + _BATCH]]
             for row in np.asarray(jax.nn.softmax(jnp.asarray(self(np.stack(batch))))):
                 best = np.argsort(-row, kind="stable")[:top]
@@ -125,6 +134,11 @@ class Pretrained:
                     f"expected (h, w, {self.spec.channels}) of uint8"
                 )
             return picture
+        if self.spec.channels not in (1, 3):
+            raise UserError(
+                f"these weights take pictures of {self.spec.channels} channels, which no picture "
+                "file has here: give uint8 arrays instead of paths"
+            )
         return data.read(picture, channels=self.spec.channels)
 
     def label(self, index: int) -> str:
@@ -150,6 +164,7 @@ class Pretrained:
             "preprocess": self.preprocess,
             "labels": list(self.labels) if self.labels else None,
         }
+        checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
         # The notes first: weights are never without them, and notes without weights harm nobody.
         with checkpoints.atomic_file(path.with_suffix(".json")) as file:
             file.write((json.dumps(notes, indent=1, ensure_ascii=False) + "\n").encode())
@@ -172,6 +187,7 @@ def load(
         even if the stored one has as many classes.
       image_size: None keeps the stored position embeddings; a size in pixels, one number or
         (height, width), resamples them.
+        Pictures are then squeezed to that size, values in the recorded range.
       pre_logits: None keeps the tanh layer before the head with a kept head and drops it with a new
         one (the paper's fine-tuning); True and False say so outright.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
@@ -184,15 +200,13 @@ def load(
             raise UserError(f"load takes no {field!r}: of the model only {', '.join(WEIGHTLESS)}")
     path = find_weights(source)
     notes = _read_notes(path)
+    size = None if image_size is None else _height_width(image_size)
     arrays, spec = checkpoints.load_npz(
-        path, classifier=notes.get("classifier"), image_size=notes.get("image_size")
+        path,
+        classifier=notes.get("classifier"),
+        image_size=notes.get("image_size"),
+        likely_size=size,
     )
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and spec.image_size != size and "image_size" not in notes:
-        # The caller's size may be what tells the shape of a stored grid that is not square.
-        spec = checkpoints.read_spec(
-            arrays, classifier=spec.classifier, image_size=size, where=str(path)
-        )
     arrays, new = checkpoints.adapt(
         arrays, spec, num_classes=num_classes, image_size=size, pre_logits=pre_logits
     )
@@ -203,23 +217,38 @@ def load(
             f"{new.num_classes}: mend or remove that file"
         )
     preprocess = notes.get("preprocess")
-    if preprocess is None or new.image_size != spec.image_size:
+    if preprocess is None:
         preprocess = original_preprocess(new.image_size)
+    elif new.image_size != spec.image_size:
+        preprocess = _preprocess_at(new.image_size, preprocess)
     return Pretrained(
         model=new.model(**overrides),
         params=checkpoints.to_tree(arrays),
         spec=new,
-        labels=tuple(labels) if labels is not None else None,
+        labels=labels,
         preprocess=preprocess,
     )
 
 
 def original_preprocess(image_size: tuple[int, int]) -> str:
-    """How the original evaluates: the whole picture squeezed to (height, width), values in [-1,
-    1]."""
+    """How the original evaluates: the whole picture squeezed to (h, w), values in [-1, 1]."""
     height, width = image_size
     size = height if height == width else (height, width)
     return f"resize({size})|value_range(-1, 1)"
+
+
+def _preprocess_at(image_size: tuple[int, int], recorded: str) -> str:
+    """The original preprocessing for a new size, but with the recorded range of values."""
+    resize, value_range = original_preprocess(image_size).split("|")
+    recorded_ranges = re.findall(r"value_range\([^)]*\)", recorded)
+    return f"{resize}|{recorded_ranges[-1] if recorded_ranges else value_range}"
+
+
+def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    sizes = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise UserError(f"image_size is {image_size}, expected pixels or (height, width) of them")
+    return sizes[0], sizes[1]
 
 
 def find_weights(source: str | os.PathLike) -> Path:
@@ -240,16 +269,23 @@ def find_weights(source: str | os.PathLike) -> Path:
 def _read_notes(path: Path) -> dict[str, Any]:
     """What `Pretrained.save` noted beside the weights; empty if there is nothing."""
     file = path.with_suffix(".json")
-    if not file.is_file():
+    if file == path or not file.is_file():
         return {}
     try:
-        notes = json.loads(file.read_text())
-        notes["image_size"] = tuple(int(size) for size in notes["image_size"])
-        if notes["labels"] is not None:
-            notes["labels"] = tuple(str(label) for label in notes["labels"])
+        notes = json.loads(file.read_text(encoding="utf-8"))
+        labels, classifier = notes["labels"], notes["classifier"]
+        if classifier not in CLASSIFIERS:
+            raise ValueError(f"classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
+        if not isinstance(labels, list | None):
+            raise ValueError("labels is no list")
         data.parse(notes["preprocess"])
-        return {k: notes[k] for k in ("classifier", "image_size", "preprocess", "labels")}
-    except (ValueError, KeyError, TypeError) as e:
+        return {
+            "classifier": classifier,
+            "image_size": _height_width([int(size) for size in notes["image_size"]]),
+            "preprocess": notes["preprocess"],
+            "labels": labels and tuple(map(str, labels)),
+        }
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(
             f"{file} is damaged ({type(e).__name__}: {e}): mend it, or remove it"
         ) from e

@@ -40,12 +40,14 @@ def load_npz(
     *,
     classifier: str | None = None,
     image_size: tuple[int, int] | None = None,
+    likely_size: tuple[int, int] | None = None,
 ) -> tuple[dict[str, np.ndarray], Spec]:
     """Reads an official .npz file in any known key style.
 
     Args:
       path: the file.
-      classifier, image_size: what the arrays can't tell, see `architecture.read_spec`.
+      classifier, image_size, likely_size: what the arrays can't tell, see
+        `architecture.read_spec`.
 
     Returns:
       (arrays, spec): float32 arrays under today's names, and the architecture they belong to.
@@ -53,7 +55,13 @@ def load_npz(
     Raises UserError if the file can't be read or its arrays do not fit together.
     """
     arrays = to_linen(read_npz(path))
-    spec = read_spec(arrays, classifier=classifier, image_size=image_size, where=str(path))
+    spec = read_spec(
+        arrays,
+        classifier=classifier,
+        image_size=image_size,
+        likely_size=likely_size,
+        where=str(path),
+    )
     return {k: np.asarray(v, np.float32) for k, v in arrays.items()}, spec
 
 
@@ -75,8 +83,7 @@ def adapt(
         it, False drops it.
 
     Returns:
-      (arrays, spec) of the changed network. The arrays that didn't change are shared with the
-      input.
+      (arrays, spec) of the changed network. Arrays that didn't change are shared with the input.
 
     Raises UserError if there is no layer to keep, or the kept head doesn't fit without it.
     """

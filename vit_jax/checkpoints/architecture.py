@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax.errors import UserError
 from vit_jax.models import VARIANTS, VisionTransformer
 
-_BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/(.+)")
+_BLOCK = re.compile(r"Transformer/encoderblock_([0-9]{1,4})/(.+)")
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 
 
@@ -92,6 +92,7 @@ def read_spec(
     *,
     classifier: str | None = None,
     image_size: tuple[int, int] | None = None,
+    likely_size: tuple[int, int] | None = None,
     where: str = "the checkpoint",
 ) -> Spec:
     """Finds out which Vision Transformer a set of arrays belongs to, and checks every one of them.
@@ -101,52 +102,35 @@ def read_spec(
       classifier: what no array tells, if it is known: "unpooled" looks like "gap", "token_unpooled"
         like "token". Without it the common ones, "token" with a class token and "gap" without.
       image_size: (height, width) that the stored position embeddings are for, if it is known.
-        Without it a square grid is assumed where possible, else the most nearly square one, lying.
+        Without it a square grid is assumed where possible.
+      likely_size: (height, width) to believe where no square grid is possible and it fits. Without
+        it the most nearly square grid is assumed, lying, with a warning.
       where: the file's name, for messages.
 
     Raises UserError that names every missing, unexpected and mis-shaped array.
     """
     shapes = {key: tuple(array.shape) for key, array in arrays.items()}
-    anchors = {"embedding/kernel": 4, _POSITIONS: 3}
-    found = {key: shapes[key] for key, rank in anchors.items() if len(shapes.get(key, ())) == rank}
     blocks = _blocks(shapes)
-    if len(found) < len(anchors) or not blocks:
-        missing = [key for key in anchors if key not in shapes]
-        wrong = [f"{k} {shapes[k]}" for k in anchors if k in shapes and k not in found]
-        if not blocks:
-            missing.append("Transformer/encoderblock_0/...")
-        raise UserError(
-            f"{where} is no ViT checkpoint: "
-            + "; ".join(
-                filter(
-                    None, [_listing("missing", missing), _listing("wrong number of axes", wrong)]
-                )
-            )
-            + f"; it holds {len(shapes)} arrays: {_first(sorted(shapes))}"
-        )
-
-    ph, pw, channels, hidden_size = found["embedding/kernel"]
-    tokens = found[_POSITIONS][1]
-    class_token = "cls" in shapes
-    if (
-        not class_token
-        and math.isqrt(tokens) ** 2 != tokens
-        and math.isqrt(tokens - 1) ** 2 == tokens - 1
-    ):
-        class_token = True  # 197 tokens without a class token: it is missing.
-    heads, mlp = _vote(blocks, "query/kernel", 1), _vote(blocks, "Dense_0/kernel", 1)
-    grid = _grid(tokens - class_token, (ph, pw), image_size, where)
+    _check_anchors(shapes, blocks, where)
+    ph, pw, channels, hidden_size = shapes["embedding/kernel"]
+    tokens = shapes[_POSITIONS][1]
+    patch_size, sizes = (ph, pw), (image_size, likely_size)
+    if classifier is not None:
+        class_token = classifier in ("token", "token_unpooled")
+    else:
+        class_token = "cls" in shapes or _lacks_class_token(tokens, patch_size, sizes)
+    size = _image_size(tokens - class_token, patch_size, *sizes, where)
     spec = Spec(
-        patch_size=(ph, pw),
+        patch_size=patch_size,
         hidden_size=hidden_size,
-        num_layers=1 + max(int(_BLOCK.fullmatch(key)[1]) for key in blocks),  # type: ignore[index]
-        num_heads=heads,
-        mlp_dim=mlp,
+        num_layers=_depth(blocks),
+        num_heads=_vote(blocks, "query/kernel", 1),
+        mlp_dim=_vote(blocks, "Dense_0/kernel", 1),
         classifier=classifier or ("token" if class_token else "gap"),
-        representation_size=_last_axis(shapes, "pre_logits/kernel"),
-        num_classes=_last_axis(shapes, "head/kernel"),
+        representation_size=_outputs(shapes, "pre_logits"),
+        num_classes=_outputs(shapes, "head"),
         channels=channels,
-        image_size=(grid[0] * ph, grid[1] * pw),
+        image_size=size,
     )
     check_arrays(arrays, spec, where=where)
     return spec
@@ -193,6 +177,25 @@ def check_arrays(arrays: Mapping[str, np.ndarray], spec: Spec, *, where: str) ->
         raise UserError(f"{where} does not fit {name}: {'; '.join(problems)}")
 
 
+def _check_anchors(shapes: Mapping[str, tuple[int, ...]], blocks: Mapping, where: str) -> None:
+    """Raises UserError if the arrays from which the architecture is read are not there."""
+    ranks = {"embedding/kernel": 4, _POSITIONS: 3}
+    missing = [key for key in ranks if key not in shapes]
+    if not blocks:
+        missing.append("Transformer/encoderblock_0/...")
+    wrong = [
+        f"{key} {shapes[key]}, expected {rank} axes and no empty one"
+        for key, rank in ranks.items()
+        if key in shapes and (len(shapes[key]) != rank or 0 in shapes[key])
+    ]
+    problems = [p for p in (_listing("missing", missing), _listing("wrong shape", wrong)) if p]
+    if problems:
+        raise UserError(
+            f"{where} is no ViT checkpoint: {'; '.join(problems)}; "
+            f"it holds {len(shapes)} arrays: {_first(sorted(shapes))}"
+        )
+
+
 def _first(names: list[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
@@ -202,43 +205,84 @@ def _listing(title: str, items: list[str]) -> str:
 
 
 def _blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The encoder blocks' arrays from which heads and MLP width are read, if both kinds are
-    there."""
+    """The encoder blocks' arrays; none if they don't tell the heads and the MLP's width."""
     blocks = {key: shape for key, shape in shapes.items() if _BLOCK.fullmatch(key)}
-    for ending, rank in (("query/kernel", 3), ("Dense_0/kernel", 2)):
-        if not any(k.endswith(ending) and len(s) == rank and min(s) > 0 for k, s in blocks.items()):
-            return {}
-    return blocks
+    if _sizes(blocks, "query/kernel", 1) and _sizes(blocks, "Dense_0/kernel", 1):
+        return blocks
+    return {}
+
+
+def _depth(blocks: Iterable[str]) -> int:
+    """The number of blocks: up to the last one, of which at least half are there.
+
+    A missing block is so named as missing, and a stray one with a huge number as unexpected.
+    """
+    indices = sorted({int(_BLOCK.fullmatch(key)[1]) for key in blocks})  # type: ignore[index]
+    return 1 + max((i for count, i in enumerate(indices, 1) if i + 1 <= 2 * count), default=0)
+
+
+def _sizes(blocks: Mapping[str, tuple[int, ...]], ending: str, axis: int) -> Counter[int]:
+    rank = 3 if ending == "query/kernel" else 2
+    return Counter(
+        s[axis] for k, s in blocks.items() if k.endswith(ending) and len(s) == rank and min(s) > 0
+    )
 
 
 def _vote(blocks: Mapping[str, tuple[int, ...]], ending: str, axis: int) -> int:
     """The size that most blocks agree on, so that one bad block is the one that is named."""
-    rank = 3 if ending == "query/kernel" else 2
-    sizes = Counter(
-        s[axis] for k, s in blocks.items() if k.endswith(ending) and len(s) == rank and min(s) > 0
-    )
-    return sizes.most_common(1)[0][0]
+    return _sizes(blocks, ending, axis).most_common(1)[0][0]
 
 
-def _last_axis(shapes: Mapping[str, tuple[int, ...]], key: str) -> int | None:
-    kernel, bias = shapes.get(f"{key}"), shapes.get(key.replace("kernel", "bias"))
-    return kernel[-1] if kernel else bias[-1] if bias else None
+def _outputs(shapes: Mapping[str, tuple[int, ...]], layer: str) -> int | None:
+    """The width of a dense layer's output, from its kernel or else its bias; None without it."""
+    ends = (shapes.get(f"{layer}/{array}", ())[-1:] for array in ("kernel", "bias"))
+    return next((end[0] for end in ends if end and end[0] > 0), None)
 
 
-def _grid(
-    patches: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None, where: str
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number
+
+
+def _fits(patches: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None) -> bool:
+    if image_size is None:
+        return False
+    return (image_size[0] // patch_size[0]) * (image_size[1] // patch_size[1]) == patches
+
+
+def _lacks_class_token(
+    tokens: int, patch_size: tuple[int, int], sizes: Iterable[tuple[int, int] | None]
+) -> bool:
+    """Whether `cls` is missing rather than not needed: 197 positions are a square and one more."""
+    if any(_fits(tokens, patch_size, size) for size in sizes):
+        return False
+    return not _is_square(tokens) and _is_square(tokens - 1)
+
+
+def _image_size(
+    patches: int,
+    patch_size: tuple[int, int],
+    known: tuple[int, int] | None,
+    likely: tuple[int, int] | None,
+    where: str,
 ) -> tuple[int, int]:
-    if image_size is not None:
-        grid = (image_size[0] // patch_size[0], image_size[1] // patch_size[1])
-        if grid[0] * grid[1] == patches:
-            return grid
-    side = math.isqrt(max(patches, 1))
+    """(height, width) of the pictures that the stored positions are for, see `read_spec`."""
+    height, width = patch_size
+    if known is not None:
+        if not _fits(patches, patch_size, known):
+            raise UserError(
+                f"{where}: its {patches} positions do not fit pictures of {known[0]}x{known[1]} "
+                f"pixels in patches of {height}x{width}: give the size that the weights are for"
+            )
+        return known
+    side = math.isqrt(patches)
     if side * side == patches:
-        return side, side
+        return side * height, side * width
+    if likely is not None and _fits(patches, patch_size, likely):
+        return likely
     rows = next(r for r in range(side, 0, -1) if patches % r == 0)
     logging.getLogger(__name__).warning(
         "%s: its %d positions are no square grid; taken as %d rows of %d. If that is wrong, "
         "pass the image size that the weights are for",
         *(where, patches, rows, patches // rows),
     )
-    return rows, patches // rows
+    return rows * height, patches // rows * width

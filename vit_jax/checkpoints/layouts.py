@@ -56,6 +56,9 @@ def _rename(arrays: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
     for key, value in arrays.items():
         new = block.sub(lambda m: f"{m[1]}/{names[m[2]]}", key)
         if new in renamed:
-            raise UserError(f"the array {new!r} is there twice, in two key styles")
+            raise UserError(
+                f"the array {new!r} is there twice, in two key styles: write the file in one of "
+                f"{', '.join(STYLES)}"
+            )
         renamed[new] = value
     return renamed

@@ -3,9 +3,8 @@
 import contextlib
 import math
 import os
-import tempfile
+import secrets
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +28,11 @@ def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     with _open_zip(path) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
+            if name == member.filename:
+                raise UserError(
+                    f"{path} is a zip archive, but no .npz checkpoint: it holds {name!r}, expected "
+                    "only .npy arrays"
+                )
             if name in arrays:
                 raise UserError(f"{path}: two arrays are named {name!r}: write the file again")
             arrays[name] = _read_member(archive, member, path)
@@ -45,31 +49,29 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
                     f"{path}: array {name!r} holds pickled Python objects, which could run any "
                     "code and are never loaded: save plain arrays instead"
                 )
-            count = math.prod(shape)
-            # Checked before anything is allocated: a header can claim any size.
-            if count * dtype.itemsize != member.file_size - file.tell():
+            size = math.prod(shape) * dtype.itemsize
+            # Checked before anything is allocated: the header can claim any size, and so can the
+            # archive, in which deflate makes a byte of at most 1032.
+            if (
+                size != member.file_size - file.tell()
+                or size > 1032 * path.stat().st_size
+                or min(shape, default=0) < 0
+            ):
                 raise UserError(
-                    f"{path}: array {name!r} claims shape {shape} of {dtype}, but has "
-                    f"{member.file_size} bytes: the file is damaged, fetch it again"
+                    f"{path}: array {name!r} claims shape {shape} of {dtype}, but its size is "
+                    "another: the file is damaged, fetch it again"
                 )
-            array = np.empty(count, dtype)
-            _fill(array.view(np.uint8).data, file)
+            data = np.empty(size, np.uint8)
+            _fill(data.data, file)
             file.read(1)  # At the end of the member, which is where its checksum is compared.
+        array = data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
     except UserError:
         raise
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as e:
+    except Exception as e:  # zipfile, zlib and NumPy meet damaged bytes with a dozen kinds.
         raise UserError(
             f"{path}: array {name!r} can't be read ({_first_line(e)}): "
             "the file is damaged or cut short, fetch it again"
         ) from e
-    array = array.reshape(shape, order="F" if fortran_order else "C")
     if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None:
         array = array.view(ml_dtypes.bfloat16)
     return array
@@ -105,7 +107,7 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
                 )
             try:
                 archive = zipfile.ZipFile(file)
-            except zipfile.BadZipFile as e:
+            except Exception as e:  # A damaged directory raises a dozen kinds.
                 raise UserError(
                     f"{path} is no complete .npz checkpoint ({_first_line(e)}): "
                     "the file is damaged or cut short, fetch it again"
@@ -116,8 +118,8 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise UserError(f"no such file: {path}") from e
     except IsADirectoryError as e:
         raise UserError(f"{path} is a folder, expected a .npz file") from e
-    except PermissionError as e:
-        raise UserError(f"{path}: no permission to read it") from e
+    except OSError as e:
+        raise UserError(f"{path} can't be read ({e.strerror})") from e
 
 
 def _first_line(error: Exception) -> str:
@@ -135,24 +137,24 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when the block ends without an error."""
+    """A file to write that takes its name only when the block ends without an error.
+
+    Raises UserError if it can't be written: no such folder, no permission, no space.
+    """
     path = Path(path)
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: the folder {path.parent} does not exist") from e
-    except PermissionError as e:
-        raise UserError(f"{path}: no permission to write in {path.parent}") from e
-    try:
-        with open(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's own mode is for secrets.
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as e:
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}: make it first") from e
+        raise UserError(f"{path} can't be written ({e.strerror or e})") from e

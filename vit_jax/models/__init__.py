@@ -4,8 +4,6 @@ import dataclasses
 import difflib
 from typing import Any
 
-import flax.linen as nn
-
 from vit_jax.errors import UserError
 from vit_jax.models.vit import CLASSIFIERS, VisionTransformer
 
@@ -62,14 +60,14 @@ def variant(name: str) -> dict[str, Any]:
     raise UserError(f"unknown model {name!r}: {hint}")
 
 
-def create_model(name: str, num_classes: int | None = None, **overrides: Any) -> nn.Module:
+def create_model(name: str, num_classes: int | None = None, **overrides: Any) -> VisionTransformer:
     """Makes an official model by name.
 
     Args:
       name: an official name, e.g. "ViT-Ti_16"; see `list_models`.
       num_classes: width of the head; None for the features without a head.
-      **overrides: any other field of `VisionTransformer`, e.g. dropout_rate=0.1, patch_size=(20,
-      20).
+      **overrides: any other field of `VisionTransformer`, e.g. dropout_rate=0.1 or
+        patch_size=(20, 20).
 
     Returns:
       A Linen module: `model.init(rng, images, train=False)`, `model.apply(variables, images)`.

@@ -11,13 +11,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax.errors import UserError
 
 CLASSIFIERS = ("token", "gap", "unpooled", "token_unpooled")
 
-# The official code's value; the published weights were trained with it (Flax's default is the
-# same).
+# The published weights were trained with it.
 LAYER_NORM_EPSILON = 1e-6
 
 
@@ -189,10 +189,11 @@ class VisionTransformer(nn.Module):
 
         Returns:
           logits, float32: (n, num_classes), or (n, t, num_classes) for the unpooled classifiers;
-            with
-          num_classes=None the head's input instead. With return_features a pair (logits, features):
-          "embedding" (n, rows, columns, d) the patches, "encoderblock_0", ... (n, t, d) the output
-          of each block, "encoder_norm" (n, t, d), and "pre_logits" the head's input.
+          with num_classes=None the head's input instead. With return_features a pair (logits,
+          features): "embedding" (n, rows, columns, d) the patches, "encoderblock_0", ... (n, t, d)
+          the output of each block, "encoder_norm" (n, t, d), and "pre_logits" the head's input.
+
+        Raises UserError if the fields or the pictures make no sense.
         """
         self._check(images)
         n, h, w, _ = images.shape
@@ -256,11 +257,22 @@ class VisionTransformer(nn.Module):
                 f"images have shape {images.shape}, expected (n, height, width, channels): "
                 "add the missing axis, e.g. images[None] for one picture"
             )
+        if np.shape(self.patch_size) != (2,) or min(self.patch_size) < 1:
+            raise UserError(f"patch_size is {self.patch_size}, expected (height, width) in pixels")
+        _, height, width, _ = images.shape
+        self.grid_size((height, width))
         if self.classifier not in CLASSIFIERS:
             raise UserError(
                 f"unknown classifier {self.classifier!r}, expected one of {', '.join(CLASSIFIERS)}"
             )
         if self.hidden_size % self.num_heads:
             raise UserError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
+                "change one of them"
             )
+        for field in ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(
+                    f"{field} is {getattr(self, field)}, expected a probability, at least 0 and "
+                    "less than 1"
+                )

@@ -92,7 +92,10 @@ class Checkpoints:
         try:
             yield
         except Exception as e:  # TensorStore, Orbax and the system each raise their own kinds.
-            good = [c.step for c in self._manager.checkpoints if c.step < step]
+            # Looked up on the disk: Orbax strikes a checkpoint from its list before the one that is
+            # to take its place is written.
+            good = [int(p.name) for p in self.folder.glob("[0-9]*") if p.name.isdigit()]
+            good = [s for s in good if s < step]
             rest = (
                 f"the checkpoint of step {max(good)} is still good" if good else "none is saved yet"
             )
@@ -122,6 +125,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _quiet() -> None:
-    """Orbax reports each of its doings through absl at INFO and WARNING; a run says what
-    matters."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax reports all its doings through absl, and each error by several threads; a run says
+    what matters."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)

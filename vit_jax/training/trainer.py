@@ -31,7 +31,7 @@ from vit_jax.training.outcome import (
     score_figures,
     score_text,
 )
-from vit_jax.training.parallel import make_mesh, replicated, split
+from vit_jax.training.parallel import make_mesh, split
 from vit_jax.training.progress import Progress
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
@@ -74,8 +74,7 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
         preprocess=task.eval_ops.spec,
     )
     tx = make_optimizer(config, config.total_steps)
-    state = TrainState.create(params=vit.params, tx=tx, seed=config.seed)
-    state = jax.device_put(state, replicated(mesh))
+    state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, mesh=mesh)
     train_step = make_train_step(
         vit.model,
         tx,

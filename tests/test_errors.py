@@ -1,0 +1,25 @@
+"""The message of a user's mistake is one line, whatever it quotes."""
+
+import pickle
+
+import pytest
+
+from vit_jax import UserError
+
+
+def test_line_breaks_and_control_characters_are_escaped():
+    error = UserError("no file 'a\nb\x1b[2J\u2028c': give another name")
+
+    assert str(error) == r"no file 'a\nb\x1b[2J\u2028c': give another name"
+
+
+def test_letters_of_any_language_are_left_alone():
+    assert str(UserError("Blumen/Gänseblümchen 狗.jpg")) == "Blumen/Gänseblümchen 狗.jpg"
+
+
+def test_it_is_a_value_error_that_travels_between_processes():
+    error = pickle.loads(pickle.dumps(UserError("a\nb")))
+
+    assert str(error) == r"a\nb"
+    with pytest.raises(ValueError, match=r"^x$"):
+        raise UserError("x")

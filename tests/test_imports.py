@@ -1,0 +1,107 @@
+"""Imports point one way, and `import vit_jax` is light."""
+
+import ast
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import vit_jax
+
+PACKAGE = Path(vit_jax.__file__).parent
+
+# What each part of the package may import. `errors` is for all.
+ALLOWED = {
+    "errors": set(),
+    "models": set(),
+    "checkpoints": {"models"},
+    "data": {"models"},
+    "pretrained": {"models", "checkpoints", "data"},
+    "evaluation": {"models", "checkpoints", "data", "pretrained"},
+    "explain": {"models", "checkpoints", "data", "pretrained"},
+    "training": {"models", "checkpoints", "data", "pretrained", "evaluation", "explain"},
+    "cli": {*("models", "checkpoints", "data", "pretrained", "evaluation", "explain", "training")},
+    "main": {"cli"},
+    "__main__": {"cli"},
+}
+HEAVY = (
+    "cv2",
+    "grain",
+    "matplotlib",
+    "tensorflow",
+    "tensorflow_datasets",
+    "orbax",
+    "scipy.ndimage",
+)
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of the package that a file imports, at its top or inside of a function."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        parts |= {name.split(".")[1] for name in names if name.startswith("vit_jax.")}
+        assert "vit_jax" not in names, f"{path}: imports the whole package"
+    return parts
+
+
+def parts() -> list[str]:
+    files = (file.relative_to(PACKAGE).parts[0] for file in PACKAGE.rglob("*.py"))
+    # The package's own __init__ gives every part its name, lazily.
+    return sorted({part.removesuffix(".py") for part in files} - {"__init__", "configs"})
+
+
+@pytest.mark.parametrize("part", parts())
+def test_imports_point_one_way(part):
+    for file in (PACKAGE / f"{part}.py", *(PACKAGE / part).rglob("*.py")):
+        if file.exists():
+            assert imported_parts(file) <= ALLOWED[part] | {part, "errors"}, file
+
+
+def fresh(code: str) -> str:
+    """What a new process prints."""
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.mark.parametrize("code", ["import vit_jax", "import vit_jax; vit_jax.load"])
+def test_importing_loads_nothing_heavy(code):
+    loaded = fresh(f"{code}\nimport sys\nprint(*sys.modules)").split()
+
+    assert not [name for name in HEAVY if name in loaded]
+
+
+def test_every_public_name_is_there():
+    for name in vit_jax.__all__:
+        assert getattr(vit_jax, name) is not None
+        assert name in dir(vit_jax)
+    assert vit_jax.models.create_model is vit_jax.create_model
+    assert vit_jax.checkpoints.__name__ == "vit_jax.checkpoints"
+    with pytest.raises(AttributeError, match="module 'vit_jax' has no attribute 'lod'"):
+        _ = vit_jax.lod
+
+
+def test_importing_with_all_public_names_takes_little_longer_than_jax_and_flax():
+    """Alternating runs, so that a busy machine slows both alike; medians of each."""
+    codes = {
+        "base": "import jax, flax",
+        "ours": "import vit_jax; vit_jax.load, vit_jax.create_model",
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in codes}
+    for _ in range(5):
+        for name, code in codes.items():
+            start = time.perf_counter()
+            fresh(code)
+            seconds[name].append(time.perf_counter() - start)
+    assert statistics.median(seconds["ours"]) < 1.3 * statistics.median(seconds["base"]), seconds

@@ -1,0 +1,377 @@
+"""`vit_jax.load`: weights with all that is needed to use them, and the refusals on the way."""
+
+import dataclasses
+import json
+
+import cv2
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_jax
+from tests import reference
+from vit_jax import checkpoints
+from vit_jax.checkpoints import Spec
+from vit_jax.errors import UserError
+from vit_jax.pretrained import Pretrained, find_weights, load
+
+SPEC = Spec(
+    patch_size=(4, 4),
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    mlp_dim=24,
+    classifier="token",
+    representation_size=None,
+    num_classes=5,
+    channels=3,
+    image_size=(16, 16),
+)
+LABELS = ("ape", "bär", "cat", "狗", "eel")
+
+
+def make(**changes) -> Pretrained:
+    fields = {"labels": LABELS, "preprocess": "resize(16)|value_range(-1, 1)"}
+    fields |= {key: changes.pop(key) for key in list(changes) if key in fields}
+    spec = dataclasses.replace(SPEC, **changes)
+    params = checkpoints.to_tree(reference.make_params(spec.shapes(), seed=2))
+    return Pretrained(model=spec.model(), params=params, spec=spec, **fields)
+
+
+@pytest.fixture(scope="module")
+def vit() -> Pretrained:
+    return make()
+
+
+@pytest.fixture
+def saved(vit, tmp_path):
+    vit.save(tmp_path / "weights.npz")
+    return tmp_path / "weights.npz"
+
+
+def images(n: int, *, size=(16, 16), channels: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(n)
+    return rng.uniform(-1, 1, (n, *size, channels)).astype(np.float32)
+
+
+def assert_same_params(found, expected) -> None:
+    np.testing.assert_equal(found, expected)
+
+
+# Load and save.
+
+
+def test_what_was_saved_is_what_is_loaded(vit, saved):
+    for source in (saved, str(saved), saved.parent):
+        found = load(source)
+        assert (found.spec, found.labels, found.preprocess) == (vit.spec, LABELS, vit.preprocess)
+        assert found.model == vit.model
+        assert_same_params(found.params, vit.params)
+        np.testing.assert_array_equal(found(images(2)), vit(images(2)))
+
+
+def test_a_saved_file_is_an_official_one(vit, tmp_path):
+    vit.save(tmp_path / "old.npz", style="prelinen")
+
+    keys = set(np.load(tmp_path / "old.npz").files)
+    assert keys == set(checkpoints.to_style(SPEC.shapes(), "prelinen"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classifier": "gap", "image_size": (8, 20), "preprocess": "value_range(0, 1)"},
+        {"image_size": (18, 19), "preprocess": "resize((18, 19))|value_range(-1, 1)"},
+        {"image_size": (8, 32), "preprocess": "resize((8, 32))|value_range(-1, 1)"},
+        {"classifier": "unpooled", "labels": None},
+        {"num_classes": None, "labels": None, "channels": 1},
+    ],
+)
+def test_the_notes_tell_what_the_arrays_can_not(tmp_path, changes):
+    vit = make(**changes)
+
+    vit.save(tmp_path / "w.npz")
+    found = load(tmp_path / "w.npz")
+
+    assert (found.spec, found.labels, found.preprocess) == (vit.spec, vit.labels, vit.preprocess)
+    x = images(1, size=vit.image_size, channels=vit.spec.channels)
+    np.testing.assert_array_equal(found(x), vit(x))
+
+
+def test_without_notes_the_original_preprocessing_is_assumed(saved):
+    saved.with_suffix(".json").unlink()
+
+    found = load(saved)
+
+    assert found.labels is None
+    assert found.preprocess == "resize(16)|value_range(-1, 1)"
+    assert load(saved, image_size=(12, 24)).preprocess == "resize((12, 24))|value_range(-1, 1)"
+
+
+def test_a_likely_size_tells_a_stored_grid_that_is_not_square(tmp_path):
+    make(image_size=(20, 12)).save(tmp_path / "w.npz")
+    (tmp_path / "w.json").unlink()
+
+    found = load(tmp_path / "w.npz", image_size=(20, 12))
+
+    assert found.spec.grid_size == (5, 3)
+    assert_same_params(found.params, make(image_size=(20, 12)).params)
+
+
+def test_a_size_with_as_many_patches_as_the_stored_square_grid_is_resampled(saved):
+    saved.with_suffix(".json").unlink()
+
+    found = load(saved, image_size=(8, 32))
+
+    assert found.spec.grid_size == (2, 8)
+    position = found.params["Transformer"]["posembed_input"]["pos_embedding"]
+    stored = make().params["Transformer"]["posembed_input"]["pos_embedding"]
+    expected = checkpoints.resample(stored, (4, 4), (2, 8), class_token=True)
+    np.testing.assert_array_equal(position, expected)
+
+
+def test_a_new_head_has_neither_weights_nor_labels(saved):
+    found = load(saved, num_classes=5)
+
+    assert found.labels is None
+    np.testing.assert_array_equal(found(images(3)), np.zeros((3, 5), np.float32))
+
+
+def test_another_size_keeps_labels_and_the_range_of_values(tmp_path):
+    make(preprocess="central_crop(16)|value_range(0, 2)").save(tmp_path / "w.npz")
+
+    found = load(tmp_path / "w.npz", image_size=24)
+
+    assert found.image_size == (24, 24)
+    assert found.labels == LABELS
+    assert found.preprocess == "resize(24)|value_range(0, 2)"
+    assert found(images(2, size=(24, 24))).shape == (2, 5)
+
+
+def test_fields_without_weights_may_be_chosen(saved):
+    found = load(saved, dtype=jnp.bfloat16, dropout_rate=0.2)
+
+    assert (found.model.dtype, found.model.dropout_rate) == (jnp.bfloat16, 0.2)
+    assert found(images(1)).dtype == np.float32
+
+
+def test_pre_logits_are_kept_or_dropped_as_said(tmp_path):
+    make(representation_size=16).save(tmp_path / "w.npz")
+
+    assert load(tmp_path / "w.npz").spec.representation_size == 16
+    assert load(tmp_path / "w.npz", num_classes=3).spec.representation_size is None
+    kept = load(tmp_path / "w.npz", num_classes=3, pre_logits=True)
+    assert kept.spec.representation_size == 16
+
+
+# Use.
+
+
+@pytest.mark.parametrize("n", [1, 33, 65])
+def test_any_number_of_pictures_gives_what_each_gives_alone(vit, n):
+    together = vit(images(n))
+    alone = np.concatenate([vit(image[None]) for image in images(n)])
+
+    assert together.shape == (n, 5)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_logits_are_the_papers(vit):
+    arrays = reference.make_params(SPEC.shapes(), seed=2)
+
+    expected = reference.forward(arrays, images(3), classifier="token")
+
+    np.testing.assert_allclose(vit(images(3)), expected, atol=1e-4)
+
+
+def test_no_pictures_give_no_answers(vit):
+    assert vit(images(0)).shape == (0, 5)
+    assert vit.predict([]) == []
+
+
+def test_pictures_are_named_from_files_and_arrays(vit, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    assert cv2.imwrite(str(tmp_path / "drawn.png"), picture[:, :, ::-1])
+
+    from_file, from_array = vit.predict([tmp_path / "drawn.png", picture])
+
+    small = cv2.resize(picture.astype(np.float32), (16, 16), interpolation=cv2.INTER_LINEAR)
+    logits = vit(small[None] / 127.5 - 1)[0].astype(np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    best = np.argsort(-probabilities)
+    assert from_file == from_array
+    assert [label for label, _ in from_file] == [LABELS[i] for i in best]
+    np.testing.assert_allclose([p for _, p in from_file], probabilities[best], atol=1e-5)
+
+
+def test_many_pictures_are_answered_in_order(vit):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (9, 9 + i, 3), np.uint8) for i in range(40)]
+
+    answers = vit.predict(pictures, top=2)
+
+    assert [len(answer) for answer in answers] == [2] * 40
+    for picture, answer in list(zip(pictures, answers, strict=True))[::13]:
+        ((label, probability), _) = vit.predict([picture], top=2)[0]
+        assert answer[0] == (label, pytest.approx(probability, abs=1e-5))
+
+
+def test_classes_without_names_are_called_by_their_index():
+    vit = make(labels=None)
+
+    (answer,) = vit.predict([np.zeros((8, 8, 3), np.uint8)], top=99)
+
+    assert sorted(label for label, _ in answer) == list("01234")
+    assert sum(probability for _, probability in answer) == pytest.approx(1)
+
+
+def test_one_channel_pictures_are_read_in_one_channel(tmp_path):
+    vit = make(channels=1)
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8)
+    assert cv2.imwrite(str(tmp_path / "gray.png"), picture)
+
+    assert vit.predict([tmp_path / "gray.png"]) == vit.predict([picture])
+
+
+@pytest.mark.slow
+def test_the_published_weights_name_real_pictures_as_often_as_the_original(shared):
+    """The original code gets 210 of 250 right, and 239 among its first five."""
+    (path,) = (shared / "checkpoints").glob("Ti_16-*.npz")
+    files = sorted((shared / "images" / "imagenet_samples").glob("*.*"))
+    classes = [int("".join(filter(str.isdigit, file.stem))) for file in files]
+
+    answers = vit_jax.load(path).predict(files)
+
+    first = sum(int(a[0][0]) == c for a, c in zip(answers, classes, strict=True))
+    five = sum(str(c) in dict(a) for a, c in zip(answers, classes, strict=True))
+    assert len(files) == 250
+    assert abs(first - 210) <= 1
+    assert abs(five - 239) <= 1
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros((2, 16, 12, 3), np.float32), r"shape \(2, 16, 12, 3\), expected \(n, 16, 16, 3"),
+        (np.zeros((16, 16, 3), np.float32), r"shape \(16, 16, 3\), expected \(n, 16, 16, 3\)"),
+        (np.zeros((2, 16, 16, 3), np.uint8), "images are uint8, expected preprocessed float32"),
+    ],
+)
+def test_images_that_are_not_ready_are_refused(vit, x, message):
+    with pytest.raises(UserError, match=message):
+        vit(x)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "wishes", "message"),
+    [
+        ("one.jpg", {}, "takes a list of pictures"),
+        (np.zeros((8, 8, 3), np.uint8), {}, "takes a list of pictures"),
+        ([np.zeros((8, 8, 3))], {}, r"shape \(8, 8, 3\) and type float64, expected \(h, w, 3\)"),
+        ([np.zeros((8, 8), np.uint8)], {}, r"expected \(h, w, 3\) of uint8"),
+        (["absent.jpg"], {}, "absent.jpg: can't be read"),
+        ([], {"top": 0}, "top is 0, expected at least 1"),
+    ],
+)
+def test_what_is_no_list_of_pictures_is_refused(vit, pictures, wishes, message):
+    with pytest.raises(UserError, match=message):
+        vit.predict(pictures, **wishes)
+
+
+def test_weights_that_give_no_classes_are_refused_for_prediction():
+    for changes in ({"num_classes": None}, {"classifier": "unpooled"}):
+        with pytest.raises(UserError, match="these weights give no classes"):
+            make(**changes).predict([np.zeros((8, 8, 3), np.uint8)])
+
+
+def test_files_are_refused_for_weights_of_four_channels():
+    with pytest.raises(UserError, match="pictures of 4 channels"):
+        make(channels=4).predict(["a.png"])
+
+
+def test_sources_that_are_no_weights_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no such file: .*absent.npz"):
+        load(tmp_path / "absent.npz")
+    with pytest.raises(UserError, match=r"no workdir of a training run: it holds no weights.npz"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has not finished: start it again"):
+        find_weights(tmp_path)
+    with pytest.raises(UserError, match=r"config.json is no .npz checkpoint"):
+        load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"patch_size": 3}, "load takes no 'patch_size': of the model only dropout_rate"),
+        ({"image_size": (16,)}, r"image_size is \(16,\), expected pixels or \(height, width\)"),
+        ({"image_size": 0}, "image_size is 0, expected"),
+        ({"image_size": 3}, "3x3 pixels is smaller than one patch of 4x4"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"pre_logits": True}, "no pre_logits layer"),
+    ],
+)
+def test_wishes_that_make_no_sense_are_refused(saved, wishes, message):
+    with pytest.raises(UserError, match=message):
+        load(saved, **wishes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "{",
+        "[]",
+        "\xff",
+        "[" * 100_000,
+        {"labels": "abc"},
+        {"image_size": [16]},
+        {"image_size": ["wide", 16]},
+        {"classifier": "map"},
+        {"preprocess": "blur(3)"},
+        {"preprocess": None},
+    ],
+)
+def test_damaged_notes_are_refused_by_name(saved, change):
+    notes = saved.with_suffix(".json")
+    if isinstance(change, dict):
+        notes.write_text(json.dumps(json.loads(notes.read_text(encoding="utf-8")) | change))
+    else:
+        notes.write_bytes(change.encode("latin1"))
+
+    with pytest.raises(UserError, match=r"weights.json is damaged .*mend it, or remove it") as e:
+        load(saved)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ["a", "b"]}, "names 2 classes, but the head has 5: mend or remove"),
+        ({"image_size": [16, 20]}, "16 positions do not fit pictures of 16x20"),
+        ({"classifier": "gap", "image_size": [4, 68]}, r"unexpected \(1\): cls"),
+    ],
+)
+def test_notes_that_do_not_fit_the_weights_are_refused(saved, change, message):
+    notes = saved.with_suffix(".json")
+    notes.write_text(json.dumps(json.loads(notes.read_text(encoding="utf-8")) | change))
+
+    with pytest.raises(UserError, match=message):
+        load(saved)
+
+
+def test_a_name_that_is_no_npz_is_refused(vit, tmp_path):
+    with pytest.raises(UserError, match=r"can't save to w.json: expected a name .* \.npz"):
+        vit.save(tmp_path / "w.json")
+    with pytest.raises(UserError, match="there is no folder"):
+        vit.save(tmp_path / "absent" / "w.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_style_writes_nothing(vit, tmp_path):
+    with pytest.raises(UserError, match="unknown key style 'keras'"):
+        vit.save(tmp_path / "w.npz", style="keras")
+    assert list(tmp_path.iterdir()) == []
