@@ -36,8 +36,9 @@ def _shapes(model, images: tuple[int, ...] = (1, 224, 224, 3)) -> dict[str, tupl
 
 
 def _spec(name: str, num_classes: int | None, representation_size: int | None, size: int) -> Spec:
+    architecture = {k: v for k, v in models.variant(name).items() if k != "dropout_rate"}
     return Spec(
-        **models.variant(name),
+        **architecture,
         num_classes=num_classes,
         representation_size=representation_size,
         channels=3,

@@ -85,6 +85,12 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(whole, tin
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
+def test_a_mistake_found_before_the_first_step_does_not_bar_the_workdir(tiny, tmp_path):
+    with pytest.raises(UserError, match="unknown dataset 'digit'"):
+        run(tiny("dataset=digit", "total_steps=4"), tmp_path)
+    assert run(tiny("total_steps=4"), tmp_path).finished
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}', "\0\xff"])
 def test_a_damaged_config_json_is_refused(tmp_path, tiny, text):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")

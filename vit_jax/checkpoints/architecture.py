@@ -44,7 +44,7 @@ class Spec:
     def name(self) -> str | None:
         """The official name of this architecture, or None if it has none."""
         for name, fields in VARIANTS.items():
-            if all(getattr(self, field) == value for field, value in fields.items()):
+            if all(getattr(self, k) == v for k, v in fields.items() if k != "dropout_rate"):
                 return name
         return None
 

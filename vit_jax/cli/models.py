@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> None:
         )
     rows = []
     for name, fields in VARIANTS.items():
+        shape = {k: v for k, v in fields.items() if k != "dropout_rate"}
         spec = Spec(
-            **fields, representation_size=None, num_classes=1000, channels=3, image_size=(224, 224)
+            **shape, representation_size=None, num_classes=1000, channels=3, image_size=(224, 224)
         )
         count, tokens = spec.num_parameters, spec.num_tokens
         rows.append(

@@ -20,8 +20,8 @@ _SIZES = {
 }
 
 
-def _vit(size: str, patch: int, classifier: str = "token") -> dict[str, Any]:
-    return dict(_SIZES[size], patch_size=(patch, patch), classifier=classifier)
+def _vit(size: str, patch: int, classifier: str = "token", **more: Any) -> dict[str, Any]:
+    return dict(_SIZES[size], patch_size=(patch, patch), classifier=classifier, **more)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -31,9 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ViT-B_8": _vit("B", 8),
     "ViT-B_16": _vit("B", 16),
     "ViT-B_32": _vit("B", 32),
-    "ViT-L_16": _vit("L", 16),
+    "ViT-L_16": _vit("L", 16, dropout_rate=0.1),
     "ViT-L_32": _vit("L", 32),
-    "ViT-H_14": _vit("H", 14),
+    "ViT-H_14": _vit("H", 14, dropout_rate=0.1),
     # Global average pooling instead of a class token, no representation layer (arXiv:2106.01548).
     "ViT-S_16-gap-norep": _vit("S", 16, "gap"),
     "ViT-S_32-gap-norep": _vit("S", 32, "gap"),

@@ -53,8 +53,8 @@ LIMITS = {
     "model.representation_size": (1, math.inf),
 }
 
-# These say how fast and how loudly, not what is computed: a run may go on with other values.
-FREE_FIELDS = frozenset({"prefetch", "threads"})
+# These don't change what is computed, where anything is: a run may go on with other values.
+FREE_FIELDS = frozenset({"prefetch", "threads", "corrupt", "keep_checkpoints"})
 
 
 def default_config() -> ConfigDict:

@@ -37,7 +37,7 @@ from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import make_train_step
 from vit_jax.training.task import Task, open_task
-from vit_jax.training.workdir import open_workdir
+from vit_jax.training.workdir import claim_workdir, open_workdir
 
 BEST_WEIGHTS = "weights_best.npz"
 
@@ -86,6 +86,7 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
     eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
     learning_rate = schedule_of(config, config.total_steps)
 
+    claim_workdir(workdir, config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     if checkpoints.latest is not None:
         state = checkpoints.restore(state)

@@ -13,13 +13,9 @@ CONFIG = "config.json"
 
 
 def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
-    """Makes the folder of a run, or checks that the one that is there belongs to this
-    configuration.
+    """Makes the folder of a run, or checks that the run in it has this configuration.
 
-    Returns:
-      the folder, which holds the configuration as config.json.
-
-    Raises UserError if it can't be written, or was made by another configuration: then the fields
+    Raises UserError if it can't be made, or holds a run of another configuration: then the fields
     that differ are named and nothing is changed.
     """
     workdir = Path(path)
@@ -31,18 +27,27 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
         raise UserError(
             f"can't make the workdir {workdir}: {e.strerror}: choose another place"
         ) from e
-    file = workdir / CONFIG
-    if file.exists():
-        before = read_config(workdir)
-        differing = differing_fields(before, config)
+    if (workdir / CONFIG).exists():
+        differing = differing_fields(read_config(workdir), config)
         if differing:
             raise UserError(
                 f"{workdir} holds a run of another configuration ({'; '.join(differing)}): "
                 "choose another workdir, or the same fields as then"
             )
-        if not os.access(workdir, os.W_OK):
-            raise UserError(f"the workdir {workdir} can't be written: mend its permissions")
-        return workdir
+    if not os.access(workdir, os.W_OK):
+        raise UserError(f"the workdir {workdir} can't be written: choose another place")
+    return workdir
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Writes down whose folder this is, as config.json, if that is not done yet.
+
+    Not before a run is about to begin: a mistake found earlier must not bar the folder to the same
+    command without the mistake. Raises UserError if the file can't be written.
+    """
+    file = workdir / CONFIG
+    if file.exists():
+        return
     try:
         with atomic_file(file) as out:
             out.write(config_to_json(config).encode())
@@ -50,7 +55,6 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
         raise UserError(
             f"can't write in the workdir {workdir}: {e.strerror}: choose another place"
         ) from e
-    return workdir
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -59,7 +63,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     file = Path(workdir) / CONFIG
     try:
         return config_from_json(file.read_text())
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{workdir} is no workdir of a training run: it holds no {CONFIG}") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{file} is damaged ({e}): choose another workdir") from e

@@ -1,0 +1,83 @@
+"""The configurations that come with the package."""
+
+from pathlib import Path
+
+import pytest
+
+from vit_jax import data, list_models
+from vit_jax.errors import UserError
+from vit_jax.training import check_config, make_schedule
+from vit_jax.training.options import load_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+ARGUMENTS = {
+    "digits": "",
+    "vit": "b16,cifar10",
+    "augreg": "Ti_16",
+    "finetune_folder": "digits",
+}
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("*.py")))
+def test_every_configuration_loads_and_passes_the_check(name):
+    config = load_config(f"{CONFIGS / name}.py:{ARGUMENTS[name]}")
+    assert check_config(config).model.name in list_models()
+
+
+def test_what_needs_an_argument_says_so():
+    with pytest.raises(UserError, match=r"vit\.py needs MODEL,DATASET, found '': e\.g\. vit\.py:b"):
+        load_config("vit")
+    with pytest.raises(UserError, match="finetune_folder needs a folder"):
+        load_config("finetune_folder")
+    with pytest.raises(UserError, match="unknown model 'Ti_17': did you mean ViT-"):
+        load_config("augreg:Ti_17")
+
+
+@pytest.mark.parametrize(
+    ("arg", "model", "steps", "lr"),
+    [
+        ("b16,cifar10", "ViT-B_16", 10_000, 0.01),
+        ("b32,cifar100", "ViT-B_32", 10_000, 0.03),
+        ("l16,imagenet2012", "ViT-L_16", 20_000, 0.03),
+        ("ViT-S_16,photos", "ViT-S_16", 500, 0.03),
+        ("b32_gap_norep,photos", "ViT-B_32-gap-norep", 500, 0.03),
+    ],
+)
+def test_vit_is_the_published_recipe(arg, model, steps, lr):
+    config = check_config(load_config(f"vit:{arg}"))
+    assert (config.model.name, config.total_steps, config.base_lr) == (model, steps, lr)
+    assert (config.batch, config.accum_steps, config.pp.crop) == (512, 8, 384)
+    assert (config.optim, config.momentum, config.grad_norm_clip) == ("sgd", 0.9, 1.0)
+
+
+@pytest.mark.parametrize("pictures", [2, 20, 500, 20_000, 1_000_000])
+def test_the_recipe_for_a_folder_grows_with_it(pictures, monkeypatch):
+    monkeypatch.setattr(data, "open_source", lambda *args, **kwargs: range(pictures))
+    config = check_config(load_config("finetune_folder:photos"))
+    epochs = config.total_steps * config.batch / pictures
+    # Each picture is seen several times; a small folder's more often, a huge one's at least eight.
+    assert epochs >= 7.9
+    assert epochs <= 9 or config.total_steps == 100
+    assert config.batch % 8 == 0
+    assert 8 <= config.batch <= 512
+    assert 0.03 / 8 <= config.base_lr <= 0.03
+    # Memory holds what is computed at once, and the last step is tested and saved on the way.
+    assert config.batch / config.accum_steps <= 32
+    assert 3 <= config.total_steps / config.eval_every <= 6
+    assert config.total_steps / config.progress_every >= 10
+    schedule = make_schedule(
+        config.total_steps, config.base_lr, config.decay_type, config.warmup_steps
+    )
+    assert float(schedule(config.warmup_steps)) == pytest.approx(config.base_lr)
+
+
+def test_the_learning_rate_for_a_folder_follows_the_square_root_of_the_batch(monkeypatch):
+    rates = {}
+    for pictures in (200, 2_000, 50_000):
+        monkeypatch.setattr(data, "open_source", lambda *args, n=pictures, **kw: range(n))
+        config = load_config("finetune_folder:photos")
+        rates[config.batch] = config.base_lr
+    assert len(rates) == 3
+    for batch, rate in rates.items():
+        assert rate == pytest.approx(0.03 * (batch / 512) ** 0.5)
