@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,7 @@ def saved_steps(workdir):
 def test_a_run_leaves_weights_figures_a_report_and_its_configuration(whole, tiny):
     names = {p.name for p in whole.iterdir() if "tfevents" not in p.name}
     assert names == {
-        *("checkpoints", "config.json", "metrics.jsonl"),
+        *("checkpoints", "config.json", "data.json", "metrics.jsonl"),
         *("report.png", "weights.json", "weights.npz"),
     }
     assert json.loads((whole / "config.json").read_text())["batch"] == tiny().batch
@@ -96,6 +97,26 @@ def test_a_damaged_config_json_is_refused(tmp_path, tiny, text):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         run(tiny(), tmp_path)
+
+
+def test_pictures_that_have_changed_since_the_run_began_are_refused(tiny, tmp_path, monkeypatch):
+    for name in ("train/dark", "train/bright", "test/dark", "test/bright"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(2):
+            picture = np.full((8, 8, 3), 10 * len(name) + i, np.uint8)
+            cv2.imwrite(str(tmp_path / "photos" / name / f"{i}.png"), picture)
+    fields = (f"dataset={tmp_path / 'photos'}", "total_steps=4", "batch_eval=4")
+    with monkeypatch.context() as patch:
+        _Interrupted.in_step(patch, 2)
+        assert not run(tiny(*fields), tmp_path / "run").finished
+    new = tmp_path / "photos" / "train" / "dark" / "new.png"
+    shutil.copy(new.with_name("0.png"), new)
+    with pytest.raises(
+        UserError, match=r"the train pictures of .*photos have changed since the run"
+    ):
+        run(tiny(*fields), tmp_path / "run")
+    new.unlink()
+    assert run(tiny(*fields), tmp_path / "run").finished
 
 
 class _Interrupted:
@@ -308,10 +329,12 @@ def test_what_is_saved_is_the_state_at_the_save_though_the_next_steps_take_its_m
     checkpoints = Checkpoints(tmp_path, keep=1)
     for i in range(1, 4):
         state = step(state)
-        expected = jax.tree.map(np.array, jax.device_get(state))
+        expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
+        address = state.params["kernel"].unsafe_buffer_pointer()
         checkpoints.save(i, state)
         for _ in range(5):
             state = step(state)  # While the save is under way.
+        assert state.params["kernel"].unsafe_buffer_pointer() == address
         checkpoints.wait()
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state), expected)
     checkpoints.close()

@@ -28,6 +28,14 @@ class Task:
         return self.train.labels
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells these pictures from others, see `data.data_fingerprint`."""
+        return {
+            "train": data.data_fingerprint(self.train),
+            "test": data.data_fingerprint(self.test),
+        }
+
+    @property
     def picture_shape(self) -> tuple[int, int, int]:
         """(h, w, channels) of a picture made ready."""
         return _shape(self.eval_ops, self.train)

@@ -86,7 +86,7 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
     eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
     learning_rate = schedule_of(config, config.total_steps)
 
-    claim_workdir(workdir, config)
+    claim_workdir(workdir, config, task.fingerprints)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     if checkpoints.latest is not None:
         state = checkpoints.restore(state)

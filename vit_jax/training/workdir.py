@@ -1,6 +1,8 @@
 """The folder of a run: made once, gone on with only by the same configuration."""
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -10,6 +12,7 @@ from vit_jax.errors import UserError
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
 CONFIG = "config.json"
+PICTURES = "data.json"  # Fingerprints of the pictures, by what they are for.
 
 
 def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
@@ -39,17 +42,36 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
     return workdir
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Writes down whose folder this is, as config.json, if that is not done yet.
+def claim_workdir(workdir: Path, config: ConfigDict, fingerprints: Mapping[str, str]) -> None:
+    """Writes down whose folder this is and on which pictures, or checks that these are the same.
 
     Not before a run is about to begin: a mistake found earlier must not bar the folder to the same
-    command without the mistake. Raises UserError if the file can't be written.
+    command without the mistake.
+
+    Args:
+      workdir, config: see `open_workdir`.
+      fingerprints: of the pictures, {"train": ..., "test": ...}.
+
+    Raises UserError if the files can't be written, or the pictures are not those of the run's
+    beginning: it could not go on as if it had not stopped.
     """
-    file = workdir / CONFIG
-    if file.exists():
+    if (workdir / CONFIG).exists():
+        try:
+            before = json.loads((workdir / PICTURES).read_text())
+        except (OSError, ValueError) as e:
+            raise UserError(f"{workdir / PICTURES} can't be read: choose another workdir") from e
+        changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
+        if changed:
+            raise UserError(
+                f"the {' and '.join(changed)} pictures of {config.dataset} have changed since the "
+                f"run in {workdir} began: put them back as they were, or choose another workdir"
+            )
         return
     try:
-        with atomic_file(file) as out:
+        # The configuration last: it is what makes a folder a run's.
+        with atomic_file(workdir / PICTURES) as out:
+            out.write(json.dumps(dict(fingerprints), indent=1).encode() + b"\n")
+        with atomic_file(workdir / CONFIG) as out:
             out.write(config_to_json(config).encode())
     except OSError as e:
         raise UserError(
