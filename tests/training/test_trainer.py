@@ -330,11 +330,9 @@ def test_what_is_saved_is_the_state_at_the_save_though_the_next_steps_take_its_m
     for i in range(1, 4):
         state = step(state)
         expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
-        address = state.params["kernel"].unsafe_buffer_pointer()
         checkpoints.save(i, state)
         for _ in range(5):
             state = step(state)  # While the save is under way.
-        assert state.params["kernel"].unsafe_buffer_pointer() == address
         checkpoints.wait()
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state), expected)
     checkpoints.close()

@@ -46,11 +46,10 @@ class Checkpoints:
         """
         self.wait()
         with self._explained(step):
-            # Orbax reads the arrays while the next steps run. On a CPU the arrays in memory are the
-            # very ones that the next step overwrites, as it is given the state to keep: save a
-            # copy.
-            copy = jax.tree.map(lambda x: x.copy(), state)
-            self._saving = self._manager.save_checkpointables_async(step, {"state": copy})
+            # The next step may be given the arrays to overwrite at once: Orbax has copied them to
+            # the host by then, and on a CPU, where there is nothing to copy, JAX leaves memory
+            # alone that somebody else holds.
+            self._saving = self._manager.save_checkpointables_async(step, {"state": state})
             self._saving_step = step
 
     def wait(self) -> None:

@@ -76,8 +76,6 @@ def default_config() -> ConfigDict:
 
     # On what: "digits" or a folder of pictures.
     config.dataset = "digits"
-    config.tfds_data_dir = ""
-    config.tfds_manual_dir = ""
     config.corrupt = (
         "error"  # A picture that can't be read: stop ("error"), or warn and go on ("skip").
     )
