@@ -35,6 +35,6 @@ def get_config(arg: str = ""):
     config.base_lr = 0.03 * math.sqrt(config.batch / 512)
 
     config.progress_every = max(config.total_steps // 25, 1)
-    config.eval_every = max(config.total_steps // 4, 1)
+    config.eval_every = math.ceil(config.total_steps / 4)
     config.checkpoint_every = config.eval_every
     return config

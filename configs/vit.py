@@ -7,7 +7,7 @@ The argument is MODEL,DATASET: a short or official name of a model, and a data s
 """
 
 from vit_jax.errors import UserError
-from vit_jax.models import list_models
+from vit_jax.models import list_models, variant
 from vit_jax.training import default_config
 
 # What the published recipe says of a data set: its splits, steps and picture size.
@@ -40,6 +40,7 @@ def get_config(arg: str = ""):
 
     config = default_config()
     config.model.name = SHORT_NAMES.get(model, model)
+    config.model.dropout_rate = variant(config.model.name).get("dropout_rate", 0.0)
     config.pretrained_dir = "."  # Holds the official weights, e.g. ViT-B_16.npz.
     config.dataset = dataset
     config.pp.train = preset["train"]

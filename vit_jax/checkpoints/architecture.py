@@ -280,6 +280,25 @@ def _check_anchors(
         )
 
 
+def _check_anchors(shapes: Mapping[str, tuple[int, ...]], blocks: Mapping, where: str) -> None:
+    """Raises UserError if the arrays from which the architecture is read are not there."""
+    ranks = {"embedding/kernel": 4, _POSITIONS: 3}
+    missing = [key for key in ranks if key not in shapes]
+    if not blocks:
+        missing.append("Transformer/encoderblock_0/...")
+    wrong = [
+        f"{key} {shapes[key]}, expected {rank} axes and no empty one"
+        for key, rank in ranks.items()
+        if key in shapes and (len(shapes[key]) != rank or 0 in shapes[key])
+    ]
+    problems = [p for p in (_listing("missing", missing), _listing("wrong shape", wrong)) if p]
+    if problems:
+        raise UserError(
+            f"{where} is no ViT checkpoint: {'; '.join(problems)}; "
+            f"it holds {len(shapes)} arrays: {_first(sorted(shapes))}"
+        )
+
+
 def _first(names: list[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 

@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(
-                f"vit-jax: {e.filename or 'a file'} can't be written ({e.strerror}); what was saved "
-                "before is kept: make room, then run the same command again",
+                f"vit-jax: {e.filename or 'a file'} can't be written ({e.strerror}): make room, "
+                "then run the same command again",
                 file=sys.stderr,
             )
             return EXIT_USER_ERROR

@@ -35,10 +35,12 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints top-1, top-5, loss and the accuracy of each class."""
     import json
+    import os
 
     import numpy as np
 
     from vit_jax import data
+    from vit_jax.errors import UserError
     from vit_jax.evaluation.pictures import evaluate_pictures, write_predictions
     from vit_jax.pretrained import load
     from vit_jax.training.workdir import read_config
@@ -47,6 +49,11 @@ def run(args: argparse.Namespace) -> None:
     split, seed, loss = "test", 0, "softmax"
     dataset = args.data
     if dataset is None:
+        if os.path.isfile(args.weights):
+            raise UserError(
+                f"on which pictures? {args.weights} doesn't tell, only a run does: "
+                "add a folder of pictures or a known name"
+            )
         config = read_config(args.weights)
         dataset, split, seed, loss = config.dataset, config.pp.test, config.seed, config.loss
     source = data.open_source(dataset, args.split or split, seed=seed)

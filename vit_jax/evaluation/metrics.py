@@ -103,12 +103,12 @@ def _figures(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.A
     # Of equal logits the first counts, as in argmax: a network that says nothing isn't always
     # right.
     before = (logits > own) | ((logits == own) & (jnp.arange(classes) < labels[:, None]))
-    # NaN compares with nothing: it is never right, so its prediction is a class that is wrong.
+    # NaN says nothing, so it is never right: its rank is last, its prediction a wrong class.
     nan = jnp.isnan(logits).any(axis=-1)
     probabilities = jax.nn.softmax(logits)
     return {
         "loss": example_losses(logits, labels, loss),
-        "rank": jnp.where(nan, classes, before.sum(axis=-1)),
+        "rank": jnp.where(nan, jnp.iinfo(jnp.int32).max, before.sum(axis=-1)),
         "prediction": jnp.where(nan, (labels + 1) % classes, jnp.argmax(logits, axis=-1)),
         "probability": probabilities.max(axis=-1),
     }

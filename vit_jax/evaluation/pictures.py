@@ -42,7 +42,6 @@ def evaluate_pictures(
         source,
         data.parse(vit.preprocess),
         batch_size=-(-max(batch_size, 1) // devices) * devices,
-        threads=os.cpu_count() or 1,
         corrupt=corrupt,
     )
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))

@@ -46,11 +46,10 @@ class Checkpoints:
         """
         self.wait()
         with self._explained(step):
-            # Orbax reads the arrays while the next steps run. On a CPU the arrays in memory are the
-            # very ones that the next step overwrites, as it is given the state to keep: save a
-            # copy.
-            copy = jax.tree.map(lambda x: x.copy(), state)
-            self._saving = self._manager.save_checkpointables_async(step, {"state": copy})
+            # The next step may be given the arrays to overwrite at once: Orbax has copied them to
+            # the host by then, and on a CPU, where there is nothing to copy, JAX leaves memory
+            # alone that somebody else holds.
+            self._saving = self._manager.save_checkpointables_async(step, {"state": state})
             self._saving_step = step
 
     def wait(self) -> None:
@@ -92,7 +91,10 @@ class Checkpoints:
         try:
             yield
         except Exception as e:  # TensorStore, Orbax and the system each raise their own kinds.
-            good = [c.step for c in self._manager.checkpoints if c.step < step]
+            # Looked up on the disk: Orbax strikes a checkpoint from its list before the one that is
+            # to take its place is written.
+            good = [int(p.name) for p in self.folder.glob("[0-9]*") if p.name.isdigit()]
+            good = [s for s in good if s < step]
             rest = (
                 f"the checkpoint of step {max(good)} is still good" if good else "none is saved yet"
             )
@@ -122,6 +124,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _quiet() -> None:
-    """Orbax reports each of its doings through absl at INFO and WARNING; a run says what
-    matters."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax reports all its doings through absl, and each error by several threads; a run says
+    what matters."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)

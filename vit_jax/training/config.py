@@ -53,8 +53,8 @@ LIMITS = {
     "model.representation_size": (1, math.inf),
 }
 
-# These say how fast and how loudly, not what is computed: a run may go on with other values.
-FREE_FIELDS = frozenset({"prefetch", "threads"})
+# These don't change what is computed, where anything is: a run may go on with other values.
+FREE_FIELDS = frozenset({"prefetch", "threads", "corrupt", "keep_checkpoints"})
 
 
 def default_config() -> ConfigDict:
@@ -76,8 +76,6 @@ def default_config() -> ConfigDict:
 
     # On what: "digits" or a folder of pictures.
     config.dataset = "digits"
-    config.tfds_data_dir = ""
-    config.tfds_manual_dir = ""
     config.corrupt = (
         "error"  # A picture that can't be read: stop ("error"), or warn and go on ("skip").
     )
@@ -206,7 +204,10 @@ def _convert(value: Any, default: Any, path: str) -> Any:
 
 def unknown_field(path: str, known: list[str]) -> UserError:
     """The error for a misspelt field: its full path, and the nearest ones that exist."""
-    near = difflib.get_close_matches(path, known, n=3, cutoff=0.6)
+    # Compared by their last names: "config.model." would make any two look alike.
+    names = {k.rpartition(".")[2] for k in known}
+    near_names = difflib.get_close_matches(path.rpartition(".")[2], names, n=3, cutoff=0.6)
+    near = [k for name in near_names for k in known if k.rpartition(".")[2] == name]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
     return UserError(f"unknown field {path}: {hint}")
 

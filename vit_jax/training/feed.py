@@ -78,8 +78,8 @@ class Figures:
             bad = [key for key, value in values.items() if not np.isfinite(value)]
             if bad:
                 raise UserError(
-                    f"at step {step} the {bad[0]} became {values[bad[0]]}; what was saved "
-                    "before is kept: try a lower config.base_lr, more config.warmup_steps or a smaller "
+                    f"at step {step} the {bad[0]} became {values[bad[0]]}; what was saved before "
+                    "is kept: try a lower config.base_lr, more config.warmup_steps or a smaller "
                     "config.grad_norm_clip, in another workdir"
                 )
         return values

@@ -52,9 +52,10 @@ def make_network(
                 f"{getattr(vit.model, field)}: leave it out"
             )
     if vit.spec.channels != channels:
+        operation = "rgb" if vit.spec.channels == 3 else "gray"
         raise UserError(
-            f"the weights in {path} take pictures of {vit.spec.channels} channels, "
-            f"these have {channels}: add {'rgb' if vit.spec.channels == 3 else 'gray'} to config.pp.train_ops and eval_ops"
+            f"the weights in {path} take pictures of {vit.spec.channels} channels, these have "
+            f"{channels}: add {operation} to config.pp.train_ops and config.pp.eval_ops"
         )
     return dataclasses.replace(vit, labels=labels, preprocess=preprocess)
 

@@ -69,7 +69,7 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
     """
     options = list(options)
     config = _with_model_fields(config, options)
-    known = _fields(config)
+    known = [*_fields(config), *(f"config.model.{field}" for field in model_fields())]
     names = []
     for position, option in enumerate(options):
         if option.startswith("--config."):
@@ -80,10 +80,10 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
         elif not position or options[position - 1].partition("=")[1] or not names:
             raise UserError(f"unknown option {option!r}: fields are set with --config.field=value")
     command = ["vit-jax", *options]
-    command = ["vit-jax", *options]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
     try:
+        # This defines a flag for each field that stands in `sys_argv`.
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
         values(command)
     except (flags.Error, ValueError, TypeError, AttributeError) as e:
         raise UserError(" ".join(str(e).split()).replace("flag --config", "config")) from e

@@ -7,6 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+
+from vit_jax.training.parallel import make_mesh, replicated
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -26,17 +29,26 @@ class TrainState(flax.struct.PyTreeNode):
 
     @classmethod
     def create(
-        cls, *, params: Mapping[str, Any], tx: optax.GradientTransformation, seed: int = 0
+        cls,
+        *,
+        params: Mapping[str, Any],
+        tx: optax.GradientTransformation,
+        seed: int = 0,
+        mesh: Mesh | None = None,
     ) -> "TrainState":
-        """The state before the first update. The parameters are copied: a step donates its
-        state."""
+        """The state before the first update, on every device of a mesh (by default of all devices).
+
+        The parameters are copied: a step donates its state.
+        """
         params = jax.tree.map(lambda x: jnp.array(x, copy=True), dict(params))
-        return cls(
+        state = cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=tx.init(params),
             seed=jnp.asarray(seed, jnp.uint32),
         )
+        # Where the step leaves it: a state from elsewhere would have the step compiled twice.
+        return jax.device_put(state, replicated(make_mesh() if mesh is None else mesh))
 
     def dropout_key(self) -> jax.Array:
         """The random key of the next update, a pure function of (seed, step)."""

@@ -62,7 +62,7 @@ def make_train_step(
             jax.value_and_grad(loss_fn), accum_steps, mesh, state.params, batch, state.dropout_key()
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -1,7 +1,6 @@
 """The pictures of a run, and how training and evaluation make them ready."""
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -28,6 +27,14 @@ class Task:
         return self.train.labels
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells these pictures from others, see `data.data_fingerprint`."""
+        return {
+            "train": data.data_fingerprint(self.train),
+            "test": data.data_fingerprint(self.test),
+        }
+
+    @property
     def picture_shape(self) -> tuple[int, int, int]:
         """(h, w, channels) of a picture made ready."""
         return _shape(self.eval_ops, self.train)
@@ -40,7 +47,7 @@ class Task:
             batch_size=self.config.batch,
             seed=self.config.seed,
             start_step=start_step,
-            threads=_threads(self.config),
+            threads=self.config.threads or None,
             prefetch=self.config.prefetch,
             corrupt=self.config.corrupt,
         )
@@ -51,7 +58,7 @@ class Task:
             self.test,
             self.eval_ops,
             batch_size=self.config.batch_eval,
-            threads=_threads(self.config),
+            threads=self.config.threads or None,
             corrupt=self.config.corrupt,
         )
 
@@ -87,7 +94,3 @@ def _shape(ops: data.Preprocess, source: data.Source) -> tuple[int, int, int]:
     if ops.output_size is None:  # The pictures keep their size: look at one.
         blank = source[0]["image"]
     return ops(blank, np.random.default_rng(0)).shape
-
-
-def _threads(config: ConfigDict) -> int:
-    return config.threads or os.cpu_count() or 1

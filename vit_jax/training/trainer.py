@@ -31,13 +31,13 @@ from vit_jax.training.outcome import (
     score_figures,
     score_text,
 )
-from vit_jax.training.parallel import make_mesh, replicated, split
+from vit_jax.training.parallel import make_mesh, split
 from vit_jax.training.progress import Progress
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import make_train_step
 from vit_jax.training.task import Task, open_task
-from vit_jax.training.workdir import open_workdir
+from vit_jax.training.workdir import claim_workdir, open_workdir
 
 BEST_WEIGHTS = "weights_best.npz"
 
@@ -74,8 +74,7 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
         preprocess=task.eval_ops.spec,
     )
     tx = make_optimizer(config, config.total_steps)
-    state = TrainState.create(params=vit.params, tx=tx, seed=config.seed)
-    state = jax.device_put(state, replicated(mesh))
+    state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, mesh=mesh)
     train_step = make_train_step(
         vit.model,
         tx,
@@ -87,6 +86,7 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
     eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
     learning_rate = schedule_of(config, config.total_steps)
 
+    claim_workdir(workdir, config, task.fingerprints)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     if checkpoints.latest is not None:
         state = checkpoints.restore(state)

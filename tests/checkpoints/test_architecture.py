@@ -1,0 +1,247 @@
+"""The architecture is read from the arrays, and every array that doesn't fit is named."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import reference
+from vit_jax.checkpoints import Spec, check_arrays, read_spec
+from vit_jax.errors import UserError
+from vit_jax.models import list_models
+
+TINY = Spec(
+    patch_size=(4, 4),
+    hidden_size=16,
+    num_layers=3,
+    num_heads=2,
+    mlp_dim=24,
+    classifier="token",
+    representation_size=None,
+    num_classes=5,
+    channels=3,
+    image_size=(16, 16),
+)
+BLOCK = "Transformer/encoderblock_"
+POSITIONS = "Transformer/posembed_input/pos_embedding"
+
+
+class Shape:
+    """An array without its numbers."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str = "float32") -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+
+
+def arrays_of(spec: Spec, **changes) -> dict[str, Shape]:
+    shapes = dataclasses.replace(spec, **changes).shapes()
+    return {key: Shape(shape) for key, shape in shapes.items()}
+
+
+def refusal(arrays, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        read_spec(arrays, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_official_arrays_tell_their_official_name(name):
+    shapes = reference.official_shapes(name, "21843+rep", 384)
+    spec = read_spec({key: Shape(shape) for key, shape in shapes.items()})
+
+    assert spec.name == name
+    assert (spec.num_classes, spec.representation_size) == (21843, spec.hidden_size)
+    assert spec.image_size[0] in (378, 384)  # 14 does not divide 384.
+    assert spec.num_tokens == shapes[POSITIONS][1]
+
+
+@st.composite
+def specs(draw) -> Spec:
+    heads = draw(st.integers(1, 4))
+    patch = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    grid = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    return Spec(
+        patch_size=patch,
+        hidden_size=heads * draw(st.integers(1, 8)),
+        num_layers=draw(st.integers(1, 12)),
+        num_heads=heads,
+        mlp_dim=draw(st.integers(1, 40)),
+        classifier=draw(st.sampled_from(["token", "gap", "unpooled", "token_unpooled"])),
+        representation_size=draw(st.none() | st.integers(1, 20)),
+        num_classes=draw(st.none() | st.integers(1, 30)),
+        channels=draw(st.integers(1, 5)),
+        image_size=tuple(
+            p * g + draw(st.integers(0, p - 1)) for p, g in zip(patch, grid, strict=True)
+        ),
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(spec=specs())
+def test_arrays_with_notes_tell_everything(spec):
+    found = read_spec(arrays_of(spec), classifier=spec.classifier, image_size=spec.image_size)
+
+    assert found == spec
+
+
+@pytest.mark.parametrize("classifier", ["token", "gap"])
+@pytest.mark.parametrize("grid", [1, 2, 7, 14])
+def test_arrays_alone_tell_a_square_grid(classifier, grid):
+    spec = dataclasses.replace(TINY, classifier=classifier, image_size=(grid * 4, grid * 4))
+
+    assert read_spec(arrays_of(spec)) == spec
+
+
+def test_a_grid_that_is_not_square_is_taken_lying_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        spec = read_spec(arrays_of(TINY, image_size=(12, 20)), where="some.npz")
+
+    assert spec.grid_size == (3, 5)
+    assert "some.npz: its 15 positions are no square grid; taken as 3 rows of 5" in caplog.text
+
+
+def test_a_likely_size_is_believed_where_no_square_is_possible(caplog):
+    arrays = arrays_of(TINY, image_size=(20, 12))
+
+    assert read_spec(arrays, likely_size=(21, 14)).image_size == (21, 14)
+    assert not caplog.records
+    assert read_spec(arrays, likely_size=(8, 8)).grid_size == (3, 5)
+
+
+def test_a_square_grid_is_believed_rather_than_a_likely_size():
+    arrays = arrays_of(TINY)  # 4 rows of 4 patches, as many as 2 rows of 8.
+
+    assert read_spec(arrays, likely_size=(8, 32)).grid_size == (4, 4)
+    assert read_spec(arrays, image_size=(8, 32)).grid_size == (2, 8)
+
+
+def test_a_known_size_that_does_not_fit_is_refused():
+    message = refusal(arrays_of(TINY), image_size=(20, 16), where="some.npz")
+
+    assert "some.npz: its 16 positions do not fit pictures of 20x16 pixels" in message
+
+
+def test_ten_positions_are_a_grid_if_a_size_or_classifier_says_so():
+    """Ten are nine and a class token, or two rows of five."""
+    arrays = arrays_of(TINY, classifier="gap", image_size=(8, 20))
+
+    assert "missing (1): cls (1, 1, 16)" in refusal(arrays)
+    assert read_spec(arrays, classifier="gap").grid_size == (2, 5)
+    assert read_spec(arrays, likely_size=(8, 20)).grid_size == (2, 5)
+
+
+# Refusing.
+
+
+def test_missing_unexpected_and_misshaped_arrays_are_all_named_at_once():
+    arrays = arrays_of(TINY)
+    del arrays["cls"], arrays[f"{BLOCK}1/LayerNorm_0/bias"]
+    arrays["opt/step"] = Shape(())
+    arrays["head/bias"] = Shape((6,))
+    arrays["embedding/bias"] = Shape((16,), "int32")
+
+    message = refusal(arrays, where="some.npz")
+
+    assert message.startswith("some.npz does not fit a ViT of width 16 and 3 blocks: ")
+    assert f"missing (2): {BLOCK}1/LayerNorm_0/bias (16,), cls (1, 1, 16)" in message
+    assert "unexpected (1): opt/step ()" in message
+    assert "wrong shape (1): head/bias (6,), expected (5,)" in message
+    assert "not floating (1): embedding/bias int32" in message
+
+
+@pytest.mark.parametrize("missing", sorted(TINY.shapes()))
+def test_any_single_missing_array_is_named(missing):
+    arrays = arrays_of(TINY)
+    del arrays[missing]
+
+    assert missing in refusal(arrays)
+
+
+@pytest.mark.parametrize("key", sorted(TINY.shapes()))
+@pytest.mark.parametrize("change", ["longer", "deeper", "empty", "scalar"])
+def test_any_single_misshaped_array_is_named(key, change):
+    arrays = arrays_of(TINY)
+    shape = arrays[key].shape
+    arrays[key] = Shape(
+        {
+            "longer": (shape[0] + 1, *shape[1:]),
+            "deeper": (*shape, 1),
+            "empty": (*shape[:-1], 0),
+            "scalar": (),
+        }[change]
+    )
+
+    if (key, change) == ("embedding/kernel", "longer"):
+        assert read_spec(arrays).patch_size == (5, 4)  # A patch may have any size.
+    else:
+        assert key in refusal(arrays)
+
+
+def test_a_missing_block_is_named_and_a_stray_one_unexpected():
+    arrays = arrays_of(TINY, num_layers=4)
+    holed = {k: v for k, v in arrays.items() if not k.startswith(f"{BLOCK}2/")}
+    assert f"missing (16): {BLOCK}2/LayerNorm_0/bias (16,)" in refusal(holed)
+
+    for number in ("99999999999", "9" * 5000, "9999"):
+        stray = arrays | {f"{BLOCK}{number}/LayerNorm_0/bias": Shape((16,))}
+        assert f"unexpected (1): {BLOCK}{number}/LayerNorm_0/bias (16,)" in refusal(stray)
+
+
+def test_what_is_no_vit_is_told_by_what_it_holds():
+    message = refusal({"fc/kernel": Shape((2, 3))}, where="other.npz")
+    assert message == (
+        "other.npz is no ViT checkpoint: missing (3): embedding/kernel, "
+        f"{POSITIONS}, {BLOCK}0/...; it holds 1 arrays: fc/kernel"
+    )
+    assert "it holds 0 arrays" in refusal({})
+
+
+def test_names_can_not_break_the_line():
+    assert r"a\nb\x1b[2J ()" in refusal(arrays_of(TINY) | {"a\nb\x1b[2J": Shape(())})
+
+
+def test_a_classifier_that_does_not_fit_the_arrays_is_refused():
+    assert "unexpected (1): cls" in refusal(arrays_of(TINY), classifier="gap", image_size=(68, 4))
+    assert "missing (1): cls" in refusal(
+        arrays_of(TINY, classifier="gap", image_size=(4, 20)), classifier="token"
+    )
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    arrays = arrays_of(TINY)
+    for i in range(3):
+        arrays[f"{BLOCK}{i}/MultiHeadDotProductAttention_0/query/kernel"] = Shape((16, 3, 5))
+
+    assert "3 attention heads do not divide the width 16" in refusal(arrays)
+
+
+def test_arrays_that_fit_are_accepted_in_any_floating_type():
+    arrays = {k: Shape(v.shape, "float16") for k, v in arrays_of(TINY).items()}
+    check_arrays(arrays, TINY, where="here")
+
+    with pytest.raises(UserError, match="here does not fit"):
+        check_arrays(arrays, dataclasses.replace(TINY, num_classes=6), where="here")
+
+
+# The spec itself.
+
+
+def test_a_spec_counts_its_tokens_and_parameters():
+    assert TINY.grid_size == (4, 4)
+    assert TINY.num_tokens == 17
+    assert dataclasses.replace(TINY, classifier="gap").num_tokens == 16
+    assert TINY.num_parameters == sum(np.prod(shape) for shape in TINY.shapes().values())
+    assert TINY.name is None
+
+
+def test_a_spec_makes_its_network():
+    model = TINY.model(dropout_rate=0.1)
+
+    assert (model.patch_size, model.mlp_dim, model.dropout_rate) == ((4, 4), 24, 0.1)

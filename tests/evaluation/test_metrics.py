@@ -1,0 +1,144 @@
+"""Figures of merit: every example counts once, whatever the batches; nothing counts as right by
+accident."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax, softmax
+
+from vit_jax.errors import UserError
+from vit_jax.evaluation import evaluate, make_eval_step
+from vit_jax.training import make_mesh
+
+
+class Known:
+    """A network whose pictures are its logits."""
+
+    def apply(self, variables, images):
+        return images.reshape(len(images), -1)
+
+
+STEP = make_eval_step(Known(), mesh=make_mesh())
+SIGMOID_STEP = make_eval_step(Known(), mesh=make_mesh(), loss="sigmoid")
+
+
+def batches_of(logits, labels, batch_size, unreadable=()):
+    """Padded batches, as `eval_batches` makes them."""
+    n, classes = logits.shape
+    for start in range(0, n, batch_size):
+        index = np.arange(start, start + batch_size, dtype=np.int32)
+        there = index < n
+        rows = np.where(there, index, 0)
+        mask = there & ~np.isin(index, unreadable)
+        yield {
+            "image": np.where(mask[:, None], logits[rows], 0).reshape(-1, 1, classes, 1),
+            "label": np.where(there, labels[rows], 0).astype(np.int32),
+            "mask": mask,
+            "index": np.where(there, index, -1).astype(np.int32),
+        }
+
+
+def scores_of(logits, labels, batch_size=8, unreadable=(), step=STEP):
+    logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
+    batches = batches_of(logits, labels, batch_size, unreadable)
+    return evaluate(step, {}, batches, logits.shape[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    batch_size=st.sampled_from([1, 3, 8, 16]),
+    classes=st.sampled_from([2, 3, 10]),
+    skip=st.sets(st.integers(0, 39), max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_example_counts_once_whatever_the_batches(n, batch_size, classes, skip, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((n, classes)).astype(np.float32)
+    labels = rng.integers(0, classes, n)
+    kept = np.setdiff1d(np.arange(n), list(skip))
+    if not len(kept):
+        return
+    scores = scores_of(logits, labels, batch_size, sorted(skip))
+
+    z, y = logits[kept].astype(np.float64), labels[kept]
+    order = np.argsort(-z, axis=1, kind="stable")
+    confusion = np.zeros((classes, classes), np.int64)
+    for truth, prediction in zip(y, order[:, 0], strict=True):
+        confusion[truth, prediction] += 1
+    assert (scores.count, scores.skipped) == (len(kept), n - len(kept))
+    assert scores.top1 == np.mean(order[:, 0] == y)
+    assert scores.top5 == np.mean((order[:, :5] == y[:, None]).any(axis=1))
+    assert scores.loss == pytest.approx(-np.mean(log_softmax(z, axis=1)[range(len(y)), y]), 1e-5)
+    np.testing.assert_array_equal(scores.confusion, confusion)
+    np.testing.assert_array_equal(scores.index, kept)
+    np.testing.assert_array_equal(scores.truth, y)
+    np.testing.assert_array_equal(scores.prediction, order[:, 0])
+    np.testing.assert_allclose(scores.probability, softmax(z, axis=1).max(axis=1), rtol=1e-5)
+    for i, share in enumerate(scores.per_class):
+        expected = np.mean(order[y == i, 0] == i) if (y == i).any() else np.nan
+        np.testing.assert_equal(share, expected)
+
+
+def test_a_network_that_says_nothing_is_right_by_chance_only():
+    scores = scores_of(np.zeros((20, 10)), np.arange(20) % 10)
+    assert (scores.top1, scores.top5) == (0.1, 0.5)
+    np.testing.assert_array_equal(scores.prediction, 0)
+
+
+def test_of_equal_logits_the_first_counts():
+    scores = scores_of([[1, 3, 3], [1, 3, 3]], [1, 2])
+    np.testing.assert_array_equal(scores.prediction, [1, 1])
+    assert scores.top1 == 0.5
+
+
+@pytest.mark.parametrize("bad", [[np.nan] * 3, [np.nan, 0, 9], [9, np.nan, 0], [0, 9, np.nan]])
+def test_nan_is_wrong_in_every_figure_whatever_the_true_class(bad):
+    scores = scores_of([bad, bad, bad], [0, 1, 2])
+    assert (scores.top1, scores.top5, np.trace(scores.confusion)) == (0, 0, 0)
+    assert (scores.prediction != scores.truth).all()
+    np.testing.assert_array_equal(scores.per_class, [0, 0, 0])
+    assert np.isnan(scores.loss)
+
+
+def test_infinite_logits_are_still_ordered():
+    scores = scores_of([[np.inf, 0, 1], [-np.inf, 0, 1]], [0, 2])
+    assert scores.top1 == 1
+
+
+def test_with_fewer_than_five_classes_all_are_among_the_first_five():
+    assert scores_of(np.zeros((6, 3)), [0, 1, 2, 0, 1, 2]).top5 == 1
+
+
+def test_the_sigmoid_loss_is_its_formula():
+    logits = np.random.default_rng(0).standard_normal((7, 4))
+    labels = np.array([0, 1, 2, 3, 0, 1, 2])
+    p, y = 1 / (1 + np.exp(-logits)), np.eye(4)[labels]
+    expected = -(y * np.log(p) + (1 - y) * np.log(1 - p)).sum(axis=1).mean()
+    assert scores_of(logits, labels, step=SIGMOID_STEP).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_sums_are_exact_for_more_examples_than_float32_can_count():
+    # A mean of float32 partial sums would drift; here each example gives the same loss.
+    logits = np.tile(np.array([[0.1, 0.7]], np.float32), (4096, 1))
+    one = scores_of(logits[:1], [0], 1).loss
+    assert scores_of(logits, np.zeros(4096, int), 256).loss == one
+
+
+def test_no_example_at_all_is_an_error_of_one_line():
+    with pytest.raises(UserError, match="no picture to evaluate"):
+        evaluate(STEP, {}, [], 3)
+    with pytest.raises(UserError, match="no picture to evaluate"):
+        scores_of(np.zeros((2, 3)), [0, 1], unreadable=[0, 1])
+
+
+def test_figures_come_from_one_compilation():
+    step = make_eval_step(Known(), mesh=make_mesh())
+    for seed in range(3):
+        logits = np.random.default_rng(seed).standard_normal((9, 3))
+        scores_of(logits, np.zeros(9, int), 4, step=step)
+    assert step._cache_size() == 1
+    assert jax.tree.map(jnp.shape, step({}, next(batches_of(np.zeros((4, 3)), np.zeros(4), 4))))

@@ -1,0 +1,114 @@
+"""Evaluating weights on pictures: classes are matched by name, predictions stand in a CSV file."""
+
+import csv
+import dataclasses
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import data
+from vit_jax.checkpoints import read_spec
+from vit_jax.errors import UserError
+from vit_jax.evaluation.pictures import class_indices, evaluate_pictures, write_predictions
+from vit_jax.models import create_model
+from vit_jax.pretrained import Pretrained
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Plain pictures of three colours, four of each, in odd sizes."""
+    for name, colour in COLOURS.items():
+        (tmp_path / "colours" / name).mkdir(parents=True)
+        for i in range(4):
+            picture = np.full((9 + i, 7, 3), colour, np.uint8)
+            cv2.imwrite(str(tmp_path / "colours" / name / f"{i}.png"), picture[..., ::-1])
+    return tmp_path / "colours"
+
+
+def open_all(folder):
+    return data.open_source(str(folder), "train+test")
+
+
+def network(labels):
+    """A Vision Transformer that knows the colours by heart: one class for each label."""
+    fields = dict(patch_size=(4, 4), hidden_size=4, num_layers=1, num_heads=1, mlp_dim=4)
+    model = create_model("ViT-Ti_16", num_classes=len(labels), classifier="gap", **fields)
+    params = jax.device_get(model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"])
+    params = jax.tree.map(np.zeros_like, params)
+    # The mean of each colour goes to one feature; the blocks add nothing; the LayerNorm keeps the
+    # largest the largest.
+    params["embedding"]["kernel"][..., range(3), range(3)] = 1 / 16
+    params["Transformer"]["encoder_norm"]["scale"][:] = 1
+    for i, label in enumerate(labels):
+        if label in COLOURS:
+            params["head"]["kernel"][np.argmax(COLOURS[label]), i] = 1
+    flat = {"/".join(k.key for k in path): x for path, x in jax.tree.leaves_with_path(params)}
+    spec = read_spec(flat, classifier="gap", image_size=(8, 8))
+    return Pretrained(model, params, spec, tuple(labels), "resize(8)|value_range(-1, 1)")
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_all_pictures_are_scored_with_the_weights_own_preprocessing(folder, batch_size):
+    scores = evaluate_pictures(network(sorted(COLOURS)), open_all(folder), batch_size=batch_size)
+    assert (scores.count, scores.skipped, scores.top1) == (12, 0, 1.0)
+    np.testing.assert_array_equal(scores.confusion, 4 * np.eye(3))
+
+
+def test_classes_are_matched_by_name_not_by_position(folder):
+    vit = network(["red", "violet", "green", "blue"])
+    source = open_all(folder)
+    np.testing.assert_array_equal(class_indices(vit, source), [3, 2, 0])
+    scores = evaluate_pictures(vit, source)
+    assert scores.top1 == 1.0
+    np.testing.assert_array_equal(np.diag(scores.confusion), [4, 0, 4, 4])
+    np.testing.assert_array_equal(scores.per_class, [1, np.nan, 1, 1])
+
+
+def test_without_names_classes_are_matched_by_position_if_their_number_fits(folder):
+    nameless = dataclasses.replace(network(sorted(COLOURS)), labels=None)
+    assert evaluate_pictures(nameless, open_all(folder)).top1 == 1.0
+    more = dataclasses.replace(network([*sorted(COLOURS), "violet"]), labels=None)
+    with pytest.raises(UserError, match="has 3 classes and the head 4, and the weights don't name"):
+        evaluate_pictures(more, open_all(folder))
+
+
+def test_classes_that_the_weights_do_not_know_are_named(folder):
+    with pytest.raises(UserError, match="classes that the weights don't know: blue, green; they"):
+        evaluate_pictures(network(["red", "violet"]), open_all(folder))
+
+
+def test_weights_without_a_head_cannot_be_evaluated(folder):
+    vit = network(sorted(COLOURS))
+    headless = dataclasses.replace(vit, spec=dataclasses.replace(vit.spec, num_classes=None))
+    with pytest.raises(UserError, match="no head"):
+        evaluate_pictures(headless, open_all(folder))
+
+
+def test_an_unreadable_picture_is_named_or_left_out(folder):
+    (folder / "green" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
+    with pytest.raises(UserError, match=r"green/2\.png"):
+        evaluate_pictures(network(sorted(COLOURS)), open_all(folder))
+    scores = evaluate_pictures(network(sorted(COLOURS)), open_all(folder), corrupt="skip")
+    assert (scores.count, scores.skipped, scores.top1) == (11, 1, 1.0)
+
+
+def test_predictions_stand_in_a_csv_file_one_picture_a_row(folder, tmp_path):
+    odd = "red, very red\udcff.png"  # A comma, and a byte that is no text.
+    (folder / "red" / "0.png").rename(folder / "red" / odd)
+    vit, source = network(["green", "red", "blue"]), open_all(folder)
+    vit.params["head"]["bias"][0] = -100.0  # Green is never found.
+    scores = evaluate_pictures(vit, source)
+    write_predictions(tmp_path / "p.csv", source, vit, scores)
+    with open(tmp_path / "p.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert str(folder / "red" / odd) in [row["picture"] for row in rows]
+    for row in rows:
+        assert f"/{row['label']}/" in row["picture"]
+        assert row["correct"] == str(int(row["label"] == row["prediction"]))
+        assert 0 <= float(row["probability"]) <= 1
+    assert sum(row["correct"] == "1" for row in rows) == 8 == round(scores.top1 * 12)

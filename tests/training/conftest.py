@@ -1,0 +1,70 @@
+"""Fixtures of the tests of training."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from vit_jax.training import run
+from vit_jax.training.options import load_config, override
+
+TINY = Path(__file__).resolve().parents[1] / "tiny.py"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Equal programs are compiled once for all tests and for the processes that they start."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    settings = {
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, _compile_once) -> Path:
+    """The workdir of a very small run that was not interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    result = run(load_config(str(TINY)), workdir)
+    assert (result.finished, result.step) == (True, 40)
+    return workdir
+
+
+@pytest.fixture
+def tiny():
+    """Makes the configuration of a very small run; `tiny("total_steps=8")` changes fields."""
+
+    def make(*fields: str) -> ConfigDict:
+        return override(load_config(str(TINY)), [f"--config.{field}" for field in fields])
+
+    return make
+
+
+@pytest.fixture
+def outcome():
+    """Reads what a run leaves that must be the same whenever and wherever it runs."""
+
+    def read(workdir: Path) -> tuple[dict[str, bytes], list[dict]]:
+        with np.load(workdir / "weights.npz", allow_pickle=False) as arrays:
+            weights = {name: arrays[name].tobytes() for name in arrays.files}
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+        return weights, [
+            {k: v for k, v in line.items() if not k.startswith("time/")} for line in lines
+        ]
+
+    return read

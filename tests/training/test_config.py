@@ -1,0 +1,170 @@
+"""Configurations: what a person mistypes is named, what is right comes through unchanged."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from vit_jax.errors import UserError
+from vit_jax.training import check_config, default_config
+from vit_jax.training.config import config_from_json, config_to_json, differing_fields
+from vit_jax.training.options import find_config_file, load_config, override
+
+
+def changed(*options):
+    return override(default_config(), options)
+
+
+def test_a_configuration_that_says_nothing_is_the_default():
+    assert check_config(ConfigDict()) == default_config() == changed()
+
+
+def test_options_set_fields_at_any_depth_in_both_spellings():
+    config = changed("--config.pp.crop=384", "--config.batch", "64", "--config.keep_best")
+    assert (config.pp.crop, config.batch, config.keep_best) == (384, 64, True)
+    assert changed("--config.base_lr=1").base_lr == 1.0
+
+
+def test_a_value_may_hold_an_equals_sign_or_start_with_a_dash():
+    assert changed("--config.dataset=/data/a=b").dataset == "/data/a=b"
+    with pytest.raises(UserError, match=r"config\.base_lr is -0\.1, expected at least 0"):
+        changed("--config.base_lr", "-0.1")
+
+
+def test_options_set_fields_of_the_network_that_the_file_leaves_to_the_model():
+    config = changed(
+        "--config.model.classifier=gap",
+        "--config.model.patch_size=(8,4)",
+        "--config.model.representation_size=32",
+        "--config.model.head_bias_init=-10",
+    )
+    assert config.model.classifier == "gap"
+    assert config.model.patch_size == (8, 4)
+    assert config.model.representation_size == 32
+    assert config.model.head_bias_init == -10.0
+    assert "mlp_dim" not in config.model
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "nearest"),
+    [
+        ("--config.toal_steps=1", "config.toal_steps", "config.total_steps"),
+        ("--config.crop=1", "config.crop", "config.pp.crop"),
+        ("--config.pp.crp=1", "config.pp.crp", "config.pp.crop"),
+        ("--config.model.num_layer=1", "config.model.num_layer", "config.model.num_layers"),
+        ("--config.model.clasifier=gap", "config.model.clasifier", "config.model.classifier"),
+        ("--config.model.num_classes=3", "config.model.num_classes", "config.model.num_layers"),
+    ],
+)
+def test_a_misspelt_field_is_named_in_full_with_the_nearest_one(option, path, nearest):
+    with pytest.raises(UserError) as error:
+        changed(option)
+    assert str(error.value).startswith(f"unknown field {path}: did you mean ")
+    assert nearest in str(error.value)
+
+
+def test_a_misspelt_field_in_a_file_is_named_too():
+    config = default_config()
+    config.pp.resise = 3
+    with pytest.raises(UserError, match=r"unknown field config\.pp\.resise: did you mean config"):
+        check_config(config)
+    with pytest.raises(UserError, match=r"unknown field config\.qqqq: known: config\.accum_steps"):
+        check_config(ConfigDict({"qqqq": 1}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch", "12", "config.batch is '12' of type str, expected int"),
+        ("batch", 1.5, "config.batch is 1.5 of type float, expected int"),
+        ("batch", True, "config.batch is True of type bool, expected int"),
+        ("base_lr", "high", "config.base_lr is 'high' of type str, expected float"),
+        ("keep_best", 1, "config.keep_best is 1 of type int, expected bool"),
+        ("pp", 3, "config.pp is 3, expected fields: "),
+        ("batch", 0, "config.batch is 0, expected at least 1"),
+        ("total_steps", -5, "config.total_steps is -5, expected at least 1"),
+        ("seed", -1, "config.seed is -1, expected 0 <= value < 4294967296"),
+        ("seed", 2**32, "config.seed is 4294967296, expected 0 <= value < 4294967296"),
+        ("base_lr", float("nan"), "config.base_lr is nan, expected at least 0"),
+        ("grad_norm_clip", -1.0, "config.grad_norm_clip is -1.0, expected at least 0"),
+        ("keep_checkpoints", 0, "config.keep_checkpoints is 0, expected at least 1"),
+        ("label_smoothing", 1.0, "config.label_smoothing is 1.0, expected 0 <= value < 1"),
+        ("momentum", 1.0, "config.momentum is 1.0, expected 0 <= value < 1"),
+        ("optim", "adam", "config.optim is 'adam', expected one of sgd, adamw"),
+        ("accum_steps", 7, "config.batch 512 is not divisible by config.accum_steps 7"),
+        ("warmup_steps", 20_000, "config.warmup_steps 20000 is more than config.total_steps"),
+        ("model.dropout_rate", 1.5, "config.model.dropout_rate is 1.5, expected 0 <= value < 1"),
+        ("model.num_layers", 0, "config.model.num_layers is 0, expected at least 1"),
+        ("model.num_layers", "4", "config.model.num_layers is '4' of type str, expected int"),
+        ("model.patch_size", (3,), "config.model.patch_size is (3,), expected height and width"),
+        ("model.representation_size", 0, "config.model.representation_size is 0, expected at"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(field, value, message):
+    config = ConfigDict(default_config().to_dict(), type_safe=False)
+    *folders, name = field.split(".")
+    part = config
+    for folder in folders:
+        part = part[folder]
+    part[name] = value
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--config.total_steps=many",
+        "--config.total_steps=1.5",
+        "--config.keep_best=maybe",
+        "--config.pp=3",
+        "--config.momentum",
+        "--config.model.patch_size=x",
+    ],
+)
+def test_an_option_of_the_wrong_type_names_its_field(option):
+    with pytest.raises(UserError) as error:
+        changed(option)
+    assert option.lstrip("-").partition("=")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [["--total_steps=5"], ["--config.batch=8", "digits"], ["junk"], ["-x"]]
+)
+def test_what_is_no_field_is_refused(options):
+    with pytest.raises(UserError, match=r"unknown option .*--config\.field=value"):
+        changed(*options)
+
+
+def test_a_configuration_survives_json():
+    config = changed("--config.model.patch_size=(4,2)", "--config.base_lr=0.1")
+    again = config_from_json(config_to_json(config))
+    assert again == config
+    assert again.model.patch_size == (4, 2)
+    assert differing_fields(config, again) == []
+
+
+def test_differing_fields_are_those_that_change_what_is_computed():
+    config = changed("--config.prefetch=7", "--config.corrupt=skip", "--config.pp.crop=32")
+    assert differing_fields(default_config(), config) == ["config.pp.crop 224 -> 32"]
+
+
+def test_files_are_found_by_path_and_the_packages_own_by_name(tmp_path):
+    assert find_config_file("digits").name == "digits.py"
+    own = tmp_path / "mine.py"
+    own.write_text("def get_config(arg):\n    return arg\n")
+    assert find_config_file(str(own)) == own
+    assert load_config(f"{own}:a,b:c") == "a,b:c"
+    with pytest.raises(UserError, match="no configuration file nothing: give a path, or one of"):
+        find_config_file("nothing")
+
+
+@pytest.mark.parametrize(
+    "text", ["def get_config(:", "import no_such_module", "x = undefined", "x = 1", "raise Oops"]
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "bad.py").write_text(text + "\n")
+    with pytest.raises(UserError, match="is no configuration file: ") as error:
+        load_config(str(tmp_path / "bad.py"))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,338 @@
+"""A run: what it leaves, how it goes on, and what it refuses."""
+
+import json
+import shutil
+import signal
+import threading
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import data, load
+from vit_jax.errors import UserError
+from vit_jax.evaluation.pictures import evaluate_pictures
+from vit_jax.training import TrainState, default_config, make_optimizer, run, trainer
+from vit_jax.training import outcome as outcome_module
+from vit_jax.training.checkpointing import Checkpoints
+from vit_jax.training.metrics import read_metrics
+from vit_jax.training.optimizer import schedule_of
+from vit_jax.training.signals import StopRequest
+from vit_jax.training.task import Task
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch):
+    """Drawing the report takes most of so small a run; the first of all draws it."""
+    monkeypatch.setattr(outcome_module, "training_report", lambda path, **_: path.touch())
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def test_a_run_leaves_weights_figures_a_report_and_its_configuration(whole, tiny):
+    names = {p.name for p in whole.iterdir() if "tfevents" not in p.name}
+    assert names == {
+        *("checkpoints", "config.json", "data.json", "metrics.jsonl"),
+        *("report.png", "weights.json", "weights.npz"),
+    }
+    assert json.loads((whole / "config.json").read_text())["batch"] == tiny().batch
+    lines = read_metrics(whole / "metrics.jsonl")
+    assert [x["step"] for x in lines if "train/loss" in x] == list(range(5, 41, 5))
+    assert [x["step"] for x in lines if "test/loss" in x] == [20, 40]
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+
+
+def test_the_weights_it_leaves_give_the_accuracy_it_reports(whole):
+    scores = evaluate_pictures(load(whole), data.open_source("digits", "test"))
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    assert (scores.count, scores.top1) == (360, last["test/top1"])
+    assert scores.loss == pytest.approx(last["test/loss"], rel=1e-6)
+
+
+def test_the_learning_rate_in_the_metrics_is_the_one_that_was_applied(whole, tiny):
+    schedule = schedule_of(tiny(), 40)
+    for line in read_metrics(whole / "metrics.jsonl"):
+        if "train/lr" in line:
+            assert line["train/lr"] == float(schedule(line["step"] - 1))
+
+
+def test_equal_seeds_give_equal_runs_and_another_seed_another(whole, tiny, tmp_path, outcome):
+    run(tiny("threads=2", "prefetch=5"), tmp_path / "same")
+    run(tiny("seed=1"), tmp_path / "other")
+    assert outcome(tmp_path / "same") == outcome(whole)
+    weights, lines = outcome(tmp_path / "other")
+    assert weights != outcome(whole)[0]
+    assert lines != outcome(whole)[1]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, tiny):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    result = run(tiny(), whole)
+    assert result.finished
+    assert "has finished its 40 steps, test accuracy" in result.summary
+    assert "nothing to do" in result.summary
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(whole, tiny):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    with pytest.raises(UserError) as error:
+        run(tiny("batch=32", "pp.test=train[:10%]", "prefetch=7"), whole)
+    assert "(config.batch 16 -> 32; config.pp.test 'test' -> 'train[:10%]')" in str(error.value)
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+def test_a_mistake_found_before_the_first_step_does_not_bar_the_workdir(tiny, tmp_path):
+    with pytest.raises(UserError, match="unknown dataset 'digit'"):
+        run(tiny("dataset=digit", "total_steps=4"), tmp_path)
+    assert run(tiny("total_steps=4"), tmp_path).finished
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}', "\0\xff"])
+def test_a_damaged_config_json_is_refused(tmp_path, tiny, text):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        run(tiny(), tmp_path)
+
+
+def test_pictures_that_have_changed_since_the_run_began_are_refused(tiny, tmp_path, monkeypatch):
+    for name in ("train/dark", "train/bright", "test/dark", "test/bright"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(2):
+            picture = np.full((8, 8, 3), 10 * len(name) + i, np.uint8)
+            cv2.imwrite(str(tmp_path / "photos" / name / f"{i}.png"), picture)
+    fields = (f"dataset={tmp_path / 'photos'}", "total_steps=4", "batch_eval=4")
+    with monkeypatch.context() as patch:
+        _Interrupted.in_step(patch, 2)
+        assert not run(tiny(*fields), tmp_path / "run").finished
+    new = tmp_path / "photos" / "train" / "dark" / "new.png"
+    shutil.copy(new.with_name("0.png"), new)
+    with pytest.raises(
+        UserError, match=r"the train pictures of .*photos have changed since the run"
+    ):
+        run(tiny(*fields), tmp_path / "run")
+    new.unlink()
+    assert run(tiny(*fields), tmp_path / "run").finished
+
+
+class _Interrupted:
+    """Ways to send this process a signal at one moment of a run."""
+
+    @staticmethod
+    def in_step(monkeypatch, step):
+        make = trainer.make_train_step
+
+        def make_interrupting(*args, **kwargs):
+            train_step = make(*args, **kwargs)
+
+            def interrupting(state, batch):
+                state, metrics = train_step(state, batch)
+                if int(state.step) == step:
+                    signal.raise_signal(signal.SIGTERM)
+                return state, metrics
+
+            return interrupting
+
+        monkeypatch.setattr(trainer, "make_train_step", make_interrupting)
+
+    @staticmethod
+    def in_evaluation(monkeypatch, number, after_batches):
+        read, count = Task.eval_batches, 0
+
+        def interrupting(self):
+            nonlocal count
+            count += 1
+            for i, batch in enumerate(read(self)):
+                if count == number and i == after_batches:
+                    signal.raise_signal(signal.SIGINT)
+                yield batch
+            if count == number and i + 1 == after_batches:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Task, "eval_batches", interrupting)
+
+
+@pytest.mark.parametrize("step", [1, 13, 20, 39])
+def test_a_run_stopped_by_sigterm_goes_on_exactly(
+    step, whole, tiny, tmp_path, outcome, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        _Interrupted.in_step(patch, step)
+        result = run(tiny(), tmp_path)
+    assert (result.step, result.finished) == (step, False)
+    assert result.summary == (
+        f"stopped by SIGTERM at step {step} of 40, saved in {tmp_path / 'checkpoints'}: "
+        "start the same command again to go on"
+    )
+    assert max(saved_steps(tmp_path)) == step
+    assert not (tmp_path / "weights.npz").exists()
+    assert run(tiny(), tmp_path).finished
+    assert outcome(tmp_path) == outcome(whole)
+
+
+# An evaluation has three batches; the second one is that of the last step.
+@pytest.mark.parametrize(("number", "after"), [(1, 0), (1, 2), (1, 3), (2, 1), (2, 3)])
+def test_a_stop_during_an_evaluation_loses_nothing(
+    number, after, whole, tiny, tmp_path, outcome, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        _Interrupted.in_evaluation(patch, number, after)
+        result = run(tiny(), tmp_path)
+    assert result.step == 20 * number
+    complete = (number, after) == (2, 3)  # Nothing was left to do.
+    assert result.finished == complete
+    assert run(tiny(), tmp_path).finished
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_a_kill_before_the_weights_are_written_costs_only_an_evaluation(
+    whole, tiny, tmp_path, outcome, monkeypatch
+):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny(), tmp_path)
+    assert run(tiny(), tmp_path).finished
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        assert stop.signal_name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_may_be_started_in_another_thread(tiny, tmp_path):
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(run(tiny("total_steps=4"), tmp_path / "run"))
+    )
+    thread.start()
+    thread.join()
+    assert results[0].finished
+
+
+@pytest.mark.parametrize("progress_every", [1, 40])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(progress_every, tiny, tmp_path):
+    config = tiny(
+        "base_lr=1e36",
+        "optim=sgd",
+        "checkpoint_every=1",
+        "eval_every=0",
+        f"progress_every={progress_every}",
+    )
+    # The first update of the warm-up has learning rate 0; the second one ruins the weights.
+    with pytest.raises(UserError, match=r"at step 3 the (loss|grad_norm) became (nan|inf); what"):
+        run(config, tmp_path)
+    assert saved_steps(tmp_path) == [1, 2]
+    assert not (tmp_path / "weights.npz").exists()
+
+
+def test_the_loss_is_looked_at_before_a_checkpoint_replaces_a_good_one(tiny, tmp_path):
+    config = tiny("base_lr=1e36", "optim=sgd", "checkpoint_every=2", "progress_every=40")
+    config.keep_checkpoints = 1
+    with pytest.raises(UserError, match="at step 3 "):
+        run(config, tmp_path)
+    assert saved_steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_checkpoints_are_kept(keep, tiny, tmp_path):
+    run(tiny(f"keep_checkpoints={keep}", "checkpoint_every=5", "eval_every=0"), tmp_path)
+    assert saved_steps(tmp_path) == list(range(5, 41, 5))[-keep:]
+
+
+def test_keep_best_keeps_the_weights_of_the_best_evaluation(tiny, tmp_path):
+    # A learning rate that destroys in the second half what the first has learnt.
+    config = tiny("keep_best", "eval_every=5", "decay_type=constant", "base_lr=0.3")
+    run(config, tmp_path)
+    best = max(line.get("test/top1", 0) for line in read_metrics(tmp_path / "metrics.jsonl"))
+    scores = evaluate_pictures(
+        load(tmp_path / "weights_best.npz"), data.open_source("digits", "test")
+    )
+    assert scores.top1 == best
+    assert load(tmp_path / "weights_best.npz").labels == tuple("0123456789")
+
+
+def test_without_checkpoints_or_evaluations_on_the_way_the_end_still_has_both(tiny, tmp_path):
+    run(tiny("checkpoint_every=0", "eval_every=0", "total_steps=7"), tmp_path)
+    assert saved_steps(tmp_path) == [7]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [5, 7, 7]
+    assert "test/top1" in lines[-1]
+
+
+def test_a_run_starts_from_the_weights_of_another(whole, tiny, tmp_path):
+    start = tiny(f"model_or_filename={whole / 'weights.npz'}", "total_steps=1", "warmup_steps=1")
+    run(start, tmp_path)
+    before, after = load(whole).params, load(tmp_path).params
+    assert not after["head"]["kernel"].any()  # A new head, and a first update of size 0.
+    jax.tree.map(np.testing.assert_array_equal, before["Transformer"], after["Transformer"])
+
+
+def test_weights_that_do_not_fit_the_pictures_or_the_fields_are_refused(whole, tiny, tmp_path):
+    weights = f"model_or_filename={whole / 'weights.npz'}"
+    with pytest.raises(UserError, match=r"config\.model\.num_layers is 2, but the weights in .* 1"):
+        run(tiny(weights, "model.num_layers=2"), tmp_path / "a")
+    with pytest.raises(UserError, match="take pictures of 1 channels, these have 3: add gray to"):
+        run(tiny(weights, "pp.train_ops=rgb", "pp.eval_ops=rgb"), tmp_path / "b")
+    with pytest.raises(UserError, match=r"no weights at none\.npz or "):
+        run(tiny("model_or_filename=none.npz"), tmp_path / "c")
+
+
+def test_training_and_evaluation_have_to_make_pictures_of_one_shape(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"shape \(4, 4, 1\) and evaluation of \(8, 8, 1\)"):
+        run(tiny("pp.train_ops=resize(4)"), tmp_path)
+
+
+def test_bfloat16_trains_and_leaves_float32_weights(tiny, tmp_path):
+    run(tiny("dtype=bfloat16", "total_steps=8"), tmp_path)
+    assert {str(x.dtype) for x in jax.tree.leaves(load(tmp_path).params)} == {"float32"}
+
+
+def test_a_damaged_checkpoint_is_named_and_removing_it_goes_on_from_the_one_before(
+    whole, tiny, tmp_path, outcome, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        _Interrupted.in_step(patch, 25)
+        run(tiny(), tmp_path)
+    assert saved_steps(tmp_path) == [20, 25]
+    for path in (tmp_path / "checkpoints" / "25").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/25 can't be read \(.*: remove that") as error:
+        run(tiny(), tmp_path)
+    assert "\n" not in str(error.value)
+    shutil.rmtree(tmp_path / "checkpoints" / "25")
+    assert run(tiny(), tmp_path).finished
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_what_is_saved_is_the_state_at_the_save_though_the_next_steps_take_its_memory(tmp_path):
+    tx = make_optimizer(default_config(), 10)
+    params = {"kernel": np.random.default_rng(0).standard_normal((2000, 2000), np.float32)}
+    state = TrainState.create(params=params, tx=tx)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones_like(x), s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for i in range(1, 4):
+        state = step(state)
+        expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
+        checkpoints.save(i, state)
+        for _ in range(5):
+            state = step(state)  # While the save is under way.
+        checkpoints.wait()
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state), expected)
+    checkpoints.close()
