@@ -15,3 +15,17 @@ def shared() -> Path:
     if not (path / "official").is_dir():
         pytest.skip("needs the unpublished reference material beside the repository")
     return path
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes a family's small weights, and gives the file."""
+    from tests import families
+
+    def save(family: str, **changes) -> Path:
+        path = tmp_path / "saved" / "w.npz"
+        path.parent.mkdir()
+        families.make(family, tmp_path / "words", **changes).save(path)
+        return path
+
+    return save

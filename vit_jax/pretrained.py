@@ -19,7 +19,7 @@ from vit_jax.checkpoints import hub
 from vit_jax.checkpoints.labels import class_names
 from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
-from vit_jax.models import CLASSIFIERS, POOLED
+from vit_jax.models import CLASSIFIERS, POOLED, LiT
 
 WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
 
@@ -162,18 +162,20 @@ class Pretrained:
         return self.labels[index] if self.labels else str(int(index))
 
     def save(self, path: str | os.PathLike, *, style: str = "linen") -> None:
-        """Writes the weights in the official .npz layout, which the original code reads too.
+        """Writes the weights in the official layout; the original code reads the .npz too.
 
         What the layout has no place for (labels, preprocessing, image size) goes into a small .json
         file of the same name beside it, which `load` reads if it is there.
 
         Args:
-          path: a name ending in .npz.
-          style: "linen" for today's key names, "prelinen" for those of the 2020 and 2021 files.
+          path: a name ending in .npz, .safetensors or .orbax (a folder).
+          style: "linen" for today's key names, "prelinen" for those of the 2020 and 2021 files,
+            "2020" for those of the first hybrids.
+
+        Raises UserError for another ending or style, or if it can't be written.
         """
         path = Path(path)
-        if path.suffix != ".npz":
-            raise UserError(f"can't save to {path.name}: expected a name that ends in .npz")
+        checkpoints.check_ending(path)
         notes = {
             "classifier": self.spec.classifier,
             "image_size": list(self.image_size),
@@ -184,7 +186,7 @@ class Pretrained:
         # The notes first: weights are never without them, and notes without weights harm nobody.
         with checkpoints.atomic_file(path.with_suffix(".json")) as file:
             file.write((json.dumps(notes, indent=1, ensure_ascii=False) + "\n").encode())
-        checkpoints.save_npz(path, self.params, style=style)
+        checkpoints.save_weights(path, self.params, style=style)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,6 +198,8 @@ class PretrainedLiT(Pretrained):
         there is none beside the weights; then only pictures can be embedded.
     """
 
+    model: LiT
+    spec: LiTSpec
     vocabulary: Path | None = None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -234,7 +238,8 @@ class PretrainedLiT(Pretrained):
             rows = tokens[start : start + _BATCH]
             padded = np.pad(rows, ((0, _BATCH - len(rows)), (0, 0)), mode="edge")
             embeddings.append(self._embed_tokens(self._device_params, padded)[: len(rows)])
-        return np.concatenate([np.asarray(x) for x in embeddings])
+        none = np.zeros((0, self.model.embedding_size), np.float32)
+        return np.concatenate([none, *(np.asarray(x) for x in embeddings)])
 
     def save(self, path: str | os.PathLike, *, style: str = "linen") -> None:
         """As `Pretrained.save`, with the vocabulary copied beside the weights."""
@@ -278,7 +283,8 @@ def load(
     """Loads weights. The architecture is read from the file.
 
     Args:
-      source: an official .npz file, the workdir of a training run, or a name or address of
+      source: a file of weights (.npz, .safetensors or an Orbax folder; of a file with several
+        networks, "FILE:img" takes one), the workdir of a training run, or a name or address of
         published weights ("augreg/B_16", "imagenet21k/ViT-B_16", "gs://...", "https://..."; see
         `checkpoints.hub.resolve`), which are downloaded once.
       num_classes: None keeps the stored head; a number gives a new head of zeros, for fine-tuning,
@@ -296,12 +302,14 @@ def load(
     for field in overrides:
         if field not in WEIGHTLESS:
             raise UserError(f"load takes no {field!r}: of the model only {', '.join(WEIGHTLESS)}")
-    path = find_weights(source)
+    path, tower = find_weights(source)
     notes = _read_notes(path)
     size = None if image_size is None else _height_width(image_size)
-    arrays, spec = checkpoints.load_npz(
+    arrays, spec = checkpoints.load_weights(
         path,
-        classifier=notes.get("classifier"),
+        tower=tower,
+        # The notes are those of the whole file: of LiT they don't tell how its tower pools.
+        classifier=None if tower else notes.get("classifier"),
         image_size=notes.get("image_size"),
         likely_size=size,
     )
@@ -326,7 +334,7 @@ def load(
     known = {f.name for f in dataclasses.fields(type(new.model()))}
     for field in overrides.keys() - known:
         raise UserError(f"{new.name or 'this network'} has no {field}: leave it out")
-    bundle = {
+    bundle: dict[str, Any] = {
         "model": new.model(**overrides),
         "params": checkpoints.to_tree(arrays),
         "spec": new,
@@ -359,19 +367,23 @@ def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def find_weights(source: str | os.PathLike) -> Path:
-    """The .npz file that a source means: the file itself, the one in a workdir, or a download.
+def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
+    """The file that a source means: the file itself, the one in a workdir, or a download.
+
+    Returns:
+      (path, tower): the tower is what ":img" at the end of the source asks for.
 
     Raises UserError if there is none.
     """
+    source, tower = checkpoints.split_tower(source)
     path = hub.resolve(source)
-    if path.is_dir():
+    if path.is_dir() and not checkpoints.is_orbax(path):
         if (path / WEIGHTS).is_file():
-            return path / WEIGHTS
+            return path / WEIGHTS, tower
         if (path / "config.json").is_file():
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
         raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
-    return path
+    return path, tower
 
 
 def _read_notes(path: Path) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 import dataclasses
 import logging
+import re
 
+import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
 from vit_jax.checkpoints import Spec, check_arrays, read_spec
+from vit_jax.checkpoints.spec import MixerSpec
 from vit_jax.errors import UserError
-from vit_jax.models import list_models
+from vit_jax.models import create_model, list_models, variant
 
 TINY = Spec(
     patch_size=(4, 4),
@@ -51,7 +55,7 @@ def refusal(arrays, **kwargs) -> str:
 # Reading.
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list(reference.facts("manifests")))
 def test_official_arrays_tell_their_official_name(name):
     shapes = reference.official_shapes(name, "21843+rep", 384)
     spec = read_spec({key: Shape(shape) for key, shape in shapes.items()})
@@ -60,6 +64,72 @@ def test_official_arrays_tell_their_official_name(name):
     assert (spec.num_classes, spec.representation_size) == (21843, spec.hidden_size)
     assert spec.image_size[0] in (378, 384)  # 14 does not divide 384.
     assert spec.num_tokens == shapes[POSITIONS][1]
+
+
+@pytest.mark.parametrize("name", sorted(set(list_models()) - set(reference.facts("manifests"))))
+def test_arrays_of_the_other_families_tell_their_official_name(name):
+    depth = variant(name)["num_layers"]
+    model = create_model(name, 1000, num_layers=min(depth, 2))
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    shapes = {k: v.shape for k, v in flatten_dict(variables["params"], sep="/").items()}
+    for i in range(2, depth):  # All blocks have the same shapes.
+        for key in [k for k in shapes if re.search(r"[Bb]lock_1/", k)]:
+            shapes[re.sub(r"([Bb]lock_)1/", rf"\g<1>{i}/", key)] = shapes[key]
+
+    spec = read_spec({key: Shape(shape) for key, shape in shapes.items()})
+
+    assert spec.name == name
+    assert (spec.num_classes, spec.image_size) == (1000, (224, 224))
+    assert spec.num_parameters == sum(np.prod(shape) for shape in shapes.values())
+
+
+def _family(**fields) -> Spec:
+    return dataclasses.replace(TINY, **({"image_size": (64, 96)} | fields))
+
+
+FAMILIES = {
+    "root": _family(resnet=(), patch_size=(2, 3)),
+    "hybrid": _family(resnet=(1, 2, 1), patch_size=(1, 1), classifier="gap"),
+    "MAP": _family(classifier="map", representation_size=7),
+    "sincos2d": _family(position_embedding="sincos2d", classifier="gap"),
+    "sincos2d MAP": _family(position_embedding="sincos2d", classifier="map"),
+    "sincos2d token": _family(position_embedding="sincos2d"),
+    "Mixer": MixerSpec((8, 6), 16, 3, 5, 2, (64, 96), tokens_mlp_dim=7, channels_mlp_dim=9),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arrays_of_any_family_with_notes_tell_everything(family):
+    spec = FAMILIES[family]
+    arrays = {key: Shape(shape) for key, shape in spec.shapes().items()}
+
+    found = read_spec(arrays, classifier=spec.classifier, image_size=spec.image_size)
+
+    assert found == spec
+    assert found.description
+    assert all(isinstance(text, str) for text in found.summary().values())
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("hybrid", "block2/unit1/conv_proj/kernel"),
+        ("hybrid", "block1/unit1/gn3/scale"),
+        ("root", "gn_root/bias"),
+        ("MAP", "MAPHead_0/probe"),
+        ("Mixer", "MixerBlock_1/token_mixing/Dense_1/bias"),
+        ("Mixer", "pre_head_layer_norm/scale"),
+    ],
+)
+def test_a_missing_array_of_any_family_is_named(family, key):
+    spec = FAMILIES[family]
+    arrays = {k: Shape(shape) for k, shape in spec.shapes().items()}
+    del arrays[key]
+
+    assert f"missing (1): {key}" in refusal(
+        arrays, classifier=spec.classifier, image_size=spec.image_size
+    )
 
 
 @st.composite

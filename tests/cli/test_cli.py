@@ -14,7 +14,7 @@ import pytest
 
 from tests.cli.conftest import write_pictures
 from tests.training.conftest import TINY
-from vit_jax import list_models
+from vit_jax import list_models, models
 from vit_jax import main as main_module
 from vit_jax.cli import COMMANDS, main
 
@@ -62,7 +62,8 @@ def test_models_lists_the_official_ones(capsys):
     text = capsys.readouterr().out
     assert all(name in text for name in list_models())
     assert main(["models", "--json"]) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list_models()
+    names = [row["name"] for row in json.loads(capsys.readouterr().out)]
+    assert names == [*list_models(), *models.LIT_VARIANTS]
 
 
 def test_info_says_what_a_file_is(weights, whole, capsys):
@@ -214,7 +215,7 @@ def test_a_workdir_that_cannot_be_written(place, fails, tmp_path):
     [
         ("missing", "no such file"),
         ("folder", "no workdir of a training run"),
-        ("text", "is no .npz checkpoint"),
+        ("text", "holds no weights: expected an .npz or .safetensors file or an Orbax folder"),
         ("truncated", "is no complete .npz checkpoint"),
         ("pickled", "pickled Python objects"),
         ("other", "is no ViT checkpoint"),

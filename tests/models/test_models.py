@@ -47,7 +47,13 @@ def _spec(name: str, num_classes: int | None, representation_size: int | None, s
 
 
 def test_the_official_names_are_known():
-    assert sorted(vit_jax.list_models()) == sorted(NAMES)
+    hybrids = {"R+ViT-Ti_16", "R26+ViT-S_32", "R26+ViT-B_32", "R50+ViT-B_16", "R50+ViT-L_32"}
+    mixers = {"Mixer-B_16", "Mixer-B_32", "Mixer-L_16"}
+    scaled = {f"ViT-{size}_14" for size in ("So400m", "g", "g-opt", "G", "G-opt", "e")}
+    scaled |= {"ViT-mu_16", "ViT-M_16"}
+
+    assert set(vit_jax.list_models()) == {*NAMES} | hybrids | mixers | scaled
+    assert len(vit_jax.list_models()) == 29
     assert len(NAMES) == 13
 
 
@@ -135,6 +141,7 @@ def test_an_unknown_field_is_answered_with_the_nearest_one():
 
 
 def test_every_field_of_a_variant_is_a_field_of_the_model():
-    fields = {field.name for field in dataclasses.fields(models.VisionTransformer)}
-
-    assert all(set(variant) <= fields for variant in models.VARIANTS.values())
+    for name, fields in models.VARIANTS.items():
+        module = models.MlpMixer if name.startswith("Mixer") else models.VisionTransformer
+        assert models.model_class(fields) is module
+        assert set(fields) <= {field.name for field in dataclasses.fields(module)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tests import reference
+from tests import published, reference
 from vit_jax import create_model
 from vit_jax.errors import UserError
 from vit_jax.models import CLASSIFIERS, VisionTransformer
@@ -51,12 +51,19 @@ def pictures(*shape: int, seed: int = 0) -> np.ndarray:
 # Numbers.
 
 
+def _is_conv_root(module: nn.Module, _) -> bool:
+    return module.name == "conv_root"
+
+
 @pytest.mark.parametrize("case", list(reference.facts("fwd")))
 def test_the_original_codes_numbers_come_out(case):
     """Logits, the head's input and statistics of every block, on seeded weights and pictures."""
     facts = reference.facts("fwd")[case]
     expected = np.load(reference.OFFICIAL / f"fwd_{case}.npz")
-    shapes = reference.official_shapes(facts["config"], facts["head"], facts["res"])
+    if facts["config"].startswith("ViT-"):
+        shapes = reference.official_shapes(facts["config"], facts["head"], facts["res"])
+    else:
+        shapes = published.official_shapes(facts["config"])
     arrays = reference.make_params(shapes, facts["seed"])
     assert reference.digest(arrays) == facts["params_sha256"]
     images = reference.make_images(facts["image_seed"], 2, facts["res"])
@@ -64,15 +71,18 @@ def test_the_original_codes_numbers_come_out(case):
     variables = {"params": unflatten_dict(arrays, sep="/")}
 
     with jax.default_matmul_precision("highest"):
-        logits, features = apply(model, variables, images, return_features=True)
+        (logits, features), captured = apply(
+            model, variables, images, return_features=True, capture_intermediates=_is_conv_root
+        )
+    if "conv_root" in facts["inter_names"]:
+        (features["conv_root"],) = captured["intermediates"]["conv_root"]["__call__"]
 
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
     np.testing.assert_allclose(features["pre_logits"], expected["pre_logits"], atol=1e-5)
     np.testing.assert_array_equal(np.argmax(logits, axis=-1), expected["argmax"])
     for name, statistics in zip(facts["inter_names"], expected["inter"], strict=True):
-        x = np.asarray(features[name.removeprefix("Transformer/")], np.float64)
-        norm = np.sqrt((x**2).sum(axis=(1, 2)))
-        found = np.stack([norm, x.mean(axis=(1, 2)), x[:, 0, 0]], axis=1)
+        x = np.asarray(features[name.removeprefix("Transformer/")], np.float64).reshape(2, -1)
+        found = np.stack([np.linalg.norm(x, axis=1), x.mean(axis=1), x[:, 0]], axis=1)
         np.testing.assert_allclose(found, statistics, rtol=1e-5, atol=1e-5)
 
 
@@ -331,7 +341,19 @@ def test_bfloat16_keeps_float32_parameters_and_logits(classifier):
         ({"patch_size": 4}, (1, 8, 8, 3), r"patch_size is 4, expected \(height, width\)"),
         ({"patch_size": (4, 0)}, (1, 8, 8, 3), r"patch_size is \(4, 0\)"),
         ({"num_heads": 3}, (1, 8, 8, 3), "hidden_size 16 is not divisible by num_heads 3"),
-        ({"classifier": "map"}, (1, 8, 8, 3), "unknown classifier 'map', expected one of token"),
+        ({"classifier": "mean"}, (1, 8, 8, 3), "unknown classifier 'mean', expected one of token"),
+        ({"position_embedding": "rotary"}, (1, 8, 8, 3), "unknown position_embedding 'rotary'"),
+        (
+            {"position_embedding": "sincos2d", "hidden_size": 18},
+            (1, 8, 8, 3),
+            "hidden_size is 18, expected a multiple of 4 from 8 for sincos2d",
+        ),
+        ({"resnet": (2, 0)}, (1, 64, 64, 3), r"resnet is \(2, 0\), expected the number of units"),
+        (
+            {"resnet": (1,)},
+            (1, 12, 64, 3),
+            "picture of 12x64 pixels is smaller than one patch of 16x16",
+        ),
         ({"dropout_rate": 1.5}, (1, 8, 8, 3), "dropout_rate is 1.5, expected a probability"),
         ({"stochastic_depth_rate": -0.1}, (1, 8, 8, 3), "stochastic_depth_rate is -0.1"),
     ],

@@ -207,7 +207,7 @@ def test_weights_that_cannot_be_written_at_the_end_are_written_by_the_next_start
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", full)
+        patch.setattr(np.lib.format, "write_array", full)
         with pytest.raises(UserError, match="No space left on device"):
             run(tiny(), tmp_path)
     assert not [p for p in tmp_path.iterdir() if ".npz" in p.name]

@@ -1,6 +1,5 @@
 """How weights come in and go out: every file layout, and nothing about training."""
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit_jax.checkpoints.adapt import adapt
 from vit_jax.checkpoints.architecture import check_arrays, read_spec
-from vit_jax.checkpoints.files import ENDINGS, open_arrays, split_tower, write_arrays
+from vit_jax.checkpoints.files import ENDINGS, check_ending, open_arrays, split_tower, write_arrays
 from vit_jax.checkpoints.layouts import STYLES, key_style, to_linen, to_style
 from vit_jax.checkpoints.npz import atomic_file, read_npz, write_npz
+from vit_jax.checkpoints.orbax import is_orbax
 from vit_jax.checkpoints.positions import resample
 from vit_jax.checkpoints.spec import AnySpec, Spec
-from vit_jax.errors import UserError
 
 __all__ = [
     "ENDINGS",
@@ -24,6 +24,8 @@ __all__ = [
     "adapt",
     "atomic_file",
     "check_arrays",
+    "check_ending",
+    "is_orbax",
     "key_style",
     "load_npz",
     "load_weights",
@@ -40,8 +42,6 @@ __all__ = [
     "write_arrays",
     "write_npz",
 ]
-
-_POSITIONS = "Transformer/posembed_input/pos_embedding"
 
 
 def load_weights(
@@ -76,62 +76,6 @@ def load_weights(
             where=str(path),
         )
         return {k: np.asarray(v, np.float32) for k, v in arrays.items()}, spec
-
-
-def adapt(
-    arrays: Mapping[str, np.ndarray],
-    spec: Spec,
-    *,
-    num_classes: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    pre_logits: bool | None = None,
-) -> tuple[dict[str, np.ndarray], Spec]:
-    """Changes weights for another task, as the official fine-tuning does.
-
-    Args:
-      arrays, spec: what `load_npz` gave.
-      num_classes: None keeps the head; a number puts a new head of zeros in its place.
-      image_size: (height, width); None keeps the grid, else the position embeddings are resampled.
-      pre_logits: None keeps the tanh layer with a kept head and drops it with a new one; True keeps
-        it, False drops it.
-
-    Returns:
-      (arrays, spec) of the changed network. Arrays that didn't change are shared with the input.
-
-    Raises UserError if there is no layer to keep, or the kept head doesn't fit without it.
-    """
-    arrays, new = dict(arrays), spec
-    if num_classes is not None and num_classes < 1:
-        raise UserError(f"num_classes is {num_classes}, expected at least 1")
-    keep = (num_classes is None) if pre_logits is None else pre_logits
-    if pre_logits and spec.representation_size is None:
-        raise UserError("pre_logits=True, but the weights have no pre_logits layer: leave it out")
-    if not keep and spec.representation_size is not None:
-        if (
-            num_classes is None
-            and spec.num_classes
-            and spec.representation_size != spec.hidden_size
-        ):
-            raise UserError(
-                f"the head takes {spec.representation_size} features and does not fit without "
-                f"pre_logits, which leaves {spec.hidden_size}: pass num_classes for a new head"
-            )
-        del arrays["pre_logits/kernel"], arrays["pre_logits/bias"]
-        new = dataclasses.replace(new, representation_size=None)
-    if num_classes is not None:
-        features = new.representation_size or new.hidden_size
-        arrays["head/kernel"] = np.zeros((features, num_classes), np.float32)
-        arrays["head/bias"] = np.zeros((num_classes,), np.float32)
-        new = dataclasses.replace(new, num_classes=num_classes)
-    if image_size is not None:
-        new = dataclasses.replace(new, image_size=image_size)
-        arrays[_POSITIONS] = resample(
-            arrays[_POSITIONS],
-            spec.grid_size,
-            new.grid_size,
-            class_token=spec.model().has_class_token,
-        )
-    return arrays, new
 
 
 def save_weights(

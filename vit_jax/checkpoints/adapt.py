@@ -13,7 +13,7 @@ from vit_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
-_ImageSpec = TypeVar("_ImageSpec", Spec, MixerSpec)
+_ImageSpec = TypeVar("_ImageSpec", bound=Spec | MixerSpec)
 
 
 def adapt(

@@ -1,8 +1,8 @@
 """Every layout in which weights were published, and the way to today's names and back.
 
 In memory the arrays always have the names of today's Flax Linen modules. Each other layout is
-undone by one step, a function arrays -> arrays that leaves alone what it does not know. Which ones a
-file needs is seen from its keys and shapes; it can need several.
+undone by one step, a function arrays -> arrays that leaves alone what it does not know. Which ones
+a file needs is seen from its keys and shapes; it can need several.
 
 The values may be NumPy arrays or `LazyArray`s: no step reads one.
 """
@@ -70,11 +70,14 @@ def to_linen(
 
     Args:
       arrays, tower: see `read_layout`.
-      where: the file's name, for the log.
+      where: the file's name, for messages.
 
     Raises UserError as `read_layout` does.
     """
-    layout = read_layout(arrays, tower=tower)
+    try:
+        layout = read_layout(arrays, tower=tower)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
     if layout.left_out:
         groups = sorted({key.partition("/")[0] for key in layout.left_out})
         _log.warning(
@@ -105,7 +108,7 @@ def to_style(arrays: Arrays, style: str) -> dict[str, Any]:
     if style == "2020":
         for key, array in styled.items():
             if _GROUP_NORM.search(key):
-                styled[key] = array.reshape((1, 1, 1, -1))
+                styled[key] = array.reshape((1, 1, 1, *array.shape))
     return styled
 
 

@@ -1,7 +1,9 @@
-"""Reading and writing weights as Orbax folders, leaf by leaf where Orbax lets one."""
+"""Reading and writing weights as Orbax folders, some leaves at a time where Orbax lets one."""
 
 import contextlib
+import functools
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -17,6 +19,7 @@ from vit_jax.checkpoints.lazy import Array, LazyArray
 from vit_jax.checkpoints.npz import first_line
 from vit_jax.errors import UserError
 
+_BATCH = 1 << 25  # Bytes of the leaves that are read together.
 _MARKERS = ("_CHECKPOINT_METADATA", "_METADATA")
 
 
@@ -29,37 +32,53 @@ def is_orbax(path: str | os.PathLike) -> bool:
 def open_orbax(path: str | os.PathLike) -> Iterator[dict[str, LazyArray]]:
     """The arrays of an Orbax folder; the names along the way to a leaf are joined with "/".
 
-    Leaves that are no arrays are left out.
+    Orbax takes long to read one leaf, however small, so that small neighbours are read together;
+    those read last are kept until others are asked for. Leaves that are no arrays are left out.
 
     Raises UserError if the folder can't be read; damaged values are noticed when they are read.
     """
     ocp = _orbax()
     path = Path(path).resolve()
     with _explained(path):
-        found = ocp.metadata(path).metadata
-        leaves, tree = jax.tree_util.tree_flatten_with_path(found)
-        nothing = [...] * len(leaves)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(ocp.metadata(path).metadata)
+    arrays = {
+        i: leaf
+        for i, (_, leaf) in enumerate(leaves)
+        if hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)
+    }
+    if not arrays:  # What Orbax says of an empty tree, and of one that it can't read.
+        raise UserError(f"{path}: Orbax finds no array in it: the folder is damaged or incomplete")
+    batches = _batches({i: math.prod(a.shape) * a.dtype.itemsize for i, a in arrays.items()})
 
-    def opened(i: int, leaf: Any) -> LazyArray:
-        def read() -> np.ndarray:
-            # A value without memory that says: this leaf, as a NumPy array.
-            wanted = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-            partial = jax.tree.unflatten(tree, [*nothing[:i], wanted, *nothing[i + 1 :]])
-            with _explained(path):
-                loaded = ocp.load(path, partial)
-                array = jax.tree.leaves(loaded)[i]
-                return np.asarray(array).reshape(leaf.shape)
+    @functools.lru_cache(maxsize=1)
+    def read_batch(batch: range) -> dict[int, np.ndarray]:
+        # Values without memory say: these leaves, as NumPy arrays; "..." says: not this one.
+        wanted = {i: np.broadcast_to(np.zeros((), a.dtype), a.shape) for i, a in arrays.items()}
+        partial = [wanted[i] if i in wanted and i in batch else ... for i in range(len(leaves))]
+        with _explained(path):
+            loaded = jax.tree.leaves(ocp.load(path, jax.tree.unflatten(tree, partial)))
+            return {i: np.asarray(loaded[i]).reshape(arrays[i].shape) for i in batch if i in arrays}
 
-        return LazyArray(leaf.shape, leaf.dtype, read)
+    named: dict[str, LazyArray] = {}
+    for i, array in arrays.items():
+        name = jax.tree_util.keystr(leaves[i][0], simple=True, separator="/")
+        if name in named:
+            raise UserError(f"{path}: two arrays are named {name!r}: write the folder again")
+        batch = next(batch for batch in batches if i in batch)
+        read = functools.partial(lambda batch, i: read_batch(batch)[i], batch, i)
+        named[name] = LazyArray(array.shape, array.dtype, read)
+    yield named
 
-    arrays: dict[str, LazyArray] = {}
-    for i, (keys, leaf) in enumerate(leaves):
-        if hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype):
-            name = jax.tree_util.keystr(keys, simple=True, separator="/")
-            if name in arrays:
-                raise UserError(f"{path}: two arrays are named {name!r}: write the folder again")
-            arrays[name] = opened(i, leaf)
-    yield arrays
+
+def _batches(sizes: Mapping[int, int]) -> list[range]:
+    """Cuts indices into runs of at most _BATCH bytes, or of one array that is larger."""
+    batches, start, total = [], 0, 0
+    for i, size in sizes.items():
+        if total + size > _BATCH:
+            batches.append(range(start, i))
+            start, total = i, 0
+        total += size
+    return [*batches, range(start, max(sizes, default=0) + 1)]
 
 
 def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
@@ -85,6 +104,8 @@ def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
                 path.rename(old)
             new.rename(path)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -101,8 +122,10 @@ def _explained(
 
 
 def _orbax() -> Any:
-    # Slow to import, and it reports each of its doings through absl.
+    # Slow to import, and it reports each of its doings through absl, and each failure of one array
+    # through asyncio too.
     from orbax.checkpoint import v1 as ocp
 
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     return ocp

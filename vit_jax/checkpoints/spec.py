@@ -68,6 +68,18 @@ class _ImageSpec:
         """How many numbers the weights are."""
         return sum(math.prod(shape) for shape in self.shapes().values())
 
+    def summary(self) -> dict[str, str]:
+        """What a person wants to know of the network, {title: text}."""
+        (rows, columns), (h, w) = self.grid_size, self.image_size
+        return {
+            "architecture": self.description,
+            "parameters": f"{self.num_parameters:,}",
+            "blocks": f"{self.num_layers}, {self.hidden_size} wide",
+            "patches": "{}x{} pixels, ".format(*self.model().stride)
+            + f"{rows}x{columns} of them, {self.num_tokens} tokens in all",
+            "pictures": f"{h}x{w} pixels, {self.channels} channels",
+        }
+
     def fields(self) -> dict[str, Any]:
         """The fields of the module that depend on the architecture."""
         names = {f.name for f in dataclasses.fields(self.module)}
@@ -113,6 +125,21 @@ class Spec(_ImageSpec):
         """Tokens of a picture, the class token among them."""
         return math.prod(self.grid_size) + self.model().has_class_token
 
+    def summary(self) -> dict[str, str]:
+        """What a person wants to know of the network, {title: text}."""
+        lines = super().summary()
+        lines["blocks"] += f", {self.num_heads} heads, MLP {self.mlp_dim} wide"
+        lines["classifier"] = self.classifier
+        width = self.representation_size
+        lines["pre_logits"] = f"tanh, {width} wide" if width else "none"
+        if self.resnet is not None:
+            lines["resnet"] = (
+                f"a root and stages of {', '.join(map(str, self.resnet)) or 'no'} units"
+            )
+        if self.position_embedding != "learned":
+            lines["positions"] = self.position_embedding
+        return lines
+
 
 @dataclasses.dataclass(frozen=True)
 class MixerSpec(_ImageSpec):
@@ -123,6 +150,14 @@ class MixerSpec(_ImageSpec):
 
     module = MlpMixer
     kind = "Mixer"
+
+    def summary(self) -> dict[str, str]:
+        """What a person wants to know of the network, {title: text}."""
+        lines = super().summary()
+        lines["blocks"] += f", MLPs {self.tokens_mlp_dim} wide over tokens"
+        lines["blocks"] += f" and {self.channels_mlp_dim} over channels"
+        return lines
+
     block = "MixerBlock_"
     classifier: ClassVar[str] = "gap"
     representation_size: ClassVar[None] = None
@@ -181,6 +216,20 @@ class LiTSpec:
     def num_parameters(self) -> int:
         """How many numbers the weights are."""
         return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def summary(self) -> dict[str, str]:
+        """What a person wants to know of the network, {title: text}."""
+        text = dict(self.text)
+        width = self.text_classes or text["hidden_size"]
+        return {
+            **self.image.summary(),
+            "architecture": self.description,
+            "parameters": f"{self.num_parameters:,}",
+            "image tower": self.image.description,
+            "text tower": f"{self.text_model}: {text['num_layers']} blocks, {text['hidden_size']} "
+            f"wide, {text['num_heads']} heads, {text['vocab_size']:,} words",
+            "embeddings": f"{width} wide",
+        }
 
     def model(self, **overrides: Any) -> LiT:
         """The network. Overrides are fields of `LiT`, e.g. dtype."""

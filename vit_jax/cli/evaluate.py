@@ -14,7 +14,9 @@ def add_parser(subparsers) -> None:
         "measure accuracy and loss on labelled pictures",
         "vit-jax evaluate runs/digits --csv=predictions.csv",
     )
-    parser.add_argument("weights", help="an .npz file, or the workdir of a finished run")
+    parser.add_argument(
+        "weights", help="a file or name of weights, or the workdir of a finished run"
+    )
     parser.add_argument(
         "data", nargs="?", help="a folder of pictures or a known name; by default the run's own"
     )
@@ -34,6 +36,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints top-1, top-5, loss and the accuracy of each class."""
+    import dataclasses
     import json
     import os
 
@@ -42,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax import data
     from vit_jax.errors import UserError
     from vit_jax.evaluation.pictures import evaluate_pictures, write_predictions
-    from vit_jax.pretrained import load
+    from vit_jax.evaluation.zero_shot import zero_shot
+    from vit_jax.pretrained import PretrainedLiT, load
     from vit_jax.training.workdir import read_config
 
     vit = load(args.weights)
@@ -57,16 +61,24 @@ def run(args: argparse.Namespace) -> None:
         config = read_config(args.weights)
         dataset, split, seed, loss = config.dataset, config.pp.test, config.seed, config.loss
     source = data.open_source(dataset, args.split or split, seed=seed)
-    scores = evaluate_pictures(vit, source, batch_size=args.batch, corrupt=args.corrupt, loss=loss)
+    if isinstance(vit, PretrainedLiT):
+        scores = zero_shot(vit, source, batch_size=args.batch, corrupt=args.corrupt)
+        vit = dataclasses.replace(vit, labels=source.labels)
+    else:
+        scores = evaluate_pictures(
+            vit, source, batch_size=args.batch, corrupt=args.corrupt, loss=loss
+        )
     labels = [vit.label(i) for i in range(len(scores.per_class))]
     counts = scores.confusion.sum(axis=1)
     if args.csv:
         write_predictions(args.csv, source, vit, scores)
     if args.json:
-        per_class = {
-            label: None if np.isnan(share) else share
-            for label, share in zip(labels, scores.per_class.tolist(), strict=True)
-        }
+        per_class = [
+            {"label": label, "accuracy": None if np.isnan(share) else share, "count": count}
+            for label, share, count in zip(
+                labels, scores.per_class.tolist(), counts.tolist(), strict=True
+            )
+        ]
         names = ("count", "skipped", "top1", "top5", "loss")
         print(
             json.dumps({n: getattr(scores, n) for n in names} | {"per_class": per_class}, indent=1)

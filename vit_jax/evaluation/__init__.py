@@ -1,5 +1,6 @@
 """How good a network is: exact figures and reports."""
 
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
+from vit_jax.evaluation.zero_shot import class_embeddings, classify, zero_shot
 
-__all__ = ["Scores", "evaluate", "make_eval_step"]
+__all__ = ["Scores", "class_embeddings", "classify", "evaluate", "make_eval_step", "zero_shot"]

@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.errors import UserError
+from vit_jax.models.lit import LIT_VARIANTS, LiT, create_lit
 from vit_jax.models.mixer import MlpMixer
 from vit_jax.models.vit import CLASSIFIERS, POOLED, POSITION_EMBEDDINGS, VisionTransformer
 
 __all__ = [
     "CLASSIFIERS",
+    "LIT_VARIANTS",
     "POOLED",
     "POSITION_EMBEDDINGS",
     "VARIANTS",
+    "LiT",
     "MlpMixer",
     "VisionTransformer",
+    "create_lit",
     "create_model",
     "list_models",
     "model_class",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
-from vit_jax.models.vit import LAYER_NORM_EPSILON, check_images
+from vit_jax.models.vit import LAYER_NORM_EPSILON, check_images, check_patch_size, check_rates
 
 
 class MixerMlp(nn.Module):
@@ -97,9 +97,12 @@ class MlpMixer(nn.Module):
           return_features a pair (logits, features): "stem" (n, rows, columns, d), "MixerBlock_0",
           ... (n, t, d), "pre_head_layer_norm" (n, t, d), and "pre_logits" the head's input.
 
-        Raises UserError if stored weights are for another number of tokens.
+        Raises UserError if the fields or the pictures make no sense, or stored weights are for
+        another number of tokens.
         """
         check_images(images)
+        check_patch_size(self.patch_size)
+        check_rates(stochastic_depth_rate=self.stochastic_depth_rate)
         rows, columns = self.grid_size((images.shape[1], images.shape[2]))
         self._check_tokens(rows * columns)
         stem = nn.Conv(

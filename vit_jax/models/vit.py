@@ -192,6 +192,19 @@ def check_images(images: jax.Array) -> None:
         )
 
 
+def check_patch_size(patch_size: tuple[int, int]) -> None:
+    """Raises UserError if a patch has not height and width."""
+    if np.shape(patch_size) != (2,) or min(patch_size) < 1:
+        raise UserError(f"patch_size is {patch_size}, expected (height, width) in pixels")
+
+
+def check_rates(**rates: float) -> None:
+    """Raises UserError if a rate of dropout or stochastic depth is no probability below 1."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise UserError(f"{name} is {rate}, expected a probability, at least 0 and less than 1")
+
+
 class VisionTransformer(nn.Module):
     """A Vision Transformer for pictures of any size, shape and number of channels.
 
@@ -339,8 +352,11 @@ class VisionTransformer(nn.Module):
 
     def _check(self, images: jax.Array) -> None:
         check_images(images)
-        if np.shape(self.patch_size) != (2,) or min(self.patch_size) < 1:
-            raise UserError(f"patch_size is {self.patch_size}, expected (height, width) in pixels")
+        check_patch_size(self.patch_size)
+        if self.resnet is not None and min(self.resnet, default=1) < 1:
+            raise UserError(
+                f"resnet is {self.resnet}, expected the number of units of each stage, at least 1"
+            )
         _, height, width, _ = images.shape
         self.grid_size((height, width))
         if self.classifier not in CLASSIFIERS:
@@ -357,9 +373,8 @@ class VisionTransformer(nn.Module):
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
                 "change one of them"
             )
-        for field in ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"):
-            if not 0 <= getattr(self, field) < 1:
-                raise UserError(
-                    f"{field} is {getattr(self, field)}, expected a probability, at least 0 and "
-                    "less than 1"
-                )
+        check_rates(
+            dropout_rate=self.dropout_rate,
+            attention_dropout_rate=self.attention_dropout_rate,
+            stochastic_depth_rate=self.stochastic_depth_rate,
+        )

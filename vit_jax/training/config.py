@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
-from vit_jax.models import VisionTransformer, variant
+from vit_jax.models import MlpMixer, VisionTransformer, variant
 
 CHOICES = {
     "decay_type": ("cosine", "linear", "constant", "rsqrt"),
@@ -51,6 +51,8 @@ LIMITS = {
     "model.num_heads": (1, math.inf),
     "model.mlp_dim": (1, math.inf),
     "model.representation_size": (1, math.inf),
+    "model.tokens_mlp_dim": (1, math.inf),
+    "model.channels_mlp_dim": (1, math.inf),
 }
 
 # These don't change what is computed, where anything is: a run may go on with other values.
@@ -163,10 +165,14 @@ def check_config(config: ConfigDict) -> ConfigDict:
 def model_fields() -> dict[str, Any]:
     """The fields of the network that config.model may hold beside those of `default_config`, each
     with a value of its type."""
-    fields = {f.name: f.default for f in dataclasses.fields(VisionTransformer)}
+    fields = {
+        f.name: f.default
+        for module in (MlpMixer, VisionTransformer)
+        for f in dataclasses.fields(module)
+    }
     for computed in ("name", "parent", "num_classes", "dtype"):
         del fields[computed]
-    return fields | variant("ViT-B_16")
+    return fields | variant("Mixer-B_16") | variant("R50+ViT-B_16")
 
 
 def _merge(full: ConfigDict, values: Mapping[str, Any], path: str) -> None:

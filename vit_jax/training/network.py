@@ -10,9 +10,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vit_jax.checkpoints import read_spec
+from vit_jax.checkpoints import ENDINGS, read_spec
 from vit_jax.errors import UserError
-from vit_jax.models import create_model
+from vit_jax.models import POOLED, create_model, model_class, variant
 from vit_jax.pretrained import WEIGHTLESS, Pretrained, load
 
 
@@ -43,13 +43,14 @@ def make_network(
         path,
         num_classes=len(labels),
         image_size=(height, width),
-        **{k: v for k, v in fields.items() if k in WEIGHTLESS},
+        **{k: v for k, v in fields.items() if k in WEIGHTLESS and v},
     )
     for field in fields.keys() - set(WEIGHTLESS):
-        if getattr(vit.model, field) != fields[field]:
+        stored = getattr(vit.model, field, "no such field")  # A Mixer has no heads.
+        if stored != fields[field]:
             raise UserError(
                 f"config.model.{field} is {fields[field]}, but the weights in {path} have "
-                f"{getattr(vit.model, field)}: leave it out"
+                f"{stored}: leave it out"
             )
     if vit.spec.channels != channels:
         operation = "rgb" if vit.spec.channels == 3 else "gray"
@@ -68,22 +69,29 @@ def _from_scratch(
     labels: tuple[str, ...],
     preprocess: str,
 ) -> Pretrained:
+    known = {f.name for f in dataclasses.fields(model_class(variant(name)))}
+    # A rate of zero is no wish: a Mixer has no dropout, and needs none.
+    fields = {k: v for k, v in fields.items() if v or k in known or k not in WEIGHTLESS}
     model = create_model(name, num_classes=len(labels), **fields)
-    if model.classifier not in ("token", "gap"):
+    classifier = getattr(model, "classifier", None)
+    if classifier is not None and classifier not in POOLED:
         raise UserError(
-            f"config.model.classifier {model.classifier!r} gives no classes: use token or gap"
+            f"config.model.classifier {classifier!r} gives no classes: use {', '.join(POOLED)}"
         )
     images = jnp.zeros((1, *picture_shape))
     params = jax.device_get(jax.jit(model.init)(jax.random.key(seed), images)["params"])
     spec = read_spec(
-        flatten_dict(params, sep="/"), classifier=model.classifier, image_size=picture_shape[:2]
+        flatten_dict(params, sep="/"), classifier=classifier, image_size=picture_shape[:2]
     )
     params = jax.tree.map(np.asarray, params)
     return Pretrained(model=model, params=params, spec=spec, labels=labels, preprocess=preprocess)
 
 
-def weights_path(config: ConfigDict) -> Path | None:
-    """The file of weights that a configuration starts from; None to start from scratch."""
+def weights_path(config: ConfigDict) -> str | Path | None:
+    """The weights that a configuration starts from, for `load`; None to start from scratch.
+
+    Raises UserError if there are none.
+    """
     folder = Path(config.pretrained_dir or ".")
     if not config.model_or_filename:
         if not config.pretrained_dir:
@@ -95,7 +103,10 @@ def weights_path(config: ConfigDict) -> Path | None:
     for path in candidates:
         if path.exists():
             return path
+    name = config.model_or_filename
+    if name and ("/" in name or not name.endswith(ENDINGS)):
+        return name  # Published, perhaps: `load` knows.
     raise UserError(
         f"no weights at {' or '.join(dict.fromkeys(map(str, candidates)))}: give "
-        "config.model_or_filename the path of an .npz file, or its name in config.pretrained_dir"
+        "config.model_or_filename the path of a file, or the name of published weights"
     )

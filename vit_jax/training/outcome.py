@@ -65,7 +65,7 @@ def finish(vit: Pretrained, scores: Scores, task: Task, workdir: Path, total_ste
             )
             for i in _examples(scores)
         ],
-        title=f"{describe(vit)} on {task.config.dataset}: {score_text(scores)}",
+        title=f"{vit.spec.description} on {task.config.dataset}: {score_text(scores)}",
     )
     summary = (
         f"finished {total_steps:,} steps: {score_text(scores)}\n"
@@ -92,12 +92,6 @@ def score_text(scores: Scores) -> str:
         f"test accuracy {scores.top1:.1%} ({right:,} of {scores.count:,}), loss {scores.loss:.4f}"
     )
     return text + (f", {scores.skipped:,} unreadable left out" if scores.skipped else "")
-
-
-def describe(vit: Pretrained) -> str:
-    """A network's name, or what it is."""
-    spec = vit.spec
-    return spec.name or f"a ViT of width {spec.hidden_size} and {spec.num_layers} blocks"
 
 
 def _examples(scores: Scores, count: int = 12) -> np.ndarray:

@@ -24,7 +24,6 @@ from vit_jax.training.optimizer import make_optimizer, schedule_of
 from vit_jax.training.outcome import (
     METRICS,
     Result,
-    describe,
     finish,
     finished,
     last_test,
@@ -217,7 +216,7 @@ def _introduction(vit: Pretrained, task: Task) -> str:
     parameters = sum(x.size for x in jax.tree.leaves(vit.params))
     devices = jax.devices()
     return (
-        f"{describe(vit)}, {parameters / 1e6:.2f} M parameters, {len(task.labels)} classes, "
+        f"{vit.spec.description}, {parameters / 1e6:.2f} M parameters, {len(task.labels)} classes, "
         f"{len(task.train):,} pictures to train on and {len(task.test):,} to test on, "
         f"{len(devices)} x {devices[0].device_kind}"
     )

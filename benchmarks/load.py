@@ -1,0 +1,98 @@
+"""How long loading ViT-L/16 (1.2 GB) takes and what memory, compared with `np.load` of every array.
+
+    python benchmarks/load.py
+
+Each run is a process of its own; the file is in the page cache. The time is that of the call,
+without imports; the memory is the peak of the process, with them.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+RUNS = 8
+KINDS = ("np.load", "npz", "safetensors", "orbax")
+
+
+def make_file(path: Path, name: str = "ViT-L_16", num_classes: int = 21_843) -> None:
+    """Writes an official model with random weights in the layout of the published files."""
+    import jax
+
+    import vit_jax
+    from vit_jax.checkpoints import save_weights
+
+    model = vit_jax.create_model(name, num_classes=num_classes)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
+    save_weights(path, params, style="prelinen")
+
+
+def measure(kind: str, path: Path) -> dict[str, float]:
+    """Loads once: {"seconds", "peak"}, the latter in bytes."""
+    if kind == "np.load":
+        start = time.perf_counter()
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        assert arrays
+    else:
+        from vit_jax.checkpoints import load_weights
+
+        start = time.perf_counter()
+        loaded = load_weights(path)
+        assert loaded
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak": peak_memory()}
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes.
+
+    From Linux's own file: getrusage would count the process that started this one too.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def main() -> None:
+    """Measures every kind of file in turn, RUNS times, and prints the medians."""
+    from vit_jax.checkpoints.convert import convert
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = dict.fromkeys(KINDS, Path(folder) / "L_16.npz")
+        make_file(paths["npz"])
+        for kind in ("safetensors", "orbax"):
+            paths[kind] = Path(folder) / f"L_16.{kind}"
+            convert(paths["npz"], paths[kind])
+        runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        for i in range(RUNS):
+            for kind in KINDS[i % len(KINDS) :] + KINDS[: i % len(KINDS)]:  # None is always first.
+                command = [sys.executable, __file__, kind, str(paths[kind])]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                runs[kind].append(json.loads(output))
+    medians = {
+        kind: {key: statistics.median(run[key] for run in runs[kind]) for key in runs[kind][0]}
+        for kind in KINDS
+    }
+    peer = medians["np.load"]
+    print("| | seconds | ratio | peak memory, MB | ratio |\n| --- | --- | --- | --- | --- |")
+    for kind, median in medians.items():
+        print(
+            f"| {kind} | {median['seconds']:.2f} | {median['seconds'] / peer['seconds']:.2f} | "
+            f"{median['peak'] / 1e6:,.0f} | {median['peak'] / peer['peak']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
+    else:
+        main()

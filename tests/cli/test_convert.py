@@ -1,0 +1,63 @@
+"""`vit-jax convert`."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests import published
+from vit_jax.checkpoints import open_arrays, write_npz
+from vit_jax.cli import main
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_npz(tmp_path / "a.npz", published.arrays("ViT gap"))
+    return str(tmp_path / "a.npz")
+
+
+def test_it_says_what_was_written(source, tmp_path, capsys):
+    target = tmp_path / "b.safetensors"
+
+    assert main(["convert", source, str(target), "--style=prelinen", "--dtype=bfloat16"]) == 0
+
+    output = capsys.readouterr().out
+    shapes = published.shapes("ViT gap")
+    assert f"{published.count(shapes):,} parameters in {len(shapes)} arrays" in output
+    assert f"wrote {target}" in output
+    with open_arrays(target) as arrays:
+        assert "Transformer/encoderblock_0/MlpBlock_3/Dense_0/bias" in arrays
+        assert {str(array.dtype) for array in arrays.values()} == {"bfloat16"}
+
+
+def test_it_says_so_in_json(source, tmp_path, capsys):
+    assert main(["convert", source, str(tmp_path / "b.npz"), "--json"]) == 0
+
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["files"] == [str(tmp_path / "b.npz")]
+    assert facts["arrays"] == len(published.shapes("ViT gap"))
+    assert facts["parameters"] == published.count(published.shapes("ViT gap"))
+
+
+def test_a_mistake_is_one_line_and_status_2(source, tmp_path, capsys):
+    for arguments, message in [
+        ([source, source], "is there already"),
+        ([source, str(tmp_path / "b.pt")], "expected a name that ends in"),
+        ([str(tmp_path / "absent.npz"), str(tmp_path / "b.npz")], "no such file"),
+        ([source, str(tmp_path / "b.npz"), "--style=keras"], "keras"),
+        ([f"{source}:img", str(tmp_path / "b.npz")], "no tower 'img'"),
+    ]:
+        assert main(["convert", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_force_replaces(source, tmp_path):
+    np.savez(tmp_path / "b.npz", x=np.ones(1))
+
+    assert main(["convert", source, str(tmp_path / "b.npz"), "--force"]) == 0
+
+    with open_arrays(tmp_path / "b.npz") as arrays:
+        assert set(arrays) == set(published.shapes("ViT gap"))

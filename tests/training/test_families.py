@@ -1,0 +1,95 @@
+"""Hybrids, attention pooling, fixed positions and Mixer are trained as a ViT is."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training.conftest import TINY
+from vit_jax.checkpoints.spec import MixerSpec, Spec
+from vit_jax.errors import UserError
+from vit_jax.pretrained import load
+from vit_jax.training import run
+from vit_jax.training.options import load_config, override
+
+
+def config_of(*fields: str):
+    """The configuration of a run of two steps on digits."""
+    config = load_config(str(TINY))
+    for field in ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim"):
+        del config.model[field]
+    config.model.dropout_rate = 0.0
+    config.total_steps, config.warmup_steps = 2, 0
+    return override(config, [f"--config.{field}" for field in fields])
+
+
+_SIZES = ("model.hidden_size=16", "model.num_layers=1")
+_HEADS = (*_SIZES, "model.num_heads=2", "model.mlp_dim=16")
+FROM_SCRATCH = {
+    "hybrid": ("model.name=R26+ViT-S_32", "model.resnet=(1,)", "model.patch_size=(2,2)", *_HEADS),
+    "root": ("model.name=R+ViT-Ti_16", "model.patch_size=(1,1)", *_HEADS),
+    "MAP": ("model.name=ViT-mu_16", "model.patch_size=(4,4)"),
+    "sincos2d": (
+        *("model.name=ViT-Ti_16", "model.patch_size=(4,4)", *_HEADS),
+        "model.position_embedding=sincos2d",
+    ),
+    "Mixer": (
+        *("model.name=Mixer-B_16", "model.patch_size=(4,4)", *_SIZES, "model.tokens_mlp_dim=4"),
+        *("model.channels_mlp_dim=24", "model.stochastic_depth_rate=0.1"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        f if f in ("root", "Mixer") else pytest.param(f, marks=pytest.mark.slow)
+        for f in FROM_SCRATCH
+    ],
+)
+def test_any_family_is_trained_from_scratch_and_then_from_its_file(family, tmp_path):
+    fields = FROM_SCRATCH[family]
+
+    assert run(config_of(*fields), tmp_path / "a").finished
+    weights = tmp_path / "a" / "weights.npz"
+    assert run(config_of(f"model_or_filename={weights}"), tmp_path / "b").finished
+
+    first, second = load(tmp_path / "a"), load(tmp_path / "b")
+    assert first.spec == second.spec
+    assert type(first.spec) is (MixerSpec if family == "Mixer" else Spec)
+    assert first.labels == tuple("0123456789")
+    assert np.any(second.params["head"]["kernel"])
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.params, second.params)
+    assert np.mean(jax.tree.leaves(changed)) > 0.8
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(second.params))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("Mixer", ["model.num_heads=3"], r"num_heads is 3, but the weights .* no such field"),
+        ("Mixer", ["model.tokens_mlp_dim=9"], r"mlp_dim is 9, but the weights in .* have 12"),
+        ("Mixer", ["model.dropout_rate=0.1"], "has no dropout_rate: leave it out"),
+        ("Mixer", ["pp.eval_ops=resize(16)"], "can't take 16x16: the number of tokens of a Mixer"),
+        ("hybrid", ["model.resnet=(2,)"], r"resnet is \(2,\), but the weights in .* have \(1, 1\)"),
+    ],
+)
+def test_weights_that_do_not_fit_a_run_are_refused(family, fields, message, saved, tmp_path):
+    path = saved(family, channels=1, image_size=(8, 8))
+    fields += [f"pp.train_ops={field[12:]}" for field in fields if field.startswith("pp.eval_ops=")]
+
+    with pytest.raises(UserError, match=message):
+        run(config_of(f"model_or_filename={path}", *fields), tmp_path / "run")
+
+
+def test_a_lit_bundle_is_not_trained(saved, tmp_path):
+    with pytest.raises(UserError, match="a LiT bundle, which has no classes"):
+        run(config_of(f"model_or_filename={saved('LiT')}"), tmp_path / "run")
+
+
+def test_fields_that_a_model_does_not_have_are_refused(tmp_path):
+    with pytest.raises(UserError, match="unknown field 'dropout_rate' of model Mixer-B_16"):
+        run(config_of("model.name=Mixer-B_16", "model.dropout_rate=0.1"), tmp_path)
+    with pytest.raises(UserError, match="classifier 'unpooled' gives no classes: use token, gap"):
+        run(config_of("model.name=ViT-mu_16", "model.classifier=unpooled"), tmp_path)
+    with pytest.raises(UserError, match=r"resnet is \(2, 0\), expected the number of units"):
+        run(config_of("model.name=R26+ViT-S_32", "model.resnet=(2,0)"), tmp_path)
