@@ -1,8 +1,11 @@
 """Fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["VIT_JAX_OFFLINE"] = "1"  # No test asks the Internet, nor do the processes it starts.
 
 
 @pytest.fixture(scope="session")

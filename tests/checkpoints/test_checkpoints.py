@@ -9,7 +9,7 @@ import pytest
 
 from tests import reference
 from vit_jax import checkpoints
-from vit_jax.checkpoints import Spec, adapt, load_npz, save_npz, to_style, to_tree
+from vit_jax.checkpoints import Spec, adapt, load_weights, save_weights, to_style, to_tree
 from vit_jax.errors import UserError
 
 SPEC = Spec(
@@ -41,8 +41,8 @@ def assert_same(found, expected) -> None:
 def test_a_file_of_any_style_comes_back_bit_for_bit(tmp_path, style):
     np.savez(tmp_path / "in.npz", **to_style(ARRAYS, style))
 
-    arrays, spec = load_npz(tmp_path / "in.npz")
-    save_npz(tmp_path / "out.npz", to_tree(arrays), style=style)
+    arrays, spec = load_weights(tmp_path / "in.npz")
+    save_weights(tmp_path / "out.npz", to_tree(arrays), style=style)
 
     assert spec == SPEC
     assert_same(arrays, ARRAYS)
@@ -50,9 +50,9 @@ def test_a_file_of_any_style_comes_back_bit_for_bit(tmp_path, style):
 
 
 def test_a_style_can_be_turned_into_the_other_and_back(tmp_path):
-    save_npz(tmp_path / "old.npz", to_tree(ARRAYS), style="prelinen")
-    arrays, _ = load_npz(tmp_path / "old.npz")
-    save_npz(tmp_path / "new.npz", to_tree(arrays))
+    save_weights(tmp_path / "old.npz", to_tree(ARRAYS), style="prelinen")
+    arrays, _ = load_weights(tmp_path / "old.npz")
+    save_weights(tmp_path / "new.npz", to_tree(arrays))
 
     assert_same(dict(np.load(tmp_path / "new.npz")), ARRAYS)
 
@@ -60,8 +60,8 @@ def test_a_style_can_be_turned_into_the_other_and_back(tmp_path):
 def test_a_real_published_file_comes_back_bit_for_bit(shared, tmp_path):
     (path,) = (shared / "checkpoints").glob("Ti_16-*.npz")
 
-    arrays, spec = load_npz(path)
-    save_npz(tmp_path / "out.npz", to_tree(arrays), style="prelinen")
+    arrays, spec = load_weights(path)
+    save_weights(tmp_path / "out.npz", to_tree(arrays), style="prelinen")
 
     assert (spec.name, spec.num_classes, spec.image_size) == ("ViT-Ti_16", 1000, (224, 224))
     assert_same(dict(np.load(tmp_path / "out.npz")), dict(np.load(path)))
@@ -72,7 +72,7 @@ def test_other_floating_types_become_float32(tmp_path, dtype):
     stored = {key: array.astype(dtype) for key, array in ARRAYS.items()}
     np.savez(tmp_path / "in.npz", **stored)
 
-    arrays, spec = load_npz(tmp_path / "in.npz")
+    arrays, spec = load_weights(tmp_path / "in.npz")
 
     assert spec == SPEC
     assert_same(arrays, {key: array.astype(np.float32) for key, array in stored.items()})
@@ -82,8 +82,8 @@ def test_a_grid_that_is_not_square_is_read_with_its_size(tmp_path):
     shapes = SPEC.shapes() | {POSITIONS: (1, 16, 16)}  # 3 rows of 5, and the class token.
     np.savez(tmp_path / "in.npz", **reference.make_params(shapes, seed=1))
 
-    _, known = load_npz(tmp_path / "in.npz", image_size=(20, 12))
-    _, likely = load_npz(tmp_path / "in.npz", likely_size=(22, 13))
+    _, known = load_weights(tmp_path / "in.npz", image_size=(20, 12))
+    _, likely = load_weights(tmp_path / "in.npz", likely_size=(22, 13))
 
     assert known.grid_size == likely.grid_size == (5, 3)
 
@@ -91,12 +91,12 @@ def test_a_grid_that_is_not_square_is_read_with_its_size(tmp_path):
 def test_a_file_of_something_else_is_refused_by_name(tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(UserError, match=r"other.npz is no ViT checkpoint: .*holds 1 arrays: x"):
-        load_npz(tmp_path / "other.npz")
+        load_weights(tmp_path / "other.npz")
 
     strings = {key: np.full(array.shape, "a") for key, array in ARRAYS.items()}
     np.savez(tmp_path / "strings.npz", **strings)
     with pytest.raises(UserError, match=r"not floating \(\d+\): .*cls <U1"):
-        load_npz(tmp_path / "strings.npz")
+        load_weights(tmp_path / "strings.npz")
 
 
 # Another task.
@@ -185,7 +185,7 @@ def test_the_original_codes_numbers_come_out_at_another_resolution(case, tmp_pat
     np.savez(tmp_path / "in.npz", **to_style(source, facts["style"]))
 
     size = (facts["dst_res"],) * 2
-    arrays, spec = load_npz(tmp_path / "in.npz")
+    arrays, spec = load_weights(tmp_path / "in.npz")
     arrays, spec = adapt(arrays, spec, num_classes=facts["dst_classes"], image_size=size)
 
     changed = [k for k in source if k not in arrays or not np.array_equal(arrays[k], source[k])]

@@ -69,9 +69,11 @@ def test_only_the_network_of_a_larger_file_is_taken(tmp_path):
 def test_a_tower_is_taken_by_its_name(tmp_path):
     lit = published.arrays("LiT")
     write_arrays(tmp_path / "lit.npz", lit)
+    (tmp_path / "lit.json").write_text(json.dumps(NOTES | {"classifier": "lit"}))
 
     convert(f"{tmp_path}/lit.npz:img", tmp_path / "b.npz")
 
+    assert not (tmp_path / "b.json").exists()  # What is noted of the bundle is not of the tower.
     assert set(read(tmp_path / "b.npz")) == {k[4:] for k in lit if k.startswith("img/")}
 
 

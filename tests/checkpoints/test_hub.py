@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import vit_jax
-from vit_jax.checkpoints import hub, save_npz
+from vit_jax.checkpoints import hub, save_weights
 from vit_jax.checkpoints.hub import STORE, cache_path, companions, locate, resolve
 from vit_jax.errors import UserError
 
@@ -166,7 +166,7 @@ def test_lit_bundles_come_with_their_vocabulary(mirror):
 def test_load_takes_names(mirror, tmp_path):
     model = vit_jax.create_model("ViT-Ti_16", num_classes=5, num_layers=1)
     params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    save_npz(tmp_path / "weights.npz", params)
+    save_weights(tmp_path / "weights.npz", params)
     mirror.content["/vit_models/sam/ViT-B_16.npz"] = (tmp_path / "weights.npz").read_bytes()
     assert vit_jax.load("sam/ViT-B_16").spec.num_classes == 5
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import vit_jax
-from vit_jax.checkpoints import save_npz
+from vit_jax.checkpoints import save_weights
 from vit_jax.checkpoints.hub import cache_path
 from vit_jax.checkpoints.labels import IMAGENET21K, class_names
 
@@ -74,7 +74,7 @@ def test_loaded_heads_have_their_names(tmp_path):
     for num_classes in (1000, 7):
         model = vit_jax.create_model("ViT-Ti_16", num_classes, num_layers=1)
         variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-        save_npz(tmp_path / f"{num_classes}.npz", variables["params"])
+        save_weights(tmp_path / f"{num_classes}.npz", variables["params"])
     vit = vit_jax.load(tmp_path / "1000.npz")
     assert vit.label(0) == "tench, Tinca tinca"
     assert vit_jax.load(tmp_path / "1000.npz", num_classes=1000).labels is None

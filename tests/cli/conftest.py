@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.training.conftest import _compile_once, whole  # noqa: F401
-from vit_jax.checkpoints import save_npz
+from vit_jax.checkpoints import save_weights
 from vit_jax.cli import main
 from vit_jax.models import create_model
 
@@ -52,5 +52,5 @@ def weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "small.npz"
     fields = dict(patch_size=(8, 8), hidden_size=64, num_layers=1, num_heads=1, mlp_dim=16)
     model = create_model("ViT-Ti_16", num_classes=2, **fields)
-    save_npz(path, model.init(jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"])
+    save_weights(path, model.init(jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"])
     return path

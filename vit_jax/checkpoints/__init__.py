@@ -27,13 +27,11 @@ __all__ = [
     "check_ending",
     "is_orbax",
     "key_style",
-    "load_npz",
     "load_weights",
     "open_arrays",
     "read_npz",
     "read_spec",
     "resample",
-    "save_npz",
     "save_weights",
     "split_tower",
     "to_linen",
@@ -93,10 +91,6 @@ def save_weights(
     """
     flat = {k: np.asarray(v) for k, v in sorted(flatten_dict(params, sep="/").items())}
     write_arrays(path, to_style(flat, style))
-
-
-# Their names when .npz was all there was.
-load_npz, save_npz = load_weights, save_weights
 
 
 def to_tree(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

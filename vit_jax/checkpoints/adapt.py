@@ -27,7 +27,7 @@ def adapt(
     """Changes weights for another task, as the official fine-tuning does.
 
     Args:
-      arrays, spec: what `load_npz` gave.
+      arrays, spec: what `load_weights` gave.
       num_classes: None keeps the head; a number puts a new head of zeros in its place.
       image_size: (height, width); None keeps the grid, else the position embeddings are resampled.
       pre_logits: None keeps the tanh layer with a kept head and drops it with a new one; True keeps

@@ -1,6 +1,5 @@
 """From one file of weights to another, one array at a time."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -68,9 +67,14 @@ def convert(
         if dtype is not None:
             arrays = {key: array.astype(DTYPES[dtype]) for key, array in arrays.items()}
         write_arrays(target, to_style(arrays, style))
+    written = []
     for old, new in companions.items():
-        _copy(old, new)
-    written = [new for old, new in companions.items() if old.is_file()]
+        # The notes of a whole file are not those of one tower.
+        if old.is_file() and tower is None:
+            shutil.copyfile(old, new)
+            written.append(new)
+        else:  # Notes of the weights that were there before would be wrong for these.
+            new.unlink(missing_ok=True)
     return Converted(spec, len(arrays), (target, *written))
 
 
@@ -79,14 +83,6 @@ def _companions(spec: AnySpec, source: Path, target: Path) -> dict[Path, Path]:
     endings = (".json", ".txt", ".model") if isinstance(spec, LiTSpec) else (".json",)
     pairs = {source.with_suffix(ending): target.with_suffix(ending) for ending in endings}
     return {old: new for old, new in pairs.items() if old.resolve() != new.resolve()}
-
-
-def _copy(old: Path, new: Path) -> None:
-    if old.is_file():
-        shutil.copyfile(old, new)
-    else:  # Notes of the weights that were there before would be wrong for these.
-        with contextlib.suppress(FileNotFoundError):
-            new.unlink()
 
 
 def _check_free(targets: Sequence[Path], force: bool) -> None:

@@ -245,7 +245,7 @@ class LiTSpec:
     def shapes(self) -> Shapes:
         """Name and shape of every parameter, {"img/...": shape, "txt/...": shape, "t": shape}."""
         images = jax.ShapeDtypeStruct((1, *self.image_size, self.channels), jnp.float32)
-        tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((1, dict(self.text)["max_len"]), jnp.int32)
         return _init_shapes(self.model(), images, tokens)
 
 
