@@ -5,7 +5,7 @@ import argparse
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command
+    from vit_jax.cli import add_command, positive
 
     parser = add_command(
         subparsers,
@@ -24,7 +24,7 @@ def add_parser(subparsers) -> None:
         metavar="WORDS",
         help='of LiT weights: what may be on the pictures, e.g. "a cat" "a dog"',
     )
-    parser.add_argument("--top", type=int, default=5, help="classes to name (default: 5)")
+    parser.add_argument("--top", type=positive, default=5, help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
