@@ -142,8 +142,8 @@ def _open_split(dataset: str, split: str, splits: Splits) -> Source:
         # Of a folder with a picture or two a class there is nothing to hold out, nor to miss.
         if not indices and (len(parts) == 1 or len(whole)):
             raise UserError(
-                f"split {part[0].strip()!r} is empty: {dataset} has too few pictures, {len(whole)} "
-                f"in {part[1]!r}; choose a larger part, or add pictures"
+                f"split {part[0].strip()!r} is empty: {part[1]!r} has {len(whole)} pictures; "
+                "choose a larger part, or add pictures"
             )
         chosen.append(whole.take(indices) if len(indices) < len(whole) else whole)
     if len(chosen) == 1:
