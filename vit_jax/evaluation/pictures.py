@@ -76,17 +76,15 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
                 f"{vit.spec.num_classes}, and the weights don't name theirs: they can't be matched"
             )
         return np.arange(len(source.labels), dtype=np.int32)
-    # The whole of a name, a word of it, a word in other spelling: "Cardigan" is a dog first.
-    whole, words, plain = (defaultdict(list) for _ in range(3))
+    index = defaultdict(list)
     for i, label in enumerate(vit.labels):
-        parts = dict.fromkeys((label, *label.split(", ")))
-        for index, names in ((whole, [label]), (words, parts), (plain, {*map(_plain, parts)})):
-            for name in names:
-                index[name].append(i)
-    found = {
-        label: whole.get(label) or words.get(label) or plain.get(_plain(label), [])
-        for label in source.labels
-    }
+        for key in {key for j, word in enumerate(label.split(", ")) for key in _keys(word, j)}:
+            index[key].append(i)
+        index["whole", label].append(i)
+    found = {}
+    for label in source.labels:
+        keys = ("whole", label), *_keys(label, 0)
+        found[label] = next((index[key] for key in keys if key in index), [])
     unknown = [label for label, indices in found.items() if not indices]
     if unknown:
         raise UserError(
@@ -103,8 +101,12 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     return np.array([indices[0] for indices in found.values()], np.int32)
 
 
-def _plain(name: str) -> str:
-    return name.replace("_", " ").strip().lower()
+def _keys(word: str, position: int) -> list[tuple[str, str]]:
+    """What a word of a class's name is found by, best first: "Cardigan" is a dog, "cardigan" none;
+    "crayfish" is first of all the class that is called so first."""
+    word = word.replace("_", " ")
+    keys = [("word", word), ("plain", word.lower())]
+    return keys if position else [("first", word), *keys]
 
 
 def write_predictions(
