@@ -186,7 +186,10 @@ def test_modules_can_be_run_and_mistakes_give_status_2_without_a_traceback(modul
     [
         ([], "the following arguments are required: COMMAND; see vit-jax --help"),
         (["trian"], "invalid choice: 'trian'"),
-        (["models", "--jsn"], "unknown option --jsn (did you mean --json?); see vit-jax models --help"),
+        (
+            ["models", "--jsn"],
+            "unknown option --jsn (did you mean --json?); see vit-jax models --help",
+        ),
         (["train", "--config=digits"], "required: --workdir; see vit-jax train --help"),
         (["train", "--workdir=x"], "one of the arguments --config --data is required"),
         (["train", "--workdir=x", "--config=digits", "--data=x"], "not allowed with argument"),

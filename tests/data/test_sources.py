@@ -178,7 +178,11 @@ def test_mistakes_in_folders_are_named(tmp_path, monkeypatch):
         folder("extra", {"train/a": 1, "train/b": 1, "test/dog": 1}),
         "test",
     )
-    fails("'test' has 0 pictures; choose a larger part, or add pictures", folder("few", {"a": 1, "b": 1}), "test")
+    fails(
+        "'test' has 0 pictures; choose a larger part, or add pictures",
+        folder("few", {"a": 1, "b": 1}),
+        "test",
+    )
 
     def denied(path):
         raise PermissionError(13, "Permission denied", path)

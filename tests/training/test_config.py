@@ -56,7 +56,7 @@ def test_true_and_false_in_every_spelling(options, value):
 def test_a_shorter_run_has_a_shorter_warm_up():
     assert changed("--config.total_steps=50").warmup_steps == 50
     assert changed("--config.total_steps=5000").warmup_steps == 500
-    with pytest.raises(UserError, match="warmup_steps 60 is more than config.total_steps 50"):
+    with pytest.raises(UserError, match=r"warmup_steps 60 is more than config\.total_steps 50"):
         changed("--config.total_steps=50", "--config.warmup_steps=60")
 
 

@@ -35,8 +35,10 @@ class Parser(argparse.ArgumentParser):
             name = option.partition("=")[0]
             if name == "--":
                 break
-            if name[:2] == "--" and name not in self._option_string_actions and not (
-                fields and name.startswith(fields)
+            if (
+                name[:2] == "--"
+                and name not in self._option_string_actions
+                and not (fields and name.startswith(fields))
             ):
                 near = difflib.get_close_matches(name, self._option_string_actions, n=1)
                 self.error(f"unknown option {name}{f' (did you mean {near[0]}?)' if near else ''}")
@@ -50,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       the exit status: 0, 2 after a mistake of the user's, or 75 if a run was stopped before its
       end.
     """
-    parser = Parser(
-        prog="vit-jax", description="Vision Transformers in JAX: train, look, predict."
-    )
+    parser = Parser(prog="vit-jax", description="Vision Transformers in JAX: train, look, predict.")
     parser.add_argument("--version", action="version", version=f"vit-jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:

@@ -57,8 +57,8 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     """int32 (classes of the source,): the index in the network's head of each class of the
     source.
 
-    A class is known by its name, by one of the words of its name ("tench" of "tench, Tinca
-    tinca"; capitals don't count, and "_" is a space), or, if all of the source's are numbers, by its
+    A class is known by its name, by a word of its name ("tench" of "tench, Tinca tinca"; in any
+    case of letters, and with "_" for a space), or, if all of the source's are numbers, by its
     index. Without names and numbers classes are matched by position, if there are as many.
 
     Raises UserError naming those that can't be matched.

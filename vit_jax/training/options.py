@@ -111,7 +111,10 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
                 raise UserError(f"config.{folder} is {part!r} in the file, expected fields")
         part[last] = _value(name, text, known[name])
     if "config.total_steps" in changed and "config.warmup_steps" not in changed:
-        steps, warmup = values["total_steps"], values.get("warmup_steps", known["config.warmup_steps"])
+        steps, warmup = (
+            values["total_steps"],
+            values.get("warmup_steps", known["config.warmup_steps"]),
+        )
         if isinstance(steps, int) and steps > 0:
             values["warmup_steps"] = min(warmup, steps)
     return check_config(ConfigDict(values))
