@@ -38,10 +38,13 @@ def evaluate_pictures(
     Raises UserError if the classes don't fit.
     """
     classes = class_indices(vit, source)
+    colours = {1: "gray", 3: "rgb"}.get(vit.spec.channels)
+    if colours is None:
+        raise UserError(f"these weights take {vit.spec.channels} channels, which no picture has")
     devices = jax.device_count()
     batches = data.eval_batches(
         source,
-        data.parse(vit.preprocess),
+        data.parse(f"{colours}|{vit.preprocess}"),
         batch_size=-(-max(batch_size, 1) // devices) * devices,
         corrupt=corrupt,
     )
