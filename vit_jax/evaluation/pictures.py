@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections import defaultdict
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ def evaluate_pictures(
 ) -> Scores:
     """Scores of a network on labelled pictures, made ready as the weights' notes say.
 
-    Classes are matched by name where the weights know theirs, else by position.
+    Classes are matched as `class_indices` says.
 
     Args:
       vit: see `vit_jax.load`.
@@ -37,10 +38,13 @@ def evaluate_pictures(
     Raises UserError if the classes don't fit.
     """
     classes = class_indices(vit, source)
+    colours = {1: "gray", 3: "rgb"}.get(vit.spec.channels)
+    if colours is None:
+        raise UserError(f"these weights take {vit.spec.channels} channels, which no picture has")
     devices = jax.device_count()
     batches = data.eval_batches(
         source,
-        data.parse(vit.preprocess),
+        data.parse(f"{colours}|{vit.preprocess}"),
         batch_size=-(-max(batch_size, 1) // devices) * devices,
         corrupt=corrupt,
     )
@@ -54,9 +58,20 @@ def evaluate_pictures(
 
 def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     """int32 (classes of the source,): the index in the network's head of each class of the
-    source."""
+    source.
+
+    A class is known by its name, by a word of its name ("tench" of "tench, Tinca tinca"; in any
+    case of letters, and with "_" for a space), or, if all of the source's are numbers, by its
+    index. Without names and numbers classes are matched by position, if there are as many.
+
+    Raises UserError naming those that can't be matched.
+    """
     if vit.spec.num_classes is None:
         raise UserError("these weights have no head, so there is nothing to evaluate")
+    numbers = [int(label) for label in source.labels if label.isdecimal()]
+    by_number = len(numbers) == len(source.labels) and max(numbers) < vit.spec.num_classes
+    if by_number and not set(source.labels) <= set(vit.labels or ()):
+        return np.array(numbers, np.int32)
     if vit.labels is None:
         if len(source.labels) != vit.spec.num_classes:
             raise UserError(
@@ -64,14 +79,37 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
                 f"{vit.spec.num_classes}, and the weights don't name theirs: they can't be matched"
             )
         return np.arange(len(source.labels), dtype=np.int32)
-    index = {label: i for i, label in enumerate(vit.labels)}
-    unknown = [label for label in source.labels if label not in index]
+    index = defaultdict(list)
+    for i, label in enumerate(vit.labels):
+        for key in {key for j, word in enumerate(label.split(", ")) for key in _keys(word, j)}:
+            index[key].append(i)
+        index["whole", label].append(i)
+    found = {}
+    for label in source.labels:
+        keys = ("whole", label), *_keys(label, 0)
+        found[label] = next((index[key] for key in keys if key in index), [])
+    unknown = [label for label, indices in found.items() if not indices]
     if unknown:
         raise UserError(
-            f"{source.name} has classes that the weights don't know: {', '.join(unknown[:10])}; "
-            f"they know {', '.join(vit.labels[:10])}{', ...' if len(vit.labels) > 10 else ''}"
+            f"{source.name} has classes that the weights don't know: {', '.join(unknown[:10])}"
+            f"{', ...' if len(unknown) > 10 else ''}; they know {'; '.join(vit.labels[:10])}"
+            f"{'; ...' if len(vit.labels) > 10 else ''}"
         )
-    return np.array([index[label] for label in source.labels], np.int32)
+    for label, indices in found.items():
+        if len(indices) > 1:
+            raise UserError(
+                f"{source.name}: the weights have several classes {label!r}, "
+                f"{' and '.join(map(str, indices))}: name the folders by these numbers"
+            )
+    return np.array([indices[0] for indices in found.values()], np.int32)
+
+
+def _keys(word: str, position: int) -> list[tuple[str, str]]:
+    """What a word of a class's name is found by, best first: "Cardigan" is a dog, "cardigan" none;
+    "crayfish" is first of all the class that is called so first."""
+    word = word.replace("_", " ")
+    keys = [("word", word), ("plain", word.lower())]
+    return keys if position else [("first", word), *keys]
 
 
 def write_predictions(
