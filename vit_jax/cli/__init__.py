@@ -1,14 +1,13 @@
 """The command `vit-jax`. One file a command; each parses, calls the library and prints."""
 
 import argparse
-import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, full_disk_explained
 
 COMMANDS = ("models", "info", "convert", "train", "evaluate", "predict")
 
@@ -39,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and not getattr(args, "takes_fields", False):
             parser.error(f"unknown argument {rest[0]}")
         args.fields = rest
-        return args.run(args) or 0
+        with full_disk_explained():
+            return args.run(args) or 0
     except UserError as e:
         print(f"vit-jax: {e}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -51,15 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            print(
-                f"vit-jax: {e.filename or 'a file'} can't be written ({e.strerror}): make room, "
-                "then run the same command again",
-                file=sys.stderr,
-            )
-            return EXIT_USER_ERROR
-        raise
 
 
 def add_command(subparsers, name: str, run, help: str, example: str) -> argparse.ArgumentParser:

@@ -6,12 +6,12 @@ import os
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 
 from vit_jax import data
 from vit_jax.checkpoints import atomic_file
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
+from vit_jax.parallel import divisible, make_mesh, replicated
 from vit_jax.pretrained import Pretrained
 
 
@@ -37,16 +37,15 @@ def evaluate_pictures(
     Raises UserError if the classes don't fit.
     """
     classes = class_indices(vit, source)
-    devices = jax.device_count()
     batches = data.eval_batches(
         source,
         data.parse(vit.preprocess),
-        batch_size=-(-max(batch_size, 1) // devices) * devices,
+        batch_size=divisible(batch_size),
         corrupt=corrupt,
     )
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh()
     step = make_eval_step(vit.model, mesh=mesh, loss=loss)
-    params = jax.device_put(vit.params)
+    params = jax.device_put(vit.params, replicated(mesh))  # Once, not with each batch.
     matched = (batch | {"label": classes[batch["label"]]} for batch in batches)
     assert vit.spec.num_classes is not None  # class_indices has seen to it.
     return evaluate(step, params, matched, vit.spec.num_classes)

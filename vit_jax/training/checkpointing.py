@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from vit_jax.errors import UserError
+from vit_jax.errors import NO_ROOM, UserError
 from vit_jax.training.state import TrainState
+
+_LOG = logging.getLogger("absl")
 
 
 class Checkpoints:
@@ -23,7 +26,10 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int):
         """Opens or makes the folder. The last `keep` checkpoints are kept, older ones are
         deleted."""
-        _quiet()
+        # Orbax reports all its doings through absl, and each error by several threads; a run says
+        # what matters.
+        self._log_level = _LOG.level
+        _LOG.setLevel(logging.CRITICAL)
         self.folder = folder
         self._manager = ocp.training.Checkpointer(
             folder.resolve(),
@@ -61,14 +67,17 @@ class Checkpoints:
                 saving.result()
 
     def restore(self, like: TrainState) -> TrainState:
-        """The latest state, with the shapes, types and places of `like`.
+        """The latest state, with the shapes, types and places of `like`, which it is if none is
+        saved.
 
         Raises UserError if it can't be read.
         """
+        step = self.latest
+        if step is None:
+            return like
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        step = self.latest
         try:
             return self._manager.load_checkpointables(step, {"state": abstract})["state"]
         except Exception as e:
@@ -85,6 +94,7 @@ class Checkpoints:
             # Closing waits for the same save, whose error has been told.
             with contextlib.suppress(Exception):
                 self._manager.close()
+            _LOG.setLevel(self._log_level)
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -111,19 +121,8 @@ def _reason(error: BaseException) -> str:
         chain.append(error)
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     text = "\n".join(str(e) for e in chain)
-    for known in (
-        "No space left on device",
-        "File too large",
-        "Disk quota exceeded",
-        "Read-only file",
-    ):
+    for known in map(os.strerror, NO_ROOM):
         if known in text:
             return known
     lines = [line for line in str(chain[0]).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(chain[0]).__name__
-
-
-def _quiet() -> None:
-    """Orbax reports all its doings through absl, and each error by several threads; a run says
-    what matters."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
