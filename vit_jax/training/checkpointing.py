@@ -1,19 +1,20 @@
 """The checkpoints of a run: written in the background, complete or not at all."""
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from vit_jax.checkpoints.npz import first_line
 from vit_jax.errors import NO_ROOM, UserError
 from vit_jax.training.state import TrainState
-
-_LOG = logging.getLogger("absl")
 
 
 class Checkpoints:
@@ -26,10 +27,10 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int):
         """Opens or makes the folder. The last `keep` checkpoints are kept, older ones are
         deleted."""
-        # Orbax reports all its doings through absl, and each error by several threads; a run says
-        # what matters.
-        self._log_level = _LOG.level
-        _LOG.setLevel(logging.CRITICAL)
+        # Orbax reports all its doings, and each error by several threads; a run says what matters.
+        self._levels = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
+        for log in self._levels:
+            log.setLevel(logging.CRITICAL)
         self.folder = folder
         self._manager = ocp.training.Checkpointer(
             folder.resolve(),
@@ -78,13 +79,19 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
+        hook = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_but_late_callbacks, hook)
         try:
-            return self._manager.load_checkpointables(step, {"state": abstract})["state"]
+            state = self._manager.load_checkpointables(step, {"state": abstract})["state"]
         except Exception as e:
+            # Other arrays are still being read. They report to nobody, now or when Python ends.
+            self._levels.clear()
             raise UserError(
                 f"the checkpoint {self.folder / str(step)} can't be read ({_reason(e)}): "
                 "remove that folder to go on from the one before"
             ) from e
+        sys.unraisablehook = hook
+        return state
 
     def close(self) -> None:
         """Waits for the save under way and lets the folder go."""
@@ -94,7 +101,8 @@ class Checkpoints:
             # Closing waits for the same save, whose error has been told.
             with contextlib.suppress(Exception):
                 self._manager.close()
-            _LOG.setLevel(self._log_level)
+            for log, level in self._levels.items():
+                log.setLevel(level)
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -114,6 +122,11 @@ class Checkpoints:
             ) from e
 
 
+def _but_late_callbacks(hook: Callable, problem: Any) -> None:
+    if str(problem.exc_value) != "Event loop is closed":
+        hook(problem)
+
+
 def _reason(error: BaseException) -> str:
     """The line of an error that says why: TensorStore and the system bury it in context."""
     chain: list[BaseException] = []
@@ -124,5 +137,4 @@ def _reason(error: BaseException) -> str:
     for known in map(os.strerror, NO_ROOM):
         if known in text:
             return known
-    lines = [line for line in str(chain[0]).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(chain[0]).__name__
+    return first_line(chain[-1])[:200]
