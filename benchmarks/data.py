@@ -187,7 +187,8 @@ def make_pictures(folder: Path, count: int = 1024) -> None:
         picture = cv2.resize(coarse, (500, 375), interpolation=cv2.INTER_CUBIC) + fine
         file = folder / "ab"[i % 2] / f"{i:04}.jpg"
         file.parent.mkdir(exist_ok=True)
-        cv2.imwrite(str(file), picture.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 85])
+        levels = picture.clip(0, 255).astype(np.uint8)
+        cv2.imwrite(str(file), levels, [cv2.IMWRITE_JPEG_QUALITY, 85])
 
 
 def main(folder: Path) -> None:

@@ -183,10 +183,12 @@ class Pretrained:
             "labels": list(self.labels) if self.labels else None,
         }
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
-        # The notes first: weights are never without them, and notes without weights harm nobody.
+        # Both are written before either takes its name, so that the notes of other weights stand
+        # beside these, if a crash comes just then, for a moment only.
         with checkpoints.atomic_file(path.with_suffix(".json")) as file:
             file.write((json.dumps(notes, indent=1, ensure_ascii=False) + "\n").encode())
-        checkpoints.save_weights(path, self.params, style=style)
+            file.flush()
+            checkpoints.save_weights(path, self.params, style=style)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

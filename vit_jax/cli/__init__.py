@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import errno
 import importlib
 import os
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vit_jax import __version__
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, full_disk_explained
 
 COMMANDS = ("models", "info", "convert", "train", "evaluate", "predict")
 
@@ -67,7 +66,8 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         if rest and not getattr(args, "takes_fields", False):
             parser.error(f"unknown argument {rest[0]!r}")
         args.fields = rest
-        return args.run(args) or 0
+        with full_disk_explained():
+            return args.run(args) or 0
     except UserError as e:
         print(f"vit-jax: {e}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -79,15 +79,6 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         # either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            print(
-                f"vit-jax: {e.filename or 'a file'} can't be written ({e.strerror}): make room, "
-                "then run the same command again",
-                file=sys.stderr,
-            )
-            return EXIT_USER_ERROR
-        raise
 
 
 def positive(text: str) -> int:

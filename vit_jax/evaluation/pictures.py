@@ -7,12 +7,12 @@ from collections import defaultdict
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 
 from vit_jax import data
 from vit_jax.checkpoints import atomic_file
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
+from vit_jax.parallel import divisible, make_mesh, replicated
 from vit_jax.pretrained import Pretrained
 
 
@@ -41,16 +41,15 @@ def evaluate_pictures(
     colours = {1: "gray", 3: "rgb"}.get(vit.spec.channels)
     if colours is None:
         raise UserError(f"these weights take {vit.spec.channels} channels, which no picture has")
-    devices = jax.device_count()
     batches = data.eval_batches(
         source,
         data.parse(f"{colours}|{vit.preprocess}"),
-        batch_size=-(-max(batch_size, 1) // devices) * devices,
+        batch_size=divisible(batch_size),
         corrupt=corrupt,
     )
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh()
     step = make_eval_step(vit.model, mesh=mesh, loss=loss)
-    params = jax.device_put(vit.params)
+    params = jax.device_put(vit.params, replicated(mesh))  # Once, not with each batch.
     matched = (batch | {"label": classes[batch["label"]]} for batch in batches)
     assert vit.spec.num_classes is not None  # class_indices has seen to it.
     return evaluate(step, params, matched, vit.spec.num_classes)
