@@ -6,6 +6,7 @@ A source knows its labels without decoding anything. To add one, write a functio
 
 import difflib
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -26,7 +27,8 @@ class Source:
       name: what the user called the data set.
       labels: class names; a label is an index into them.
       channels: colour channels of every picture.
-      keys: one a picture, naming it independently of where the data set lies.
+      keys: one a picture, naming it independently of where the data set lies; an array where
+        there may be millions.
       label_ids: int32 array (n,).
       read_key: key -> uint8 picture (h, w, channels); raises UserError if it can't be read.
       describe_key: key -> what a person calls the picture, e.g. its path.
@@ -35,7 +37,7 @@ class Source:
     name: str
     labels: tuple[str, ...]
     channels: int
-    keys: Sequence[Any]
+    keys: Sequence[Any] | np.ndarray
     label_ids: np.ndarray
     read_key: Callable[[Any], np.ndarray]
     describe_key: Callable[[Any], str]
@@ -53,8 +55,12 @@ class Source:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Source":
         """The pictures at `indices`, in that order."""
-        keys = [self.keys[i] for i in indices]
-        return replace(self, keys=keys, label_ids=self.label_ids[np.asarray(indices, np.int64)])
+        chosen = np.asarray(indices, np.int64)
+        if isinstance(self.keys, np.ndarray):
+            keys: Sequence[Any] | np.ndarray = self.keys[chosen]
+        else:
+            keys = [self.keys[i] for i in indices]
+        return replace(self, keys=keys, label_ids=self.label_ids[chosen])
 
 
 Splits = dict[str, Callable[[], Source]]
@@ -74,21 +80,31 @@ def open_source(dataset: str, split: str, *, seed: int = 0) -> Source:
     Raises:
       UserError: unknown data set or split, or a folder that isn't laid out as above.
     """
+    return _open_split(split, _splits(dataset, seed))
+
+
+def split_names(dataset: str, *, seed: int = 0) -> list[str]:
+    """The names of the parts a data set comes in, aliases left out; raises as `open_source`."""
+    names: dict[int, str] = {}
+    for name, opens in _splits(dataset, seed).items():
+        names.setdefault(id(opens), name)
+    return list(names.values())
+
+
+def _splits(dataset: str, seed: int) -> Splits:
     if dataset in _DATASETS:
-        splits = _DATASETS[dataset](seed)
-    elif os.path.exists(os.path.expanduser(dataset)):
+        return _DATASETS[dataset](seed)
+    if os.path.exists(os.path.expanduser(dataset)):
         from vit_jax.data.folders import folder_splits
 
-        splits = folder_splits(dataset, seed)
-    else:
-        close = difflib.get_close_matches(dataset, _DATASETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(map(repr, _DATASETS))
-        raise UserError(
-            f"unknown dataset {dataset!r}: there is no such folder, and the known names are "
-            f"{known}; give one of them or the path of a folder of pictures{hint}"
-        )
-    return _open_split(split, splits)
+        return folder_splits(dataset, seed)
+    close = difflib.get_close_matches(dataset, _DATASETS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    known = ", ".join(map(repr, _DATASETS))
+    raise UserError(
+        f"unknown dataset {dataset!r}: there is no such folder, and the known names are "
+        f"{known}; give one of them or the path of a folder of pictures{hint}"
+    )
 
 
 def data_fingerprint(source: Source) -> str:
@@ -97,7 +113,7 @@ def data_fingerprint(source: Source) -> str:
     Nothing is read, so a picture with another content under the same name goes unnoticed.
     """
     digest = hashlib.sha256()
-    for text in (*source.labels, "", *map(str, source.keys)):
+    for text in itertools.chain(source.labels, [""], map(str, source.keys)):
         digest.update(text.encode("utf-8", "surrogateescape") + b"\n")
     digest.update(source.label_ids.astype("<i4").tobytes())
     return digest.hexdigest()[:16]
