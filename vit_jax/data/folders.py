@@ -88,7 +88,7 @@ def _scan(dataset: str, root: str, part: str, labels: tuple[str, ...]) -> Source
 
 
 def _packed(names: list[str]) -> np.ndarray:
-    """Texts in a third of a list's memory, unless one of them is no Unicode."""
+    """Texts in half of a list's memory, unless one of them is no Unicode."""
     try:
         return np.array(names, np.dtypes.StringDType())
     except UnicodeEncodeError:
@@ -126,8 +126,8 @@ class _Listing:
             now = time.time_ns()
             status = os.stat(path)
             stamp = f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-            kept = self._kept().get(folder)
-            if kept is None or kept[0] != stamp:
+            kept = self._kept().get(folder, [])
+            if len(kept) != 4 or kept[0] != stamp:
                 kept = [stamp, *("/".join(names) for names in _list(path))]
                 self._changed = True
         except OSError as error:
@@ -154,8 +154,8 @@ class _Listing:
     def _kept(self) -> dict[str, list[str]]:
         if self._known is None:
             try:
-                self._known = json.loads(self._file.read_text())
-            except (OSError, ValueError):  # not there, or damaged
+                self._known = dict(json.loads(self._file.read_text()))
+            except (OSError, ValueError, TypeError):  # not there, or damaged
                 self._known = {}
         return self._known
 
