@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -43,6 +44,11 @@ def folder_splits(dataset: str, seed: int) -> Splits:
             f"{dataset}/<class>/*.jpg or {dataset}/train/<class>/*.jpg"
         )
     open_whole = partial(_scan, dataset, root, "", tuple(folders))
+    return held_out_splits(open_whole, seed)
+
+
+def held_out_splits(open_whole: Callable[[], Source], seed: int) -> Splits:
+    """Holds a fifth of each class out for testing."""
     return {
         "train": lambda: _stratified(open_whole(), seed, test=False),
         "test": lambda: _stratified(open_whole(), seed, test=True),
@@ -95,10 +101,10 @@ def _packed(names: list[str]) -> np.ndarray:
         return np.array(names, object)
 
 
-def _read_file(root: str, key: str) -> np.ndarray:
+def _read_file(root: str, key: str) -> bytes:
     from vit_jax.data import pictures  # loads OpenCV
 
-    return pictures.read(os.path.join(root, key))
+    return pictures.content(os.path.join(root, key))
 
 
 class _Listing:
@@ -218,8 +224,10 @@ def _stratified(whole: Source, seed: int, *, test: bool) -> Source:
         for key in whole.keys
     ]
     held_out = np.zeros(len(whole), bool)
-    for label in range(len(whole.labels)):
-        members = np.flatnonzero(whole.label_ids == label)
+    # With several labels a picture there are no classes to share out.
+    label_ids = np.zeros(len(whole)) if whole.multi_label else whole.label_ids
+    for label in range(1 if whole.multi_label else len(whole.labels)):
+        members = np.flatnonzero(label_ids == label)
         count = round(TEST_FRACTION * len(members))
         held_out[sorted(members, key=ranks.__getitem__)[:count]] = True
     if test and not held_out.any():

@@ -130,14 +130,18 @@ def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
     Raises:
       UserError: the file can't be read or decoded; the message names it.
     """
+    return decode(content(path), channels=channels, name=os.fspath(path))
+
+
+def content(path: str | os.PathLike) -> bytes:
+    """The bytes of a picture file. Raises UserError naming it if it can't be read."""
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            return file.read()
     except OSError as error:
         raise UserError(
             f"{os.fspath(path)}: can't be read ({error.strerror}); expected a picture file"
         ) from None
-    return decode(data, channels=channels, name=os.fspath(path))
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

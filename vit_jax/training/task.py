@@ -78,8 +78,14 @@ def open_task(config: ConfigDict) -> Task:
     test = central if resize else original_preprocess((crop, crop))
     train_ops, eval_ops = data.parse(train), data.parse(config.pp.eval_ops or test)
 
-    train_source = data.open_source(config.dataset, config.pp.train, seed=config.seed)
-    test_source = data.open_source(config.dataset, config.pp.test, seed=config.seed)
+    places = {"data_dir": config.tfds_data_dir, "manual_dir": config.tfds_manual_dir}
+    train_source = data.open_source(config.dataset, config.pp.train, seed=config.seed, **places)
+    test_source = data.open_source(config.dataset, config.pp.test, seed=config.seed, **places)
+    if train_source.multi_label and config.loss == "softmax":
+        raise UserError(
+            f"config.loss is softmax, which knows one class a picture, but pictures of "
+            f"{config.dataset} may have several: use --config.loss=sigmoid"
+        )
     shapes = _shape(train_ops, train_source), _shape(eval_ops, train_source)
     if shapes[0] != shapes[1]:
         raise UserError(
