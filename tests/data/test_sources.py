@@ -106,7 +106,7 @@ def test_a_plain_folder_is_split_alike_by_class(tmp_path):
 def test_that_split_depends_on_the_seed_and_the_names_alone(tmp_path):
     one = make_folder(tmp_path / "one", {"a": 50, "b": 50})
     two = make_folder(tmp_path / "two", {"b": 50, "a": 50})
-    keys = [open_source(d, "test", seed=s).keys for d, s in [(one, 0), (two, 0), (one, 1)]]
+    keys = [list(open_source(d, "test", seed=s).keys) for d, s in [(one, 0), (two, 0), (one, 1)]]
     assert keys[0] == keys[1] != keys[2]
 
 

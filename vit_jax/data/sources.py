@@ -6,6 +6,7 @@ call it in `open_splits`.
 
 import difflib
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -201,7 +202,7 @@ def data_fingerprint(source: Source) -> str:
     Nothing is read, so a picture with another content under the same name goes unnoticed.
     """
     digest = hashlib.sha256()
-    for text in (*source.labels, "", *map(str, source.keys)):
+    for text in itertools.chain(source.labels, [""], map(str, source.keys)):
         digest.update(text.encode("utf-8", "surrogateescape") + b"\n")
     if source.label_ids is not None:
         digest.update(source.label_ids.astype("<i4").tobytes())
