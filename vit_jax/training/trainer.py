@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax.data import Source
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
 from vit_jax.pretrained import Pretrained
@@ -41,7 +42,12 @@ from vit_jax.training.workdir import claim_workdir, open_workdir
 BEST_WEIGHTS = "weights_best.npz"
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    sources: tuple[Source, Source] | None = None,
+) -> Result:
     """Trains as a configuration says, or goes on where a run in the same workdir stopped.
 
     The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, and at the end
@@ -51,21 +57,27 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
     Args:
       config: fields of `default_config`; what is not given has its default.
       workdir: the folder of this run, made if it isn't there.
+      sources: pictures to train on and to test on, e.g. of `data.from_arrays`, in place of what
+        `config.dataset` names.
 
     Raises UserError for a bad configuration, bad data, a loss that is not finite, or a disk that
     can't be written. What was saved before stays good.
     """
     config = check_config(config)
+    if sources:
+        config.dataset = sources[0].name
     mesh = make_mesh(config)
     workdir = open_workdir(workdir, config)
     if done := finished(workdir, config.total_steps):
         return done
     with _full_disk_explained(workdir):
-        return _train(config, mesh, workdir)
+        return _train(config, mesh, workdir, sources)
 
 
-def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
-    task = open_task(config)
+def _train(
+    config: ConfigDict, mesh: Mesh, workdir: Path, sources: tuple[Source, Source] | None
+) -> Result:
+    task = open_task(config, sources)
     vit = make_network(
         config,
         picture_shape=task.picture_shape,
