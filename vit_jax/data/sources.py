@@ -116,7 +116,7 @@ def open_source(
     Raises:
       UserError: unknown data set or split, or one that isn't as `open_splits` says.
     """
-    return _open_split(split, open_splits(dataset, seed, data_dir, manual_dir))
+    return _open_split(dataset, split, open_splits(dataset, seed, data_dir, manual_dir))
 
 
 def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str = "") -> Splits:
@@ -134,7 +134,7 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
       manual_dir: where TFDS finds what had to be downloaded by hand.
     """
     path = os.path.expanduser(dataset)
-    if dataset in _DATASETS:
+    if is_known(dataset):
         splits = _DATASETS[dataset](seed)
     elif path.lower().endswith((".csv", ".jsonl", ".npz")) and os.path.isfile(path):
         if path.lower().endswith(".npz"):
@@ -196,6 +196,11 @@ def unknown_dataset(dataset: str, names: Sequence[str]) -> UserError:
     )
 
 
+def is_known(dataset: str) -> bool:
+    """Whether a data set comes with the package, so that its name isn't a folder's."""
+    return dataset in _DATASETS
+
+
 def data_fingerprint(source: Source) -> str:
     """16 hex digits that change with the class names, the pictures' names, order or labels.
 
@@ -217,9 +222,9 @@ _PART = re.compile(rf"\s*{_SLICE}\s*")
 _EVEN = re.compile(rf"\s*even_splits\(\s*({_SLICE})\s*,\s*(\d{{1,9}})\s*\)\s*\[(\d{{1,9}})\]\s*")
 
 
-def _open_split(split: str, splits: Splits) -> Source:
+def _open_split(dataset: str, split: str, splits: Splits) -> Source:
     opened: dict[str, Source] = {}
-    chosen = [_open_part(part, split, splits, opened) for part in split.split("+")]
+    chosen = [_open_part(dataset, split, text, splits, opened) for text in split.split("+")]
     if len(chosen) == 1:
         return chosen[0]
     keys = [key for source in chosen for key in source.keys]
@@ -230,14 +235,21 @@ def _open_split(split: str, splits: Splits) -> Source:
     )
 
 
-def _open_part(text: str, split: str, splits: Splits, opened: dict[str, Source]) -> Source:
+def _open_part(
+    dataset: str, split: str, text: str, splits: Splits, opened: dict[str, Source]
+) -> Source:
     even = _EVEN.fullmatch(text)
     part = _PART.fullmatch(even[1] if even else text)
     count, place = (int(even[7]), int(even[8])) if even else (1, 0)
-    if part is None or part[1] not in splits or place >= count:
-        known = ", ".join(map(repr, splits))
+    known, first = ", ".join(map(repr, splits)), next(iter(splits))
+    if part and part[1] in ("train", "test") and part[1] not in splits:
         raise UserError(
-            f"unknown split {split!r}: this data set has {known}; parts are written like "
+            f"{dataset} has no {part[1]!r} pictures, only {known}: add them, or choose splits of "
+            f"what is there, like '{first}[:80%]' to train on and '{first}[80%:]' to test on"
+        )
+    if part is None or part[1] not in splits or place >= count:
+        raise UserError(
+            f"unknown split {split!r}: {dataset} has {known}; parts are written like "
             "'train[:98%]', 'train[100:200]' or 'even_splits(train, 4)[0]', sums like "
             "'train[:10%]+train[90%:]'"
         )
@@ -250,10 +262,11 @@ def _open_part(text: str, split: str, splits: Splits, opened: dict[str, Source])
     share, more = divmod(len(indices), count)
     begin = place * share + min(place, more)
     indices = indices[begin : begin + share + (place < more)]
-    if not indices:
+    # Of a folder with a picture or two a class there is nothing to hold out, nor to miss.
+    if not indices and (text == split or len(whole)):
         raise UserError(
             f"split {text.strip()!r} is empty: {part[1]!r} has {len(whole)} pictures; "
-            "choose a larger part"
+            "choose a larger part, or add pictures"
         )
     return whole.take(indices) if len(indices) < len(whole) else whole
 
