@@ -5,10 +5,14 @@ import argparse
 
 def add_parser(subparsers) -> None:
     """Adds the command and those below it."""
-    group = subparsers.add_parser(
+    from vit_jax.cli import add_command
+
+    group = add_command(
+        subparsers,
         "data",
-        help="prepare pictures",
-        description="Pictures before training on them.",
+        None,
+        "look at pictures before training on them",
+        "vit-jax data prepare photos photos.tfds",
     )
     commands = group.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_prepare(commands)
