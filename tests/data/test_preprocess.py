@@ -207,7 +207,7 @@ def test_spellings_of_the_same_are_equal(written, canonical):
         ("resize(1, 2)", "antialias is 2, expected True or False"),
         (
             "resize(1, True, 2)",
-            r"too many positional arguments; expected resize\(size, antialias=False\)",
+            r"too many positional arguments; .* antialias=False\)",
         ),
         ("resize(0)", "size is 0, expected 1 to 16384 pixels"),
         ("resize(8.5)", "size is 8.5"),

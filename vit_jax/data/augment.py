@@ -48,7 +48,7 @@ def randaug(layers: int, magnitude: float) -> Step:
             image = distortions[chosen](image, level, rng)
         return image
 
-    return Step(apply, random=True, whole=True)
+    return Step(apply, random=True, levels=True)
 
 
 @op
@@ -75,7 +75,7 @@ def color_jitter(brightness: float, contrast: float, saturation: float, hue: flo
             image = change(image, rng.uniform(low, high))
         return image
 
-    return Step(apply, random=True, whole=True)
+    return Step(apply, random=True, levels=True)
 
 
 @op
@@ -107,7 +107,7 @@ def random_erasing(p: float = 0.5, area_min: float = 0.02, area_max: float = 0.4
                 break
         return image
 
-    return Step(apply, random=True, whole=True)
+    return Step(apply, random=True, levels=True)
 
 
 # What they are made of: uint8 (h, w, c), contiguous, to uint8 of the same shape. The colours are
@@ -116,19 +116,19 @@ def random_erasing(p: float = 0.5, area_min: float = 0.02, area_max: float = 0.4
 
 def autocontrast(image: np.ndarray) -> np.ndarray:
     """Stretches each channel to 0..255, unless it is all one level."""
-    tables = []
+    tables, levels = [], np.arange(256)
     for channel in cv2.split(image):
         low, high, _, _ = cv2.minMaxLoc(channel)
         scale = 255 / (high - low) if high > low else 1.0
-        tables.append(_table((_LEVELS - low) * scale if high > low else _LEVELS))
+        tables.append(_table(levels * scale - low * scale if high > low else levels))
     return _look_up(image, *tables)
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
     """Has all levels of each channel about equally often."""
     tables = []
-    for channel in cv2.split(image):
-        counts = cv2.calcHist([channel], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+    for channel in range(image.shape[2]):
+        counts = cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
         step = (counts.sum() - counts[counts > 0][-1]) // 255
         below = np.cumsum(counts) - counts
         tables.append(_table((below + step // 2) // step if step else _LEVELS))

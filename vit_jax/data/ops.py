@@ -32,15 +32,13 @@ class Step:
       apply: (image (h, w, c), rng) -> image, float32 or still uint8.
       size: (h, w) of its result; None if that depends on the picture; by default that of its input.
       random: whether it draws from `rng`.
-      rounded: as `apply`, faster, but to whole grey levels: uint8 stays uint8.
-      whole: whether it works on whole grey levels. What comes before is then `rounded`.
+      levels: whether it works on whole grey levels, 0 to 255.
     """
 
     apply: Apply
     size: Size | None = KEPT
     random: bool = False
-    rounded: Apply | None = None
-    whole: bool = False
+    levels: bool = False
 
 
 OPS: dict[str, Callable[..., Step]] = {}
@@ -53,9 +51,9 @@ def op(function: Callable[..., Step]) -> Callable[..., Step]:
 
 
 def whole_levels(image: np.ndarray) -> np.ndarray:
-    """The picture as uint8, contiguous; floats are rounded and cut off at 0 and 255."""
+    """The picture as uint8, contiguous; floats of 0 and more are rounded, and cut off at 255."""
     if image.dtype != np.uint8:
-        image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+        return cv2.convertScaleAbs(image).reshape(image.shape)
     return np.ascontiguousarray(image)
 
 
@@ -79,16 +77,11 @@ def inception_crop(
     if not 0 < area_min <= area_max <= 1:
         raise UserError("expected 0 < area_min <= area_max <= 1")
 
-    def part(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         top, left, height, width = random_box(image.shape[:2], rng, area_min, area_max)
-        return image[top : top + height, left : left + width]
+        return _resized(image[top : top + height, left : left + width], size, antialias)
 
-    return Step(
-        lambda image, rng: _resized(part(image, rng), size, antialias),
-        size,
-        random=True,
-        rounded=lambda image, rng: _rounded(part(image, rng), size, antialias),
-    )
+    return Step(apply, size, random=True)
 
 
 def random_box(
@@ -129,27 +122,19 @@ def resize(size: Size, antialias: bool = False) -> Step:
     Bilinear with half-pixel centres, as `tf.image.resize`. With `antialias`, what is made smaller
     is averaged under a triangle as wide as the reduction; without, pixels between are passed over.
     """
-    return Step(
-        lambda image, _: _resized(image, size, antialias),
-        size,
-        rounded=lambda image, _: _rounded(image, size, antialias),
-    )
+    return Step(lambda image, _: _resized(image, size, antialias), size)
 
 
 @op
 def resize_small(size: Pixels, antialias: bool = False) -> Step:
     """The shorter side resized to `size`; the aspect is kept, to the nearest pixel."""
 
-    def scaled(image: np.ndarray) -> Size:
+    def apply(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
         height, width = image.shape[:2]
         scale = size / min(height, width)
-        return round(height * scale), round(width * scale)
+        return _resized(image, (round(height * scale), round(width * scale)), antialias)
 
-    return Step(
-        lambda image, _: _resized(image, scaled(image), antialias),
-        None,
-        rounded=lambda image, _: _rounded(image, scaled(image), antialias),
-    )
+    return Step(apply, None)
 
 
 def _resized(image: np.ndarray, size: Size, antialias: bool) -> np.ndarray:
@@ -162,14 +147,6 @@ def _resized(image: np.ndarray, size: Size, antialias: bool) -> np.ndarray:
     columns = rows.reshape(size[0], width, channels).swapaxes(0, 1).reshape(width, -1)
     result = _triangles(width, size[1]) @ columns
     return result.reshape(size[1], size[0], channels).swapaxes(0, 1)
-
-
-def _rounded(image: np.ndarray, size: Size, antialias: bool) -> np.ndarray:
-    """uint8, to the nearest level or, where OpenCV's 11-bit weights decide, to the next but one."""
-    if antialias or image.dtype != np.uint8:
-        return whole_levels(_resized(image, size, antialias))
-    resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return resized.reshape(*size, image.shape[2])
 
 
 def _triangles(before: int, after: int) -> csr_array:

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def parse(spec: str, *, train: bool = True) -> Preprocess:
                 f"{text} {where} is random, expected operations that always give the "
                 "same result; remove it from the evaluation's preprocessing"
             )
-        if step.whole and any(earlier.startswith("value_range") for earlier in texts):
+        if step.levels and any(earlier.startswith("value_range") for earlier in texts):
             raise UserError(
                 f"{text} {where} works on values of 0 to 255: put it before value_range"
             )
@@ -106,17 +106,7 @@ def parse(spec: str, *, train: bool = True) -> Preprocess:
         position += len(part) + 1
     if texts[0] == "decode" and len(texts) > 1:
         del steps[0], texts[0]
-    return Preprocess("|".join(texts), _rounded_early(steps, texts))
-
-
-def _rounded_early(steps: list[Step], texts: list[str]) -> tuple[Step, ...]:
-    """Has pictures resized to whole grey levels at once where a later operation works on these."""
-    chosen: list[Step] = []
-    whole = False
-    for step, text in zip(reversed(steps), reversed(texts), strict=True):
-        whole = text != "uint8" and (whole or step.whole)  # uint8 wants to cut off, not to round.
-        chosen.append(replace(step, apply=step.rounded) if whole and step.rounded else step)
-    return tuple(reversed(chosen))
+    return Preprocess("|".join(texts), tuple(steps))
 
 
 _CALL = re.compile(r"([A-Za-z_]\w*)\s*(?:\(([\w\s.,=()+-]*)\))?", re.ASCII)
