@@ -31,12 +31,15 @@ def run(args: argparse.Namespace) -> None:
         count, style = len(stored), key_style(stored)
         types = sorted({str(a.dtype) for a in stored.values()})
     size = sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
+    picture = getattr(spec, "image", spec)  # Of LiT, the tower that sees pictures.
     if args.json:
         facts = {
             "file": str(path),
             "architecture": spec.name,
             **dataclasses.asdict(spec),
             "parameters": spec.num_parameters,
+            "grid_size": picture.grid_size,
+            "tokens": picture.num_tokens,
             "arrays": count,
             "stored_types": types,
             "key_style": style,

@@ -8,6 +8,7 @@ import importlib
 _HOMES = {
     "Source": "sources",
     "open_source": "sources",
+    "is_known": "sources",
     "data_fingerprint": "sources",
     "decode": "pictures",
     "read": "pictures",

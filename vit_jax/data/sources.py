@@ -78,7 +78,7 @@ def open_source(dataset: str, split: str, *, seed: int = 0) -> Source:
     Raises:
       UserError: unknown data set or split, or a folder that isn't laid out as above.
     """
-    if dataset in _DATASETS:
+    if is_known(dataset):
         splits = _DATASETS[dataset](seed)
     elif os.path.exists(os.path.expanduser(dataset)):
         splits = _folder_splits(dataset, seed)
@@ -90,7 +90,12 @@ def open_source(dataset: str, split: str, *, seed: int = 0) -> Source:
             f"unknown dataset {dataset!r}: there is no such folder, and the known names are "
             f"{known}; give one of them or the path of a folder of pictures{hint}"
         )
-    return _open_split(split, splits)
+    return _open_split(dataset, split, splits)
+
+
+def is_known(dataset: str) -> bool:
+    """Whether a data set is known by this name, so that it isn't a folder."""
+    return dataset in _DATASETS
 
 
 def data_fingerprint(source: Source) -> str:
@@ -112,12 +117,19 @@ _PART = re.compile(
 )
 
 
-def _open_split(split: str, splits: Splits) -> Source:
+def _open_split(dataset: str, split: str, splits: Splits) -> Source:
     parts = [_PART.fullmatch(text) for text in split.split("+")]
+    known, first = ", ".join(map(repr, splits)), next(iter(splits))
+    for part in parts:
+        if part and part[1] in ("train", "test") and part[1] not in splits:
+            raise UserError(
+                f"{dataset} has no {part[1]!r} pictures, only {known}: add the folder "
+                f"{os.path.join(dataset, part[1])}, or choose splits of what is there, like "
+                f"'{first}[:80%]' to train on and '{first}[80%:]' to test on"
+            )
     if any(part is None or part[1] not in splits for part in parts):
-        known = ", ".join(map(repr, splits))
         raise UserError(
-            f"unknown split {split!r}: this data set has {known}; parts are written like "
+            f"unknown split {split!r}: {dataset} has {known}; parts are written like "
             "'train[:98%]' or 'train[100:200]', sums like 'train[:10%]+train[90%:]'"
         )
     opened = {part[1]: splits[part[1]]() for part in parts if part}
@@ -127,10 +139,11 @@ def _open_split(split: str, splits: Splits) -> Source:
         whole = opened[part[1]]
         start, stop = (_boundary(part[i], part[i + 1], len(whole)) for i in (2, 4))
         indices = range(len(whole))[start:stop]
-        if not indices:
+        # Of a folder with a picture or two a class there is nothing to hold out, nor to miss.
+        if not indices and (len(parts) == 1 or len(whole)):
             raise UserError(
                 f"split {part[0].strip()!r} is empty: {part[1]!r} has {len(whole)} pictures; "
-                "choose a larger part"
+                "choose a larger part, or add pictures"
             )
         chosen.append(whole.take(indices) if len(indices) < len(whole) else whole)
     if len(chosen) == 1:
@@ -293,9 +306,4 @@ def _stratified(whole: Source, seed: int, *, test: bool) -> Source:
         members = np.flatnonzero(whole.label_ids == label)
         count = round(TEST_FRACTION * len(members))
         held_out[sorted(members, key=ranks.__getitem__)[:count]] = True
-    if test and not held_out.any():
-        raise UserError(
-            f"{whole.name}: too few pictures to hold any out for testing ({len(whole)} in "
-            f"{len(whole.labels)} classes), expected 3 a class at least; add pictures"
-        )
     return whole.take(np.flatnonzero(held_out == test))

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections import defaultdict
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ def evaluate_pictures(
 ) -> Scores:
     """Scores of a network on labelled pictures, made ready as the weights' notes say.
 
-    Classes are matched by name where the weights know theirs, else by position.
+    Classes are matched as `class_indices` says.
 
     Args:
       vit: see `vit_jax.load`.
@@ -54,9 +55,20 @@ def evaluate_pictures(
 
 def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     """int32 (classes of the source,): the index in the network's head of each class of the
-    source."""
+    source.
+
+    A class is known by its name, by one of the words of its name ("tench" of "tench, Tinca
+    tinca"; capitals don't count, and "_" is a space), or, if all of the source's are numbers, by its
+    index. Without names and numbers classes are matched by position, if there are as many.
+
+    Raises UserError naming those that can't be matched.
+    """
     if vit.spec.num_classes is None:
         raise UserError("these weights have no head, so there is nothing to evaluate")
+    numbers = [int(label) for label in source.labels if label.isdecimal()]
+    by_number = len(numbers) == len(source.labels) and max(numbers) < vit.spec.num_classes
+    if by_number and not set(source.labels) <= set(vit.labels or ()):
+        return np.array(numbers, np.int32)
     if vit.labels is None:
         if len(source.labels) != vit.spec.num_classes:
             raise UserError(
@@ -64,14 +76,35 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
                 f"{vit.spec.num_classes}, and the weights don't name theirs: they can't be matched"
             )
         return np.arange(len(source.labels), dtype=np.int32)
-    index = {label: i for i, label in enumerate(vit.labels)}
-    unknown = [label for label in source.labels if label not in index]
+    # The whole of a name, a word of it, a word in other spelling: "Cardigan" is a dog first.
+    whole, words, plain = (defaultdict(list) for _ in range(3))
+    for i, label in enumerate(vit.labels):
+        parts = dict.fromkeys((label, *label.split(", ")))
+        for index, names in ((whole, [label]), (words, parts), (plain, {*map(_plain, parts)})):
+            for name in names:
+                index[name].append(i)
+    found = {
+        label: whole.get(label) or words.get(label) or plain.get(_plain(label), [])
+        for label in source.labels
+    }
+    unknown = [label for label, indices in found.items() if not indices]
     if unknown:
         raise UserError(
-            f"{source.name} has classes that the weights don't know: {', '.join(unknown[:10])}; "
-            f"they know {', '.join(vit.labels[:10])}{', ...' if len(vit.labels) > 10 else ''}"
+            f"{source.name} has classes that the weights don't know: {', '.join(unknown[:10])}"
+            f"{', ...' if len(unknown) > 10 else ''}; they know {'; '.join(vit.labels[:10])}"
+            f"{'; ...' if len(vit.labels) > 10 else ''}"
         )
-    return np.array([index[label] for label in source.labels], np.int32)
+    for label, indices in found.items():
+        if len(indices) > 1:
+            raise UserError(
+                f"{source.name}: the weights have several classes {label!r}, "
+                f"{' and '.join(map(str, indices))}: name the folders by these numbers"
+            )
+    return np.array([indices[0] for indices in found.values()], np.int32)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").strip().lower()
 
 
 def write_predictions(

@@ -113,7 +113,6 @@ def zero_shot(
         source,
         _preprocess(vit),
         batch_size=-(-max(batch_size, 1) // devices) * devices,
-        threads=os.cpu_count() or 1,
         corrupt=corrupt,
     )
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
