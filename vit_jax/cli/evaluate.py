@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
                 "add a folder of pictures or a known name"
             )
         config = read_config(args.weights)
-        dataset, split, seed, loss = config.dataset, config.pp.test, config.seed, config.loss
+        dataset, split, seed, loss = config.dataset, config.splits.test, config.seed, config.loss
     source = data.open_source(dataset, args.split or split, seed=seed)
     if isinstance(vit, PretrainedLiT):
         scores = zero_shot(vit, source, batch_size=args.batch, corrupt=args.corrupt)

@@ -14,6 +14,8 @@ _HOMES = {
     "read": "pictures",
     "Preprocess": "preprocess",
     "parse": "preprocess",
+    "OPERATIONS": "preprocess",
+    "AUGREG": "augment",
     "train_batches": "pipeline",
     "eval_batches": "pipeline",
 }

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data import augment  # noqa: F401 (it adds its operations to OPS)
+from vit_jax.data import augment  # noqa: F401 (it has operations, too)
 from vit_jax.data.ops import KEPT, OPS, Size, Step
 from vit_jax.errors import UserError
 
 MAX_PIXELS = 16384  # a longer side is a slip of the keyboard
+OPERATIONS = tuple(OPS)  # their names
 MAX_LENGTH = 1000  # of a specification, in characters
 
 
@@ -47,6 +48,12 @@ class Preprocess:
         for step in self.steps:
             size = size if step.size == KEPT else step.size
         return size
+
+    def undo_range(self, image: np.ndarray) -> np.ndarray:
+        """The uint8 picture that value_range made a result of, to be looked at."""
+        ranges = re.findall(r"value_range(\(.*?\))", self.spec)
+        low, high = ast.literal_eval(ranges[-1]) if ranges else (0, 255)
+        return np.clip(np.rint((image - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Applies the operations from left to right.

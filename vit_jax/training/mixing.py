@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Sets these random numbers apart from the dropout's, which come from the same key.
 _STREAM = 0x6D6978
@@ -65,3 +66,13 @@ def _weights(
         return weights[0], shares[0]
     first = jax.random.bernoulli(choose)
     return jnp.where(first, *weights), jnp.where(first, *shares)
+
+
+def mix_pictures(
+    images: np.ndarray, step: int, *, seed: int, mixup: float
+) -> tuple[np.ndarray, float]:
+    """A batch of pictures mixed as at a step of training, and the share of each that is its own."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    batch = {"image": jnp.asarray(images), "label": jnp.arange(2)}
+    mixed = mix(batch, key, 2, mixup=mixup, cutmix=0.0)
+    return np.asarray(mixed["image"]), float(mixed["label"][0, 0])
