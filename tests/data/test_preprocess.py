@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from vit_jax.data import pictures
 from vit_jax.data.ops import OPS, random_box
@@ -124,6 +125,98 @@ def test_gray_is_luma_and_rgb_repeats_it():
     np.testing.assert_array_equal(parse("rgb")(PICTURE), PICTURE)
 
 
+def test_random_crop_takes_every_place_equally_often():
+    preprocess = parse("random_crop((59, 88))")
+    places = []
+    for seed in range(600):
+        result = preprocess(PICTURE, RNG(seed))
+        found = [
+            (y, x)
+            for y in range(2)
+            for x in range(3)
+            if np.array_equal(result, PICTURE[y : y + 59, x : x + 88])
+        ]
+        assert len(found) == 1
+        places += found
+    counts = [places.count(place) for place in set(places)]
+    assert len(counts) == 6
+    assert min(counts) > 60
+    with pytest.raises(UserError, match=r"random_crop: .* 60 x 90, expected 61 x 8 or larger"):
+        parse("random_crop((61, 8))")(PICTURE, RNG(0))
+
+
+# Antialiasing.
+
+
+def triangle_resized(image, size):
+    """float64, pixel by pixel: the mean under a triangle as wide as the reduction."""
+    for axis, after in enumerate(size):
+        before = image.shape[axis]
+        scale = max(before / after, 1)
+        rows = []
+        for i in range(after):
+            centre = (i + 0.5) * before / after
+            weights = [max(0.0, 1 - abs(j + 0.5 - centre) / scale) for j in range(before)]
+            row = sum(w * image.take(j, axis).astype(np.float64) for j, w in enumerate(weights))
+            rows.append(row / sum(weights))
+        image = np.stack(rows, axis)
+    return image
+
+
+@pytest.mark.parametrize(
+    "size", [(20, 30), (7, 13), (59, 89), (1, 1), (60, 31), (45, 200), (80, 9)]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_antialias_is_the_mean_under_a_triangle(size, channels):
+    image = PICTURE[..., :channels]
+    result = parse(f"resize({size}, antialias=True)")(image)
+    np.testing.assert_allclose(result, triangle_resized(image, size), atol=1e-3)
+
+
+def test_antialias_is_what_pil_does_of_floats():
+    result = parse("resize((17, 23), antialias=True)")(PICTURE[..., :1])[..., 0]
+    floats = Image.fromarray(PICTURE[..., 0].astype(np.float32))
+    expected = floats.resize((23, 17), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(result, expected, atol=1e-3)
+
+
+def test_antialias_changes_nothing_where_a_picture_grows():
+    for size in ("(60, 90)", "(61, 200)"):
+        plain, smooth = parse(f"resize({size})"), parse(f"resize({size}, antialias=True)")
+        np.testing.assert_array_equal(smooth(PICTURE), plain(PICTURE))
+
+
+def test_every_resizing_operation_has_it():
+    stripes = np.zeros((64, 64, 1), np.uint8)
+    stripes[:, ::2] = 255
+    for spec in ("resize(8{})", "resize_small(8{})", "inception_crop(8{}, area_min=1)"):
+        smooth = parse(spec.format(", antialias=True"))(stripes, RNG(0))
+        plain = parse(spec.format(""))(stripes, RNG(0))
+        # The outermost pixels see a stripe more or less.
+        assert np.ptp(smooth[:, 1:-1]) < 20
+        assert abs(smooth.mean() - 127.5) < 10
+        assert parse(spec.format(", antialias=False")) == parse(spec.format(""))
+        assert plain.shape == smooth.shape
+
+
+@pytest.mark.parametrize(
+    ("spec", "levels"),
+    [
+        ("resize((60, 90))|value_range(-1, 1)", PICTURE),
+        ("value_range(0, 1)", PICTURE),
+        ("gray|rgb", None),
+        ("flip", PICTURE[:, ::-1]),
+    ],
+)
+def test_the_range_of_values_can_be_undone_to_look_at_a_picture(spec, levels):
+    preprocess = parse(spec)
+    seed = next(s for s in range(9) if spec != "flip" or RNG(s).random() > 0.5)
+    undone = preprocess.undo_range(preprocess(PICTURE, RNG(seed)))
+    assert undone.dtype == np.uint8
+    if levels is not None:
+        np.testing.assert_array_equal(undone, levels)
+
+
 # The crop of the published recipe.
 
 
@@ -188,6 +281,14 @@ def test_a_picture_too_narrow_for_any_crop_is_taken_whole():
         ("inception_crop(224, 0.05, 1)", "inception_crop(224)"),
         ("inception_crop(224, area_max=0.5)", "inception_crop(224, area_max=0.5)"),
         ("value_range(hi=1, lo=0)", "value_range(0, 1)"),
+        ("decode | resize(8)", "resize(8)"),
+        ("decode", "decode"),
+        ("resize(8, True)", "resize(8, antialias=True)"),
+        ("resize(8, antialias = False)", "resize(8)"),
+        ("randaug(2,10)", "randaug(2, 10)"),
+        ("randaug(magnitude=7.5, layers=1)", "randaug(1, 7.5)"),
+        ("color_jitter(.4, .4, .4, 0)", "color_jitter(0.4, 0.4, 0.4)"),
+        ("random_erasing()", "random_erasing"),
     ],
 )
 def test_spellings_of_the_same_are_equal(written, canonical):
@@ -226,6 +327,20 @@ def test_spellings_of_the_same_are_equal(written, canonical):
         ("resize(__import__('os'))", "can't read"),
         ("resize(exit())", "not a list of numbers"),
         ("flip|" * 300, "1500 characters"),
+        ("flip|decode", "decode in 'flip|decode' at position 6: pictures arrive decoded"),
+        ("randaug(2)", r"missing .* 'magnitude'; expected randaug\(layers, magnitude\)"),
+        ("randaug(0, 10)", "expected 1 to 16 layers and a magnitude of 0 to 30"),
+        ("randaug(2, 31)", "expected 1 to 16 layers and a magnitude of 0 to 30"),
+        ("randaug(2.5, 10)", "layers is 2.5, expected a whole number"),
+        ("randaug(True, 10)", "layers is True, expected a whole number"),
+        ("color_jitter(-1, 0, 0)", "expected 0 or more, and a hue of at most 0.5"),
+        ("color_jitter(1, 1, 1, 0.6)", "a hue of at most 0.5"),
+        ("random_erasing(1.5)", "expected 0 <= p <= 1"),
+        ("random_erasing(1, 0)", "0 < area_min <= area_max <= 1"),
+        (
+            "resize(8)|value_range(-1, 1)|randaug(2, 9)",
+            "at position 30 works on values of 0 to 255",
+        ),
     ],
 )
 def test_mistakes_are_told_with_their_place_and_what_was_expected(spec, message):

@@ -69,10 +69,11 @@ def draw_page(
         if mix:
             mixed, share = mix(np.stack(images), draw)
             images = list(mixed)
-            titles = [
-                f"{share:.2f} {_short(own)}\n+ {1 - share:.2f} {_short(labels[row - 1])}"
-                for row, own in enumerate(labels)
-            ]
+            if share < 0.995:
+                titles = [
+                    f"{share:.2f} {_short(own)}\n+ {1 - share:.2f} {_short(labels[row - 1])}"
+                    for row, own in enumerate(labels)
+                ]
         for ax, image, title in zip(axes[:, 1 + draw], images, titles, strict=True):
             _draw(ax, preprocess.undo_range(image), title)
     figure.suptitle(f"{preprocess.spec}{', mixed' if mix else ''}", fontsize=10, parse_math=False)
