@@ -82,7 +82,7 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(whole, tin
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
     with pytest.raises(UserError) as error:
         run(tiny("batch=32", "pp.test=train[:10%]", "prefetch=7"), whole)
-    assert "(config.batch 16 -> 32; config.pp.test 'test' -> 'train[:10%]')" in str(error.value)
+    assert "(config.batch 16 -> 32; config.splits.test 'test' -> 'train[:10%]')" in str(error.value)
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 

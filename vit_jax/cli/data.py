@@ -5,14 +5,16 @@ import argparse
 
 def add_parser(subparsers) -> None:
     """Adds the command and those below it."""
-    from vit_jax.cli import Parser
+    from vit_jax.cli import add_command
 
-    group = subparsers.add_parser(
-        "data", help="look at pictures", description="A look at pictures before training on them."
+    group = add_command(
+        subparsers,
+        "data",
+        None,
+        "look at pictures before training on them",
+        "vit-jax data show photos --augment medium1 --out page.png",
     )
-    commands = group.add_subparsers(
-        dest="data_command", required=True, metavar="COMMAND", parser_class=Parser
-    )
+    commands = group.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_show(commands)
 
 
