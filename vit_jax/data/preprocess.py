@@ -92,7 +92,9 @@ def parse(spec: str, *, train: bool = True) -> Preprocess:
             f"preprocessing {_short(spec)} has {len(spec)} characters, expected at most "
             f"{MAX_LENGTH}; shorten it"
         )
-    steps, texts, position = [], [], 1
+    steps: list[Step] = []
+    texts: list[str] = []
+    position = 1
     for part in spec.split("|"):
         start = position + len(part) - len(part.lstrip())
         where = f"in {_short(spec)} at position {start}"

@@ -43,7 +43,7 @@ def mix(
 
 
 def _weights(
-    key: jax.Array, size: tuple[int, int], mixup: float, cutmix: float
+    key: jax.Array, size: tuple[int, ...], mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
     """The weight of the own picture at each pixel, (h, w, 1), and on the whole, a scalar."""
     choose, draw, centre = jax.random.split(key, 3)
@@ -65,7 +65,7 @@ def _weights(
     if len(weights) == 1:
         return weights[0], shares[0]
     first = jax.random.bernoulli(choose)
-    return jnp.where(first, *weights), jnp.where(first, *shares)
+    return jnp.where(first, weights[0], weights[1]), jnp.where(first, shares[0], shares[1])
 
 
 def mix_pictures(

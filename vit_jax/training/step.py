@@ -52,7 +52,7 @@ def make_train_step(
     mesh = make_mesh() if mesh is None else mesh
     parts = mesh.size * accum_steps
 
-    def logits_of(params: Any, images: jax.Array) -> jax.Array:
+    def logits_of(params: Any, images: jax.Array) -> Any:
         return model.apply({"params": params}, images)
 
     def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
