@@ -7,12 +7,15 @@ The argument is the model's name in the AugReg files, which means its recommende
 name of one of them. With --config.model_or_filename=FILE.npz it is the model that the file is of.
 """
 
+from vit_jax.errors import UserError
 from vit_jax.models import VARIANTS, variant
 from vit_jax.training import default_config
 
 
-def get_config(arg: str = "B_16"):
+def get_config(arg: str = ""):
     """The configuration for a model, e.g. "Ti_16"."""
+    if not arg:
+        raise UserError("augreg.py needs a model: --config=augreg:MODEL, e.g. augreg:Ti_16")
     model = arg.partition("-")[0]
     fields = variant(model)  # Says so at once if there is no such model.
     config = default_config()

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import vit_jax
 from tests import reference
 from vit_jax import checkpoints
 from vit_jax.checkpoints import Spec
@@ -135,6 +134,13 @@ def test_a_new_head_has_neither_weights_nor_labels(saved):
 
     assert found.labels is None
     np.testing.assert_array_equal(found(images(3)), np.zeros((3, 5), np.float32))
+
+
+def test_sizes_may_be_numbers_of_numpy(saved):
+    found = load(saved, num_classes=np.int64(3), image_size=np.array([24, 20]))
+    assert (found.spec.num_classes, found.image_size) == (3, (24, 20))
+    assert type(found.spec.num_classes) is type(found.image_size[0]) is int
+    assert load(saved, image_size=np.int32(24)).image_size == (24, 24)
 
 
 def test_another_size_keeps_labels_and_the_range_of_values(tmp_path):
@@ -295,7 +301,13 @@ def test_sources_that_are_no_weights_are_refused(tmp_path):
         ({"image_size": (16,)}, r"image_size is \(16,\), expected pixels or \(height, width\)"),
         ({"image_size": 0}, "image_size is 0, expected"),
         ({"image_size": 3}, "3x3 pixels is smaller than one patch of 4x4"),
+        ({"image_size": "16"}, "image_size is '16', expected pixels or"),
+        ({"image_size": (16, 16.0)}, r"image_size is \(16, 16.0\), expected pixels or"),
+        ({"image_size": True}, "image_size is True, expected"),
         ({"num_classes": 0}, "num_classes is 0"),
+        ({"num_classes": "3"}, "num_classes is '3', expected a whole number of at least 1"),
+        ({"num_classes": True}, "num_classes is True, expected"),
+        ({"num_classes": 3.0}, "num_classes is 3.0, expected"),
         ({"pre_logits": True}, "no pre_logits layer"),
     ],
 )

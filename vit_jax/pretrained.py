@@ -183,10 +183,12 @@ class Pretrained:
             "labels": list(self.labels) if self.labels else None,
         }
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
-        # The notes first: weights are never without them, and notes without weights harm nobody.
+        # Both are written before either takes its name, so that the notes of other weights stand
+        # beside these, if a crash comes just then, for a moment only.
         with checkpoints.atomic_file(path.with_suffix(".json")) as file:
             file.write((json.dumps(notes, indent=1, ensure_ascii=False) + "\n").encode())
-        checkpoints.save_weights(path, self.params, style=style)
+            file.flush()
+            checkpoints.save_weights(path, self.params, style=style)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -319,7 +321,8 @@ def load(
         arrays,
         spec,
         num_classes=None if num_classes is None else int(num_classes),
-        image_size=size, pre_logits=pre_logits
+        image_size=size,
+        pre_logits=pre_logits,
     )
     labels = None
     if num_classes is None:
@@ -365,8 +368,8 @@ def _preprocess_at(image_size: tuple[int, int], recorded: str) -> str:
     return f"{resize}|{recorded_ranges[-1] if recorded_ranges else value_range}"
 
 
-def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    pair = image_size if isinstance(image_size, Sequence | np.ndarray) else (image_size, image_size)
+def _height_width(image_size: Any) -> tuple[int, int]:
+    pair = list(image_size) if np.ndim(image_size) == 1 else [image_size] * 2
     if len(pair) != 2 or not all(_is_count(size) for size in pair):
         raise UserError(f"image_size is {image_size!r}, expected pixels or (height, width) of them")
     return int(pair[0]), int(pair[1])

@@ -1,7 +1,9 @@
 """Decoding agrees with PIL, and damaged files are named."""
 
 import io
+import struct
 import warnings
+import zlib
 
 import cv2
 import numpy as np
@@ -116,6 +118,37 @@ def test_bytes_after_the_end_do_no_harm():
     np.testing.assert_array_equal(
         pictures.decode(FILES["jpeg"] + b"\0\0tail"), pictures.decode(FILES["jpeg"])
     )
+
+
+def png_chunk(name, content, check=None):
+    check = zlib.crc32(name + content) if check is None else check
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no profile")),
+        png_chunk(b"iCCP", b"x", check=0),
+        png_chunk(b"tEXt", b"a\0b", check=0),
+        png_chunk(b"sRGB", b"\x09"),
+        png_chunk(b"tIME", bytes(7)),
+    ],
+)
+def test_what_a_png_says_beside_its_pixels_is_passed_over_in_silence(chunk, capfd):
+    data = encoded(PICTURE, "PNG")
+    np.testing.assert_array_equal(
+        pictures.decode(data[:33] + chunk + data[33:]), pictures.decode(data)
+    )
+    assert capfd.readouterr().err == ""
+
+
+def test_a_png_with_a_wrong_byte_is_damaged(capfd):
+    data = bytearray(encoded(PICTURE, "PNG"))
+    data[data.index(b"IDAT") + 30] ^= 1
+    with pytest.raises(UserError, match="damaged PNG"):
+        pictures.decode(bytes(data))
+    assert capfd.readouterr().err == ""
 
 
 @given(st.binary(max_size=200), st.sampled_from([b"", *pictures._SIGNATURES]))

@@ -59,6 +59,11 @@ def test_all_pictures_are_scored_with_the_weights_own_preprocessing(folder, batc
     np.testing.assert_array_equal(scores.confusion, 4 * np.eye(3))
 
 
+def test_grey_pictures_do_for_weights_of_three_channels():
+    labels = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    assert evaluate_pictures(network(labels), data.open_source("digits", "test[:9]")).count == 9
+
+
 def test_classes_are_matched_by_name_not_by_position(folder):
     vit = network(["red", "violet", "green", "blue"])
     source = open_all(folder)

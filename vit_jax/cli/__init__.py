@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import errno
 import importlib
 import os
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vit_jax import __version__
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, full_disk_explained
 
 COMMANDS = ("models", "info", "convert", "data", "train", "evaluate", "predict")
 
@@ -35,8 +34,10 @@ class Parser(argparse.ArgumentParser):
             name = option.partition("=")[0]
             if name == "--":
                 break
-            if name[:2] == "--" and name not in self._option_string_actions and not (
-                fields and name.startswith(fields)
+            if (
+                name[:2] == "--"
+                and name not in self._option_string_actions
+                and not (fields and name.startswith(fields))
             ):
                 near = difflib.get_close_matches(name, self._option_string_actions, n=1)
                 self.error(f"unknown option {name}{f' (did you mean {near[0]}?)' if near else ''}")
@@ -50,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       the exit status: 0, 2 after a mistake of the user's, or 75 if a run was stopped before its
       end.
     """
-    parser = Parser(
-        prog="vit-jax", description="Vision Transformers in JAX: train, look, predict."
-    )
+    parser = Parser(prog="vit-jax", description="Vision Transformers in JAX: train, look, predict.")
     parser.add_argument("--version", action="version", version=f"vit-jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -67,7 +66,8 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         if rest and not getattr(args, "takes_fields", False):
             parser.error(f"unknown argument {rest[0]!r}")
         args.fields = rest
-        return args.run(args) or 0
+        with full_disk_explained():
+            return args.run(args) or 0
     except UserError as e:
         print(f"vit-jax: {e}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -79,15 +79,6 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         # either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            print(
-                f"vit-jax: {e.filename or 'a file'} can't be written ({e.strerror}): make room, "
-                "then run the same command again",
-                file=sys.stderr,
-            )
-            return EXIT_USER_ERROR
-        raise
 
 
 def positive(text: str) -> int:

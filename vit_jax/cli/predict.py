@@ -1,6 +1,7 @@
 """`vit-jax predict WEIGHTS PICTURE ...`: what is on pictures."""
 
 import argparse
+from collections.abc import Callable
 
 
 def add_parser(subparsers) -> None:
@@ -30,6 +31,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the most probable classes of each picture that can be read, and names the others."""
+    import functools
     import json
     import sys
 
@@ -39,16 +41,14 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax.pretrained import PretrainedLiT, load
 
     vit = load(args.weights)
-    if args.labels is not None and not isinstance(vit, PretrainedLiT):
+    if args.labels is None:
+        look = functools.partial(vit.predict, top=args.top)
+    elif isinstance(vit, PretrainedLiT):
+        look = functools.partial(classify, vit, labels=args.labels, top=args.top)
+    else:
         raise UserError(
             "--labels is for LiT weights, these have classes of their own: leave it out"
         )
-
-    def look(pictures):
-        if args.labels is None:
-            return vit.predict(pictures, top=args.top)
-        return classify(vit, pictures, args.labels, top=args.top)
-
     answers, mistakes = _each(look, args.pictures)
     # One mistake in all pictures is none of theirs, but e.g. of weights that give no classes.
     if not answers and len(set(mistakes)) == 1:
@@ -69,11 +69,12 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if mistakes else 0
 
 
-def _each(look, pictures):
+def _each(look: Callable[[list[str]], list], pictures: list[str]) -> tuple[list, list[str]]:
     """((picture, answer) of each picture, what is wrong with the others); many at once."""
     from vit_jax.errors import UserError
 
-    answers, mistakes = [], []
+    answers: list = []
+    mistakes: list[str] = []
     for start in range(0, len(pictures), 32):
         some = pictures[start : start + 32]
         try:

@@ -40,9 +40,13 @@ def run(args: argparse.Namespace) -> int:
 
     from vit_jax import training
     from vit_jax.cli import EXIT_INTERRUPTED
+    from vit_jax.errors import UserError
     from vit_jax.training.options import load_config, override
 
-    config = load_config(args.config or f"finetune_folder:{args.data}")
+    if not args.workdir:
+        raise UserError("--workdir is empty: name the folder of this run")
+    recipe = args.config if args.data is None else f"finetune_folder:{args.data}"
+    config = load_config(recipe)
     fields = list(args.fields)
     if args.weights:
         fields.append(f"--config.model_or_filename={args.weights}")

@@ -7,12 +7,12 @@ from collections import defaultdict
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 
 from vit_jax import data
 from vit_jax.checkpoints import atomic_file
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
+from vit_jax.parallel import divisible, make_mesh, replicated
 from vit_jax.pretrained import Pretrained
 
 
@@ -38,16 +38,18 @@ def evaluate_pictures(
     Raises UserError if the classes don't fit.
     """
     classes = class_indices(vit, source)
-    devices = jax.device_count()
+    colours = {1: "gray", 3: "rgb"}.get(vit.spec.channels)
+    if colours is None:
+        raise UserError(f"these weights take {vit.spec.channels} channels, which no picture has")
     batches = data.eval_batches(
         source,
-        data.parse(vit.preprocess),
-        batch_size=-(-max(batch_size, 1) // devices) * devices,
+        data.parse(f"{colours}|{vit.preprocess}"),
+        batch_size=divisible(batch_size),
         corrupt=corrupt,
     )
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh()
     step = make_eval_step(vit.model, mesh=mesh, loss=loss)
-    params = jax.device_put(vit.params)
+    params = jax.device_put(vit.params, replicated(mesh))  # Once, not with each batch.
     matched = (batch | {"label": classes[batch["label"]]} for batch in batches)
     assert vit.spec.num_classes is not None  # class_indices has seen to it.
     return evaluate(step, params, matched, vit.spec.num_classes)
@@ -57,8 +59,8 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     """int32 (classes of the source,): the index in the network's head of each class of the
     source.
 
-    A class is known by its name, by one of the words of its name ("tench" of "tench, Tinca
-    tinca"; capitals don't count, and "_" is a space), or, if all of the source's are numbers, by its
+    A class is known by its name, by a word of its name ("tench" of "tench, Tinca tinca"; in any
+    case of letters, and with "_" for a space), or, if all of the source's are numbers, by its
     index. Without names and numbers classes are matched by position, if there are as many.
 
     Raises UserError naming those that can't be matched.
@@ -76,17 +78,15 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
                 f"{vit.spec.num_classes}, and the weights don't name theirs: they can't be matched"
             )
         return np.arange(len(source.labels), dtype=np.int32)
-    # The whole of a name, a word of it, a word in other spelling: "Cardigan" is a dog first.
-    whole, words, plain = (defaultdict(list) for _ in range(3))
+    index = defaultdict(list)
     for i, label in enumerate(vit.labels):
-        parts = dict.fromkeys((label, *label.split(", ")))
-        for index, names in ((whole, [label]), (words, parts), (plain, {*map(_plain, parts)})):
-            for name in names:
-                index[name].append(i)
-    found = {
-        label: whole.get(label) or words.get(label) or plain.get(_plain(label), [])
-        for label in source.labels
-    }
+        for key in {key for j, word in enumerate(label.split(", ")) for key in _keys(word, j)}:
+            index[key].append(i)
+        index["whole", label].append(i)
+    found = {}
+    for label in source.labels:
+        keys = ("whole", label), *_keys(label, 0)
+        found[label] = next((index[key] for key in keys if key in index), [])
     unknown = [label for label, indices in found.items() if not indices]
     if unknown:
         raise UserError(
@@ -103,8 +103,12 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     return np.array([indices[0] for indices in found.values()], np.int32)
 
 
-def _plain(name: str) -> str:
-    return name.replace("_", " ").strip().lower()
+def _keys(word: str, position: int) -> list[tuple[str, str]]:
+    """What a word of a class's name is found by, best first: "Cardigan" is a dog, "cardigan" none;
+    "crayfish" is first of all the class that is called so first."""
+    word = word.replace("_", " ")
+    keys = [("word", word), ("plain", word.lower())]
+    return keys if position else [("first", word), *keys]
 
 
 def write_predictions(

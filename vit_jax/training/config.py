@@ -228,7 +228,8 @@ def _local_weights(config: ConfigDict) -> list[str]:
     """Where the weights of a configuration may lie."""
     name, folder = config.model_or_filename, Path(config.pretrained_dir or ".").expanduser()
     if name:
-        paths = [Path(name).expanduser(), folder / name, folder / f"{name}.npz"]
+        paths = [Path(name).expanduser(), folder / name]
+        paths += [] if name.endswith(ENDINGS) else [folder / f"{name}.npz"]
     else:
         paths = [folder / f"{config.model.name}.npz"] if config.pretrained_dir else []
     return list(dict.fromkeys(map(str, paths)))
@@ -266,7 +267,7 @@ def model_fields() -> dict[str, Any]:
     }
     for computed in ("name", "parent", "num_classes", "dtype"):
         del fields[computed]
-    return fields | variant("Mixer-B_16") | variant("R50+ViT-B_16")
+    return fields | variant("R50+ViT-B_16") | variant("Mixer-B_16")
 
 
 def _merge(full: ConfigDict, values: Mapping[str, Any], path: str) -> None:

@@ -67,7 +67,8 @@ def load_config(name: str) -> ConfigDict:
     except UserError:
         raise
     except (Exception, SystemExit) as e:
-        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+        trace = traceback.extract_tb(e.__traceback__)
+        lines = [frame.lineno for frame in trace if frame.filename == module_spec.origin]
         line = e.lineno if isinstance(e, SyntaxError) else (lines or [None])[-1]
         where = f"{path}, line {line}" if line else f"{path}"
         reason = " ".join((e.msg if isinstance(e, SyntaxError) else str(e)).split())
@@ -102,7 +103,8 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
         if name not in known:
             inside = [field for field in known if field.startswith(f"{name}.")]
             if inside:
-                raise UserError(f"{name} is a group of fields: set one of {', '.join(inside)}")
+                fields = ", ".join(field.removeprefix(f"{name}.") for field in inside)
+                raise UserError(f"{name} is a group of fields: set one of {fields}")
             raise unknown_field(name, [*known])
         _, *folders, last = name.split(".")
         part = values
@@ -112,7 +114,10 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
                 raise UserError(f"config.{folder} is {part!r} in the file, expected fields")
         part[last] = _value(name, text, known[name])
     if "config.total_steps" in changed and "config.warmup_steps" not in changed:
-        steps, warmup = values["total_steps"], values.get("warmup_steps", known["config.warmup_steps"])
+        steps, warmup = (
+            values["total_steps"],
+            values.get("warmup_steps", known["config.warmup_steps"]),
+        )
         if isinstance(steps, int) and steps > 0:
             values["warmup_steps"] = min(warmup, steps)
     return check_config(ConfigDict(values))
