@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from vit_jax.errors import UserError
 
-COMMANDS = ("models", "info", "convert", "train", "evaluate", "predict")
+COMMANDS = ("models", "info", "convert", "train", "evaluate", "predict", "data")
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # "Try again": the run was stopped before its end and has saved its state.

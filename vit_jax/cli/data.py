@@ -1,0 +1,114 @@
+"""`vit-jax data`: pictures before training on them."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command and those below it."""
+    from vit_jax.cli import add_command
+
+    group = add_command(
+        subparsers,
+        "data",
+        None,
+        "look at pictures before training on them",
+        "vit-jax data check photos --out report",
+    )
+    commands = group.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    _add_check(commands)
+
+
+def _add_check(commands) -> None:
+    from vit_jax.cli import add_command
+
+    parser = add_command(
+        commands,
+        "check",
+        check,
+        "read every picture and tell what training would suffer from; exit status 1 if something",
+        "vit-jax data check photos --out report",
+    )
+    parser.add_argument("source", help="a folder, table, .npz, TFDS name, ...: see docs/data.md")
+    parser.add_argument(
+        "--split",
+        action="append",
+        help='"train", "test[:10%%]", ...; may be given several times; by default all there are',
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses the test pictures, if need be")
+    parser.add_argument(
+        "--tfds-data-dir", default="", metavar="DIR", help="where TFDS keeps its data sets"
+    )
+    parser.add_argument(
+        "--tfds-manual-dir", default="", metavar="DIR", help="where downloaded archives lie"
+    )
+    parser.add_argument(
+        "--out",
+        default=".",
+        metavar="DIR",
+        help="where to write check.txt and check.png (default: here)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def check(args: argparse.Namespace) -> int:
+    """Prints a summary; 1 if there is something that training would suffer from."""
+    import json
+
+    from vit_jax.data import check_report
+    from vit_jax.data.check import check as check_sources
+    from vit_jax.data.sources import open_source, open_splits
+
+    options = {
+        "seed": args.seed,
+        "data_dir": args.tfds_data_dir,
+        "manual_dir": args.tfds_manual_dir,
+    }
+    names = args.split
+    if not names:
+        first: dict[Callable, str] = {}  # a split's second name stands for the same function
+        for name, opens in open_splits(args.source, **options).items():
+            first.setdefault(opens, name)
+        names = list(first.values())
+    sources = {name: open_source(args.source, name, **options) for name in names}
+    with _progress() as progress:
+        result = check_sources(sources, progress=progress)
+    written = check_report.write_report(result, args.out, args.source)
+    if args.json:
+        print(json.dumps(check_report.as_dict(result), indent=1))
+    else:
+        print(check_report.summary(result))
+        if listed := check_report.details(result, limit=5):
+            print(f"\n{listed}")
+        print(f"\nWritten: {', '.join(written)}")
+    return 1 if result.problems else 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line for each tenth anywhere else."""
+    if not sys.stderr.isatty():
+        told = 0
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if (tenths := 10 * done // total) > told:
+                told = tenths
+                print(f"{done:,} of {total:,} pictures read", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
