@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def add_parser(subparsers) -> None:
@@ -18,7 +19,30 @@ def add_parser(subparsers) -> None:
         "vit-jax data check photos --out report",
     )
     commands = group.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    _add_prepare(commands)
     _add_check(commands)
+
+
+def _add_prepare(commands) -> None:
+    from vit_jax.cli import add_command
+
+    parser = add_command(
+        commands,
+        "prepare",
+        prepare,
+        "write pictures as a TFDS data set, a few large files that any host reads by their path",
+        "vit-jax data prepare photos/labels.csv photos.tfds",
+    )
+    parser.add_argument("source", help="a folder, table, .npz, TFDS name, ...: see docs/data.md")
+    parser.add_argument("destination", help="the folder to make")
+    _add_seed_and_places(parser)
+    parser.add_argument(
+        "--corrupt",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with unreadable pictures",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_check(commands) -> None:
@@ -37,13 +61,7 @@ def _add_check(commands) -> None:
         action="append",
         help='"train", "test[:10%%]", ...; may be given several times; by default all there are',
     )
-    parser.add_argument("--seed", type=int, default=0, help="chooses the test pictures, if need be")
-    parser.add_argument(
-        "--tfds-data-dir", default="", metavar="DIR", help="where TFDS keeps its data sets"
-    )
-    parser.add_argument(
-        "--tfds-manual-dir", default="", metavar="DIR", help="where downloaded archives lie"
-    )
+    _add_seed_and_places(parser)
     parser.add_argument(
         "--out",
         default=".",
@@ -51,6 +69,40 @@ def _add_check(commands) -> None:
         help="where to write check.txt and check.png (default: here)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_seed_and_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="chooses the test pictures, if need be")
+    parser.add_argument(
+        "--tfds-data-dir", default="", metavar="DIR", help="where TFDS keeps its data sets"
+    )
+    parser.add_argument(
+        "--tfds-manual-dir", default="", metavar="DIR", help="where downloaded archives lie"
+    )
+
+
+def _seed_and_places(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "seed": args.seed,
+        "data_dir": args.tfds_data_dir,
+        "manual_dir": args.tfds_manual_dir,
+    }
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Prints what was written."""
+    import json
+
+    from vit_jax import data
+
+    counts = data.prepare_tfds(
+        args.source, args.destination, corrupt=args.corrupt, **_seed_and_places(args)
+    )
+    if args.json:
+        print(json.dumps({"destination": args.destination, "splits": counts}, indent=1))
+        return
+    parts = ", ".join(f"{count:,} in {split}" for split, count in counts.items())
+    print(f"{args.destination} holds {parts}: train with --config.dataset={args.destination}")
 
 
 def check(args: argparse.Namespace) -> int:
@@ -61,11 +113,7 @@ def check(args: argparse.Namespace) -> int:
     from vit_jax.data.check import check as check_sources
     from vit_jax.data.sources import open_source, open_splits
 
-    options = {
-        "seed": args.seed,
-        "data_dir": args.tfds_data_dir,
-        "manual_dir": args.tfds_manual_dir,
-    }
+    options = _seed_and_places(args)
     names = args.split
     if not names:
         first: dict[Callable, str] = {}  # a split's second name stands for the same function

@@ -11,7 +11,7 @@ _HOMES = {
     "open_splits": "sources",
     "from_arrays": "arrays",
     "from_huggingface": "huggingface",
-    "prepare": "prepare",
+    "prepare_tfds": "prepare",
     "data_fingerprint": "sources",
     "decode": "pictures",
     "read": "pictures",

@@ -83,11 +83,11 @@ def _source(
 ) -> Source:
     """The source of one of several parts, whose keys go on where those of the last part end."""
     images = parts[place][1]
-    channels = _channels(name, images)
     if len(images) != len(labels) or not len(images):
         raise UserError(
             f"{name}: {len(images)} pictures and {len(labels)} labels, expected one for each"
         )
+    channels = _channels(name, images)
     names = tuple(str(n) for n in (_class_names(name, labels) if names is None else names))
     label_ids = _label_ids(name, labels, names)
     starts = np.cumsum([0, *(len(pictures) for _, pictures in parts)]).tolist()

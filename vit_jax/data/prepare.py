@@ -1,5 +1,7 @@
 """Writing any source as a TFDS data set of array_record files, without TensorFlow."""
 
+import contextlib
+import io
 import logging
 import os
 import re
@@ -16,7 +18,7 @@ from vit_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-def prepare(
+def prepare_tfds(
     dataset: str,
     destination: str,
     *,
@@ -57,11 +59,24 @@ def prepare(
         ) from None
     try:
         builder = _builder(sources, _dataset_name(target), temporary, corrupt)
-        builder.download_and_prepare()
+        # TFDS would tell of the temporary folder, on stdout.
+        with contextlib.redirect_stdout(io.StringIO()), _without_bars():
+            builder.download_and_prepare()
         os.rename(builder.data_dir, target)
         return {name: split.num_examples for name, split in builder.info.splits.items()}
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        tfds.enable_progress_bar()
 
 
 def _distinct(splits: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -103,17 +118,25 @@ def _builder(sources: dict[str, Source], name: str, data_dir: str, corrupt: str)
             )
 
         def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(source) for split, source in sources.items()}
+            return {
+                split: self._generate_examples(source, split) for split, source in sources.items()
+            }
 
-        def _generate_examples(self, source):
-            return _examples(source, label, corrupt)
+        def _generate_examples(self, source, split):
+            return _examples(source, split, label, corrupt)
 
     Builder.name = name
     return Builder(data_dir=data_dir, file_format="array_record")
 
 
-def _examples(source: Source, label: str, corrupt: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for index in range(len(source)):
+def _examples(
+    source: Source, split: str, label: str, corrupt: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    screen = Console(stderr=True)
+    for index in track(range(len(source)), split, console=screen, disable=not screen.is_terminal):
         try:
             stored, ids = source.stored(index)
             pixels = source.decode(stored, index)

@@ -79,7 +79,9 @@ def _prepare(dataset: str, data_dir: str | None, manual_dir: str) -> Any:
         )
     _log.warning("Preparing %s in %s", dataset, place)
     _hide_gpus()
-    config = tfds.download.DownloadConfig(manual_dir=os.path.expanduser(manual_dir) or None)
+    config = tfds.download.DownloadConfig(
+        manual_dir=os.path.expanduser(manual_dir) or None, try_download_gcs=False
+    )
     try:
         builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare(download_config=config)
@@ -143,11 +145,12 @@ def _columns(dataset: str, info: Any) -> tuple[str, str]:
     """The names of the picture and of its label or labels among the features."""
     import tensorflow_datasets as tfds
 
+    features = dict(info.features.items())
+
     def is_classes(name: str) -> bool:
-        feature = info.features.get(name)
+        feature = features.get(name)
         return isinstance(getattr(feature, "feature", feature), tfds.features.ClassLabel)
 
-    features = info.features if isinstance(info.features, dict | tfds.features.FeaturesDict) else {}
     pair = info.supervised_keys or ()
     pictures = [n for n in (*pair[:1], "image") if isinstance(features.get(n), tfds.features.Image)]
     labels = [n for n in (*pair[1:2], "label", "labels") if isinstance(n, str) and is_classes(n)]
@@ -190,14 +193,25 @@ class _Examples:
         return self.__dict__ | {"_records": {}}
 
     def check(self, place: int) -> None:
-        """Raises UserError if the files of a split are not there or cut short."""
-        split = self._builder.info.splits[self._names[place]]
-        for file in split.filepaths:
-            if not os.path.exists(file):
-                raise UserError(
-                    f"{self._dataset}: {os.fspath(file)} is missing; prepare the data set again"
-                )
-        self._open(place)
+        """Raises UserError if a file of a split is missing or, array_record, cut short."""
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        info = self._builder.info
+        split = info.splits[self._names[place]]
+        for file, expected in zip(split.filepaths, split.shard_lengths, strict=True):
+            path, what = os.fspath(file), f"{self._dataset}: {os.fspath(file)}"
+            if not file.exists():
+                raise UserError(f"{what} is missing; prepare the data set again")
+            if info.file_format.value == "array_record":
+                try:
+                    found = ArrayRecordReader(path).num_records()
+                except Exception as error:
+                    raise _failure(f"{what} is truncated or damaged", error) from None
+                if found != expected:
+                    raise UserError(
+                        f"{what} is truncated (found {found:,} examples of {expected:,}); prepare "
+                        "the data set again"
+                    )
 
     def read(self, key: int) -> tuple[bytes, Any]:
         """The picture's file and its label, or an array of them."""
