@@ -22,7 +22,7 @@ lint: $(STAMP)  ## Style, format and types.
 	$(BIN)/mypy
 
 clean:  ## Remove the environment, caches and the demo's run.
-	rm -rf $(VENV) runs dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) runs/digits dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

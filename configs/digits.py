@@ -3,11 +3,14 @@
 A small Vision Transformer on the 1,797 digits (8x8 pixels, one channel) that come with the package.
 """
 
+from vit_jax.errors import UserError
 from vit_jax.training import default_config
 
 
 def get_config(arg: str = ""):
     """The configuration; takes no argument."""
+    if arg:
+        raise UserError(f"digits takes no argument, found {arg!r}: write --config=digits")
     config = default_config()
     config.dataset = "digits"
     config.model.name = "ViT-Ti_16"

@@ -21,7 +21,6 @@ def get_config(arg: str = ""):
         )
     config = default_config()
     config.dataset = arg
-    config.model.name = "ViT-Ti_16"
     pictures = len(open_source(arg, config.pp.train))
 
     # A batch of about a fifteenth of the pictures, a power of two from 8 to 512; eight times

@@ -7,6 +7,7 @@ import pytest
 from vit_jax import data, list_models
 from vit_jax.errors import UserError
 from vit_jax.training import check_config, make_schedule
+from vit_jax.training.config import weights_source
 from vit_jax.training.options import load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -22,7 +23,21 @@ ARGUMENTS = {
 @pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("*.py")))
 def test_every_configuration_loads_and_passes_the_check(name):
     config = load_config(f"{CONFIGS / name}.py:{ARGUMENTS[name]}")
-    assert check_config(config).model.name in list_models()
+    assert check_config(config).model.name in {*list_models(), ""}
+
+
+@pytest.mark.parametrize(
+    ("arg", "model"),
+    [
+        ("R_Ti_16", "R+ViT-Ti_16"),
+        ("R26_S_32", "R26+ViT-S_32"),
+        ("B_16", "ViT-B_16"),
+        ("S_16-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0", "ViT-S_16"),
+    ],
+)
+def test_augreg_names_the_model_and_its_published_weights(arg, model):
+    config = check_config(load_config(f"configs/augreg.py:{arg}"))
+    assert (config.model.name, weights_source(config)) == (model, arg)
 
 
 def test_what_needs_an_argument_says_so():
@@ -32,6 +47,8 @@ def test_what_needs_an_argument_says_so():
         load_config("finetune_folder")
     with pytest.raises(UserError, match="unknown model 'Ti_17': did you mean ViT-"):
         load_config("augreg:Ti_17")
+    with pytest.raises(UserError, match="digits takes no argument, found 'foo'"):
+        load_config("digits:foo")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,11 @@
-"""The one exception for mistakes that the person at the keyboard can mend."""
+"""Mistakes that the person at the keyboard can mend: one exception, one line each."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+# The system can't write, and it is no mistake of the program's.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class UserError(ValueError):
@@ -11,3 +18,17 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
         super().__init__("".join(escaped))
+
+
+@contextlib.contextmanager
+def full_disk_explained(place: str = "a file") -> Iterator[None]:
+    """Makes a UserError of the system's error that there is no room to write in `place`."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"{e.filename or place} can't be written ({e.strerror}): make room, then run the same "
+            "command again; what was saved before is kept"
+        ) from e

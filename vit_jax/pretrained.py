@@ -183,10 +183,12 @@ class Pretrained:
             "labels": list(self.labels) if self.labels else None,
         }
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
-        # The notes first: weights are never without them, and notes without weights harm nobody.
+        # Both are written before either takes its name, so that the notes of other weights stand
+        # beside these, if a crash comes just then, for a moment only.
         with checkpoints.atomic_file(path.with_suffix(".json")) as file:
             file.write((json.dumps(notes, indent=1, ensure_ascii=False) + "\n").encode())
-        checkpoints.save_weights(path, self.params, style=style)
+            file.flush()
+            checkpoints.save_weights(path, self.params, style=style)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -302,9 +304,11 @@ def load(
     for field in overrides:
         if field not in WEIGHTLESS:
             raise UserError(f"load takes no {field!r}: of the model only {', '.join(WEIGHTLESS)}")
+    if num_classes is not None and not _is_count(num_classes):
+        raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
+    size = None if image_size is None else _height_width(image_size)
     path, tower = find_weights(source)
     notes = _read_notes(path)
-    size = None if image_size is None else _height_width(image_size)
     arrays, spec = checkpoints.load_weights(
         path,
         tower=tower,
@@ -314,7 +318,11 @@ def load(
         likely_size=size,
     )
     arrays, new = checkpoints.adapt(
-        arrays, spec, num_classes=num_classes, image_size=size, pre_logits=pre_logits
+        arrays,
+        spec,
+        num_classes=None if num_classes is None else int(num_classes),
+        image_size=size,
+        pre_logits=pre_logits,
     )
     labels = None
     if num_classes is None:
@@ -360,11 +368,16 @@ def _preprocess_at(image_size: tuple[int, int], recorded: str) -> str:
     return f"{resize}|{recorded_ranges[-1] if recorded_ranges else value_range}"
 
 
-def _height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    sizes = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise UserError(f"image_size is {image_size}, expected pixels or (height, width) of them")
-    return sizes[0], sizes[1]
+def _height_width(image_size: Any) -> tuple[int, int]:
+    pair = list(image_size) if np.ndim(image_size) == 1 else [image_size] * 2
+    if len(pair) != 2 or not all(_is_count(size) for size in pair):
+        raise UserError(f"image_size is {image_size!r}, expected pixels or (height, width) of them")
+    return int(pair[0]), int(pair[1])
+
+
+def _is_count(value: Any) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and value >= 1
 
 
 def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.cli.conftest import write_pictures
 from tests.training.conftest import TINY
-from vit_jax import list_models, models
+from vit_jax import __version__, list_models, models
 from vit_jax import main as main_module
 from vit_jax.cli import COMMANDS, main
 
@@ -72,6 +72,7 @@ def test_info_says_what_a_file_is(weights, whole, capsys):
     assert main(["info", str(whole), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["num_layers"], facts["labels"]) == (1, list("0123456789"))
+    assert (facts["grid_size"], facts["tokens"]) == ([2, 2], 5)
 
 
 def test_evaluate_gives_the_figures_of_the_run_and_writes_every_prediction(whole, tmp_path, capsys):
@@ -95,6 +96,26 @@ def test_predict_names_the_most_probable_classes(weights, photos, capsys):
     assert [len(row["classes"]) for row in rows] == [1, 1]
     assert main(["predict", str(weights), *pictures]) == 0
     assert capsys.readouterr().out.startswith(pictures[0] + "\n")
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_predict_reads_what_it_can_and_names_what_it_cannot(weights, photos, count, capsys):
+    good = [str(photos / kind / f"{i}.jpg") for kind in ("dark", "bright") for i in range(10)]
+    good = (2 * good)[: count - 1]
+    bad = photos / "bad.jpg"
+    bad.write_text("no picture")
+    pictures = [*good[:1], str(bad), *good[1:]]
+    assert main(["predict", str(weights), *pictures, "--json"]) == 2
+    shown = capsys.readouterr()
+    rows = json.loads(shown.out)
+    assert [row["picture"] for row in rows] == good
+    assert shown.err.startswith(f"vit-jax: {bad}: not a picture")
+    assert shown.err.count("\n") == 1
+
+
+def test_a_folder_is_not_trained_on_from_scratch_by_oversight(photos, tmp_path, fails):
+    command = ("train", f"--data={photos}", f"--workdir={tmp_path / 'run'}")
+    assert "nothing to start from: give --weights" in fails(*command, "--config.pp.crop=16")
 
 
 def test_train_gives_its_result_as_json(tmp_path, capsys):
@@ -125,6 +146,27 @@ def test_the_originals_command_line_trains(dash, tmp_path, capsys):
     assert "finished 2 steps" in capsys.readouterr().out
 
 
+def test_what_absl_would_take_is_accepted(tmp_path, capsys):
+    absl = ["--alsologtostderr", "--logtostderr", "--verbosity=1", "-v", "1", "--v=0", "-v=-1"]
+    argv = [f"--config={TINY}", f"--workdir={tmp_path}", "--config.total_steps=2", *absl]
+    assert main_module.main([*argv, "--log_dir", str(tmp_path)]) == 0
+    assert "finished 2 steps" in capsys.readouterr().out
+    assert main_module.main([*argv, "--flagfile=x"]) == 2
+    assert "unknown option --flagfile" in capsys.readouterr().err
+
+
+def test_each_program_shows_its_own_usage_and_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main_module.main(["--help"])
+    assert not done.value.code
+    assert "usage: python -m vit_jax.main --workdir=DIR --config=FILE" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert not done.value.code
+    assert capsys.readouterr().out == f"vit-jax {__version__}\n"
+    assert "[--json]" in help_of("train", capsys)
+
+
 @pytest.mark.parametrize("module", ["vit_jax", "vit_jax.main"])
 def test_modules_can_be_run_and_mistakes_give_status_2_without_a_traceback(module):
     command = [] if module == "vit_jax.main" else ["train"]
@@ -144,14 +186,26 @@ def test_modules_can_be_run_and_mistakes_give_status_2_without_a_traceback(modul
     [
         ([], "the following arguments are required: COMMAND; see vit-jax --help"),
         (["trian"], "invalid choice: 'trian'"),
-        (["models", "--jsn"], "unknown argument --jsn"),
+        (
+            ["models", "--jsn"],
+            "unknown option --jsn (did you mean --json?); see vit-jax models --help",
+        ),
         (["train", "--config=digits"], "required: --workdir; see vit-jax train --help"),
         (["train", "--workdir=x"], "one of the arguments --config --data is required"),
         (["train", "--workdir=x", "--config=digits", "--data=x"], "not allowed with argument"),
         (["train", "--workdir=x", "--config=nope.py"], "no configuration file nope.py"),
         (["train", "--workdir=x", "--data=nope"], "unknown dataset 'nope'"),
         (["evaluate", "w.npz", "--corrupt=maybe"], "invalid choice: 'maybe'"),
-        (["evaluate", "w.npz", "--batch=many"], "invalid int value: 'many'"),
+        (["evaluate", "w.npz", "--batch=many"], "'many' is no whole number of at least 1"),
+        (["evaluate", "w.npz", "--batch=0"], "--batch: '0' is no whole number of at least 1"),
+        (["predict", "w.npz", "p.jpg", "--top", "-3"], "--top: '-3' is no whole number"),
+        (["train", "--data=x", "--wieghts=y"], "option --wieghts (did you mean --weights?)"),
+        (["train", "--config=digits", "--wrokdir=y"], "--wrokdir (did you mean --workdir?)"),
+        (["train", "--config=digits", "--workdir="], "--workdir is empty: name the folder"),
+        (["train", "--config=", "--workdir=x"], "no configuration file : give the path"),
+        (["train", "--config=augreg", "--workdir=x"], "augreg.py needs a model: --config=augreg:"),
+        (["train", "--config=digits:foo", "--workdir=x"], "digits takes no argument, found 'foo'"),
+        (["evaluate", "w.npz", "digits", "--config.batch=3"], "unknown option --config.batch"),
     ],
 )
 def test_a_command_that_cannot_be_understood(argv, message, fails, tmp_path, monkeypatch):
@@ -168,14 +222,16 @@ def test_a_command_that_cannot_be_understood(argv, message, fails, tmp_path, mon
         ("--config.pp.test=trian", "unknown split 'trian'"),
         ("--config.pp.train_ops=resise(8)", "unknown operation 'resise'"),
         ("--config.toal_steps=3", "unknown field config.toal_steps: did you mean config.total_"),
-        ("--config.batch=many", "config.batch=many"),
+        ("--config.batch=many", "config.batch is 'many' of type str, expected int"),
         ("--config.accum_steps=3", "config.batch 16 is not divisible by config.accum_steps 3"),
         ("--config.seed=-1", "config.seed is -1, expected"),
         ("--config.model.num_heads=3", "hidden_size 16 is not divisible by num_heads 3"),
         ("--config.model.patch_size=(16,16)", "smaller than one patch of 16x16"),
         ("--config.model_or_filename=no.npz", "no weights at no.npz"),
         ("--config.pretrained_dir=nowhere", "no weights at nowhere/ViT-Ti_16.npz"),
-        ("--total_steps=3", "unknown option '--total_steps=3'"),
+        ("--total_steps=3", "unknown option --total_steps; see vit-jax train --help"),
+        ("junk", "unknown option 'junk'"),
+        ("--config.dataset=digits:foo", "unknown dataset 'digits:foo'"),
     ],
 )
 def test_a_run_that_cannot_be(option, message, fails, tmp_path):

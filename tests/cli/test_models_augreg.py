@@ -89,7 +89,7 @@ def test_nothing_found_is_said(capsys):
         (["--augreg", "nme=='X'"], "no column 'nme': did you mean name"),
         (["--augreg", "name"], None),
         (["--augreg", "--sort", "final_vla"], "did you mean final_val"),
-        (["--augreg", "--top", "0"], "--top is 0"),
+        (["--augreg", "--top", "0"], "argument --top: '0' is no whole number of at least 1"),
         (["--sort", "final_val"], "--sort and --top are for --augreg"),
         (["--top", "5"], "--sort and --top are for --augreg"),
     ],

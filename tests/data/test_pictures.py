@@ -4,7 +4,6 @@ import io
 import struct
 import warnings
 import zlib
-from zlib import crc32
 
 import cv2
 import numpy as np
@@ -121,6 +120,37 @@ def test_bytes_after_the_end_do_no_harm():
     )
 
 
+def png_chunk(name, content, check=None):
+    check = zlib.crc32(name + content) if check is None else check
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no profile")),
+        png_chunk(b"iCCP", b"x", check=0),
+        png_chunk(b"tEXt", b"a\0b", check=0),
+        png_chunk(b"sRGB", b"\x09"),
+        png_chunk(b"tIME", bytes(7)),
+    ],
+)
+def test_what_a_png_says_beside_its_pixels_is_passed_over_in_silence(chunk, capfd):
+    data = encoded(PICTURE, "PNG")
+    np.testing.assert_array_equal(
+        pictures.decode(data[:33] + chunk + data[33:]), pictures.decode(data)
+    )
+    assert capfd.readouterr().err == ""
+
+
+def test_a_png_with_a_wrong_byte_is_damaged(capfd):
+    data = bytearray(encoded(PICTURE, "PNG"))
+    data[data.index(b"IDAT") + 30] ^= 1
+    with pytest.raises(UserError, match="damaged PNG"):
+        pictures.decode(bytes(data))
+    assert capfd.readouterr().err == ""
+
+
 @given(st.binary(max_size=200), st.sampled_from([b"", *pictures._SIGNATURES]))
 @settings(max_examples=100, deadline=None)
 def test_arbitrary_bytes_give_one_line_errors(data, start):
@@ -145,7 +175,9 @@ def zip_bomb(side=60_000):
     """A black and white PNG of 450 MB in 0.5 MB; as RGB it would take 10.8 GB."""
 
     def chunk(kind, data):
-        return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", crc32(kind + data))
+        return (
+            struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     packer = zlib.compressobj(9)
     row = bytes(1 + side // 8)
@@ -159,6 +191,7 @@ def enlarged(kind):
     data = bytearray(FILES[kind])
     if kind == "png":
         data[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     elif kind == "jpeg":
         at = data.index(b"\xff\xc0") + 5
         data[at : at + 4] = b"\xff\xff\xff\xff"

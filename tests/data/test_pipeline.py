@@ -1,7 +1,9 @@
 """Batches are a pure function of (seed, step), whatever reads them."""
 
+import contextlib
 import itertools
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import grain
 import numpy as np
 import pytest
 
@@ -301,6 +304,16 @@ def test_wrong_arguments_are_told_before_anything_is_read(options, message):
 
 def reading_threads():
     return [t for t in threading.enumerate() if t.name.startswith("grain")]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_there_are_as_many_threads_as_cpus_that_the_process_was_given(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 6, 7})
+    asked = []
+    options = grain.ReadOptions
+    monkeypatch.setattr(grain, "ReadOptions", lambda **kw: asked.append(kw) or options(**kw))
+    with contextlib.closing(train_batches(numbered(4), IDENTITY, batch_size=4, seed=0)):
+        assert asked[0]["num_threads"] == 3
 
 
 def test_abandoned_batches_leave_no_threads():

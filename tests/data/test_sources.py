@@ -87,7 +87,18 @@ def test_a_test_folder_wins_over_a_validation_folder(tmp_path):
 def test_a_folder_with_only_a_test_part_can_be_evaluated(tmp_path):
     folder = make_folder(tmp_path, {"val/a": 1, "val/b": 1})
     assert len(open_source(folder, "test")) == 2
-    fails("this data set has 'val', 'test'", folder)
+    fails("has no 'train' pictures, only 'val', 'test': add the folder .*/train, or", folder)
+
+
+def test_a_folder_with_only_a_training_part_says_what_to_do(tmp_path):
+    folder = make_folder(tmp_path, {"train/a": 5, "train/b": 5})
+    fails(r"has no 'test' pictures, only 'train': .* 'train\[80%:\]' to test on", folder, "test")
+    assert len(open_source(folder, "train[80%:]")) == 2
+
+
+def test_all_pictures_are_there_even_if_none_can_be_held_out(tmp_path):
+    folder = make_folder(tmp_path, {"a": 1, "b": 1})
+    assert len(open_source(folder, "train+test")) == 2
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -172,7 +183,11 @@ def test_mistakes_in_folders_are_named(tmp_path, monkeypatch):
         folder("extra", {"train/a": 1, "train/b": 1, "test/dog": 1}),
         "test",
     )
-    fails("too few pictures", folder("few", {"a": 1, "b": 1}), "test")
+    fails(
+        "'test' has 0 pictures; choose a larger part, or add pictures",
+        folder("few", {"a": 1, "b": 1}),
+        "test",
+    )
 
     def denied(path):
         raise PermissionError(13, "Permission denied", path)

@@ -203,7 +203,7 @@ def test_a_split_without_labels_can_not_be_used(photos, tmp_path):
 
 def test_mistakes_are_named(data_dir, tmp_path):
     fails(
-        "unknown split 'val': this data set has 'train', 'test'",
+        "unknown split 'val': photos has 'train', 'test'",
         "photos",
         "val",
         data_dir=str(data_dir),

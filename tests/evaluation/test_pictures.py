@@ -10,10 +10,11 @@ import pytest
 
 from vit_jax import data
 from vit_jax.checkpoints import read_spec
+from vit_jax.checkpoints.labels import class_names
 from vit_jax.errors import UserError
 from vit_jax.evaluation.pictures import class_indices, evaluate_pictures, write_predictions
 from vit_jax.models import create_model
-from vit_jax.pretrained import Pretrained
+from vit_jax.pretrained import Pretrained, load
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
@@ -58,6 +59,11 @@ def test_all_pictures_are_scored_with_the_weights_own_preprocessing(folder, batc
     np.testing.assert_array_equal(scores.confusion, 4 * np.eye(3))
 
 
+def test_grey_pictures_do_for_weights_of_three_channels():
+    labels = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    assert evaluate_pictures(network(labels), data.open_source("digits", "test[:9]")).count == 9
+
+
 def test_classes_are_matched_by_name_not_by_position(folder):
     vit = network(["red", "violet", "green", "blue"])
     source = open_all(folder)
@@ -79,6 +85,70 @@ def test_without_names_classes_are_matched_by_position_if_their_number_fits(fold
 def test_classes_that_the_weights_do_not_know_are_named(folder):
     with pytest.raises(UserError, match="classes that the weights don't know: blue, green; they"):
         evaluate_pictures(network(["red", "violet"]), open_all(folder))
+
+
+def test_a_class_is_known_by_any_word_of_its_name(folder):
+    vit = network(["violet", "crimson, RED", "sky_blue, Blue", "light green, green"])
+    np.testing.assert_array_equal(class_indices(vit, open_all(folder)), [2, 3, 1])
+    for name, other in (("green", "Light_Green"), ("red", "sky blue")):
+        (folder / name).rename(folder / other)
+    source = open_all(folder)
+    assert source.labels == ("Light_Green", "blue", "sky blue")
+    np.testing.assert_array_equal(class_indices(vit, source), [3, 2, 2])
+
+
+def test_a_name_that_means_two_classes_is_refused(folder):
+    with pytest.raises(UserError, match="several classes 'red', 0 and 3: name the folders by"):
+        class_indices(network(["red", "green", "blue", "red"]), open_all(folder))
+    # The whole of a name comes before a word of another.
+    vit = network(["red", "green", "blue", "crimson, red"])
+    np.testing.assert_array_equal(class_indices(vit, open_all(folder)), [2, 1, 0])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_folders_may_be_named_by_the_indices_of_the_classes(folder, named):
+    for name, index in (("red", 10), ("green", 2), ("blue", 0)):
+        (folder / name).rename(folder / str(index))
+    vit = network(["blue", "-", "green", *"-------", "red"])
+    vit = vit if named else dataclasses.replace(vit, labels=None)
+    np.testing.assert_array_equal(class_indices(vit, open_all(folder)), [0, 10, 2])
+    assert evaluate_pictures(vit, open_all(folder)).top1 == 1.0
+    digits = dataclasses.replace(vit, labels=("10", "2", "0", *"abcdefgh"))
+    np.testing.assert_array_equal(class_indices(digits, open_all(folder)), [2, 0, 1])
+
+
+def photographs(shared, folder, name):
+    """One photograph of every fourth class of ImageNet as folder/<name(index of its class)>/*."""
+    for file in sorted((shared / "images" / "imagenet_samples").glob("*.*")):
+        place = folder / name(int("".join(filter(str.isdigit, file.stem))))
+        place.mkdir(parents=True, exist_ok=True)
+        (place / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_published_weights_know_real_photographs_as_often_as_the_original(shared, tmp_path):
+    """The original code gets 210 of 250 right, and 239 among its first five."""
+    (path,) = (shared / "checkpoints").glob("Ti_16-*.npz")
+    scores = evaluate_pictures(load(path), open_all(photographs(shared, tmp_path, str)))
+    assert scores.count == 250
+    assert abs(scores.top1 * 250 - 210) <= 1
+    assert abs(scores.top5 * 250 - 239) <= 1
+
+
+def test_folders_named_by_the_first_words_of_imagenet_are_found(shared, tmp_path):
+    names = class_names(1000)
+    assert names is not None
+    vit = network(names)
+
+    def first_word(index):
+        return names[index].split(", ")[0].replace(" ", "_")
+
+    source = open_all(photographs(shared, tmp_path, first_word))
+    found = class_indices(vit, source)
+    assert len({*found}) == 250
+    assert [first_word(i) for i in found] == list(source.labels)
+    assert set(found) == set(range(0, 1000, 4))
 
 
 def test_weights_without_a_head_cannot_be_evaluated(folder):

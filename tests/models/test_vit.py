@@ -361,3 +361,9 @@ def test_bfloat16_keeps_float32_parameters_and_logits(classifier):
 def test_what_makes_no_sense_is_refused_with_a_reason(fields, shape, message):
     with pytest.raises(UserError, match=message):
         tiny(**fields).init(key(0), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+def test_raw_pixels_are_refused(dtype):
+    with pytest.raises(UserError, match=f"images are {dtype}, expected floats"):
+        tiny().init(key(0), jnp.zeros((1, 8, 8, 3), dtype))

@@ -5,7 +5,12 @@ from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
 from vit_jax.training import check_config, default_config
-from vit_jax.training.config import config_from_json, config_to_json, differing_fields
+from vit_jax.training.config import (
+    config_from_json,
+    config_to_json,
+    differing_fields,
+    weights_source,
+)
 from vit_jax.training.options import find_config_file, load_config, override
 
 
@@ -27,6 +32,57 @@ def test_a_value_may_hold_an_equals_sign_or_start_with_a_dash():
     assert changed("--config.dataset=/data/a=b").dataset == "/data/a=b"
     with pytest.raises(UserError, match=r"config\.base_lr is -0\.1, expected at least 0"):
         changed("--config.base_lr", "-0.1")
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        (["--config.keep_best=false"], False),
+        (["--config.keep_best", "false"], False),
+        (["--config.keep_best", "True"], True),
+        (["--config.keep_best=1"], True),
+        (["--config.keep_best"], True),
+        (["--config.keep_best", "--config.batch=8"], True),
+        (["--noconfig.keep_best"], False),
+        (["--config.keep_best=false", "--config.keep_best"], True),
+    ],
+)
+def test_true_and_false_in_every_spelling(options, value):
+    config = default_config()
+    config.keep_best = not value
+    assert override(config, options).keep_best is value
+
+
+def test_a_shorter_run_has_a_shorter_warm_up():
+    assert changed("--config.total_steps=50").warmup_steps == 50
+    assert changed("--config.total_steps=5000").warmup_steps == 500
+    with pytest.raises(UserError, match=r"warmup_steps 60 is more than config\.total_steps 50"):
+        changed("--config.total_steps=50", "--config.warmup_steps=60")
+
+
+def test_local_paths_are_noted_absolute_and_names_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "digits", "models"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "w.npz").touch()
+    (tmp_path / "models" / "ViT-S_16.npz").touch()
+    config = changed("--config.dataset=photos", "--config.model_or_filename=w.npz")
+    assert config.dataset == f"{tmp_path}/photos"
+    assert config.model_or_filename == f"{tmp_path}/w.npz"
+    assert changed("--config.model_or_filename=./w.npz:img").model_or_filename.endswith("w.npz:img")
+    assert changed("--config.dataset=digits").dataset == "digits"
+    assert weights_source(changed("--config.model_or_filename=augreg/B_16")) == "augreg/B_16"
+    named = changed("--config.model.name=ViT-S_16", "--config.pretrained_dir=models")
+    assert weights_source(named) == f"{tmp_path}/models/ViT-S_16.npz"
+    monkeypatch.chdir("/")
+    assert differing_fields(check_config(named), named) == []
+
+
+def test_weights_may_lie_in_a_bucket_as_the_originals_do():
+    bucket = "--config.pretrained_dir=gs://vit_models/imagenet21k/"
+    config = changed("--config.model.name=ViT-B_16", bucket)
+    assert weights_source(config) == "gs://vit_models/imagenet21k/ViT-B_16.npz"
+    assert weights_source(changed()) is None
 
 
 def test_options_set_fields_of_the_network_that_the_file_leaves_to_the_model():
@@ -52,6 +108,10 @@ def test_options_set_fields_of_the_network_that_the_file_leaves_to_the_model():
         ("--config.model.num_layer=1", "config.model.num_layer", "config.model.num_layers"),
         ("--config.model.clasifier=gap", "config.model.clasifier", "config.model.classifier"),
         ("--config.model.num_classes=3", "config.model.num_classes", "config.model.num_layers"),
+        ("--config.lr=1", "config.lr", "config.base_lr"),
+        ("--config.leraning_rate=1", "config.leraning_rate", "config.base_lr"),
+        ("--config.batch_size=1", "config.batch_size", "config.batch"),
+        ("--config.epochs=1", "config.epochs", "config.total_steps"),
     ],
 )
 def test_a_misspelt_field_is_named_in_full_with_the_nearest_one(option, path, nearest):
@@ -66,7 +126,7 @@ def test_a_misspelt_field_in_a_file_is_named_too():
     config.pp.resise = 3
     with pytest.raises(UserError, match=r"unknown field config\.pp\.resise: did you mean config"):
         check_config(config)
-    with pytest.raises(UserError, match=r"unknown field config\.qqqq: known: config\.accum_steps"):
+    with pytest.raises(UserError, match=r"unknown field config\.qqqq: often set are config\.base"):
         check_config(ConfigDict({"qqqq": 1}))
 
 
@@ -153,18 +213,42 @@ def test_differing_fields_are_those_that_change_what_is_computed():
 def test_files_are_found_by_path_and_the_packages_own_by_name(tmp_path):
     assert find_config_file("digits").name == "digits.py"
     own = tmp_path / "mine.py"
-    own.write_text("def get_config(arg):\n    return arg\n")
+    own.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg):\n    return ConfigDict({'dataset': arg})\n"
+    )
     assert find_config_file(str(own)) == own
-    assert load_config(f"{own}:a,b:c") == "a,b:c"
-    with pytest.raises(UserError, match="no configuration file nothing: give a path, or one of"):
+    assert load_config(f"{own}:a,b:c").dataset == "a,b:c"
+    for name in ("vit", "vit.py", "configs/vit.py"):
+        assert find_config_file(name).name == "vit.py"
+    for name in ("mine/vit.py", "../configs/vit.py", "vit.txt", "configs/vit", str(tmp_path)):
+        with pytest.raises(UserError, match=f"no configuration file {name}: give the path of a"):
+            find_config_file(name)
+    with pytest.raises(UserError, match="no configuration file nothing: give the path"):
         find_config_file("nothing")
 
 
 @pytest.mark.parametrize(
-    "text", ["def get_config(:", "import no_such_module", "x = undefined", "x = 1", "raise Oops"]
+    ("text", "message"),
+    [
+        ("\ndef get_config(:", ", line 2: SyntaxError: invalid syntax"),
+        ("import no_such_module", ", line 1: ModuleNotFoundError: No module named 'no_such_mod"),
+        ("x = 1", "is no configuration file: it has no function get_config"),
+        ("\n\nraise ValueError('a\\nb')", ", line 3: ValueError: a b"),
+        ("def get_config(arg):\n    return {}[arg]", ", line 2: KeyError: ''"),
+        ("def get_config(arg):\n    return int('x')", ", line 2: ValueError: invalid literal"),
+        ("def get_config():\n    return 1", ": TypeError: get_config() takes 0 positional"),
+        ("import sys\ndef get_config(arg):\n    sys.exit(3)", ", line 3: SystemExit: 3"),
+        ("def get_config(arg):\n    return {}", "returns dict, expected a ConfigDict"),
+    ],
 )
-def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path, text):
+def test_a_mistake_in_a_configuration_file_is_named_in_one_line(
+    tmp_path, monkeypatch, text, message
+):
     (tmp_path / "bad.py").write_text(text + "\n")
-    with pytest.raises(UserError, match="is no configuration file: ") as error:
-        load_config(str(tmp_path / "bad.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_config("bad.py")
+    assert "bad.py" in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -19,6 +19,8 @@ def config_of(*fields: str):
         del config.model[field]
     config.model.dropout_rate = 0.0
     config.total_steps, config.warmup_steps = 2, 0
+    if any(field.startswith("model_or_filename=") for field in fields):
+        config.model.name = ""  # The file says what it is.
     return override(config, [f"--config.{field}" for field in fields])
 
 
@@ -79,6 +81,17 @@ def test_weights_that_do_not_fit_a_run_are_refused(family, fields, message, save
 
     with pytest.raises(UserError, match=message):
         run(config_of(f"model_or_filename={path}", *fields), tmp_path / "run")
+
+
+def test_weights_of_another_model_than_the_named_one_are_refused(saved, tmp_path):
+    path = saved("hybrid", channels=1, image_size=(8, 8))
+    with pytest.raises(UserError, match=r"name is ViT-S_16, but the weights .* are a ViT of width"):
+        run(config_of(f"model_or_filename={path}", "model.name=ViT-S_16"), tmp_path / "run")
+
+
+def test_a_run_that_names_neither_model_nor_weights_has_nothing_to_start_from(tmp_path):
+    with pytest.raises(UserError, match="nothing to start from: give --weights"):
+        run(config_of("model.name="), tmp_path / "run")
 
 
 def test_a_lit_bundle_is_not_trained(saved, tmp_path):

@@ -33,10 +33,15 @@ def saved_steps(workdir):
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
 
 
+def times(workdir):
+    """When each file was last changed, but for the lock."""
+    return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name != "lock"}
+
+
 def test_a_run_leaves_weights_figures_a_report_and_its_configuration(whole, tiny):
     names = {p.name for p in whole.iterdir() if "tfevents" not in p.name}
     assert names == {
-        *("checkpoints", "config.json", "data.json", "metrics.jsonl"),
+        *("checkpoints", "config.json", "data.json", "lock", "metrics.jsonl"),
         *("report.png", "weights.json", "weights.npz"),
     }
     assert json.loads((whole / "config.json").read_text())["batch"] == tiny().batch
@@ -70,20 +75,20 @@ def test_equal_seeds_give_equal_runs_and_another_seed_another(whole, tiny, tmp_p
 
 
 def test_a_finished_run_says_so_and_changes_nothing(whole, tiny):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    before = times(whole)
     result = run(tiny(), whole)
     assert result.finished
     assert "has finished its 40 steps, test accuracy" in result.summary
     assert "nothing to do" in result.summary
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+    assert times(whole) == before
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(whole, tiny):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    before = times(whole)
     with pytest.raises(UserError) as error:
         run(tiny("batch=32", "pp.test=train[:10%]", "prefetch=7"), whole)
     assert "(config.batch 16 -> 32; config.pp.test 'test' -> 'train[:10%]')" in str(error.value)
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+    assert times(whole) == before
 
 
 def test_a_mistake_found_before_the_first_step_does_not_bar_the_workdir(tiny, tmp_path):

@@ -37,9 +37,10 @@ def convert(
 ) -> Converted:
     """Writes weights again as another kind of file, or in another layout.
 
-    No more than one array is in memory at a time, two where its type changes; an Orbax folder as
-    the target needs all of them. Without `dtype` every value keeps its bits. Of a file that holds
-    more than the network (an optimizer, a second tower) only the network is taken.
+    No more than one array is in memory at a time, two where its type changes; Orbax, on
+    either side, holds four to five times the largest. Without `dtype` every value keeps its bits.
+    Of a file that holds more than the network (an optimizer, a second tower) only the network is
+    taken.
 
     The .json with the labels and the preprocessing beside the source, and the vocabulary of a LiT
     bundle, come along.

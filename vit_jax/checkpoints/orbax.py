@@ -1,4 +1,4 @@
-"""Reading and writing weights as Orbax folders, some leaves at a time where Orbax lets one."""
+"""Reading and writing weights as Orbax folders, some leaves at a time."""
 
 import contextlib
 import functools
@@ -78,14 +78,15 @@ def _batches(sizes: Mapping[int, int]) -> list[range]:
             batches.append(range(start, i))
             start, total = i, 0
         total += size
-    return [*batches, range(start, max(sizes, default=0) + 1)]
+    return [*batches, range(start, max(sizes, default=-1) + 1)]
 
 
 def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
     """Writes arrays as an Orbax folder of the nested tree.
 
-    All of them are in memory at once: Orbax takes only whole trees. The folder appears under its
-    name only when it is complete; a checkpoint of that name is then removed.
+    Small neighbours are read and written together, so that no more than they, or one larger array,
+    are in memory. The folder appears under its name only when it is complete; a checkpoint of that
+    name is then removed.
 
     Raises UserError if it can't be written.
     """
@@ -95,19 +96,25 @@ def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
         raise UserError(f"{path} is there and no Orbax folder: remove it, or choose another name")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: make it first")
-    tree = unflatten_dict({k: np.asarray(v) for k, v in arrays.items()}, sep="/")
-    new, old = (path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}" for _ in range(2))
+    keys = list(arrays)
+    batches = _batches({i: arrays[key].nbytes for i, key in enumerate(keys)})
+    # In a hidden folder, not hidden itself: Orbax overlooks its own parts if their names begin with
+    # a point.
+    work = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
+    new, old = work / "new", work / "old"
     try:
         with _explained(path, "written", "make room or mend the cause, then do it again"):
-            ocp.save(new, tree)
+            for batch in batches:
+                part = {keys[i]: np.asarray(arrays[keys[i]]) for i in batch}
+                ocp.partial.save(new, unflatten_dict(part, sep="/"))
+            ocp.partial.finalize(new)
             if path.exists():
                 path.rename(old)
             new.rename(path)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager

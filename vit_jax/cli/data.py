@@ -114,13 +114,14 @@ def check(args: argparse.Namespace) -> int:
     from vit_jax.data.sources import open_source, open_splits
 
     options = _seed_and_places(args)
-    names = args.split
-    if not names:
-        first: dict[Callable, str] = {}  # a split's second name stands for the same function
+    if args.split:
+        sources = {name: open_source(args.source, name, **options) for name in args.split}
+    else:
+        names: dict[Callable, str] = {}  # a split's second name stands for the same function
         for name, opens in open_splits(args.source, **options).items():
-            first.setdefault(opens, name)
-        names = list(first.values())
-    sources = {name: open_source(args.source, name, **options) for name in names}
+            names.setdefault(opens, name)
+        opened = {name: opens() for opens, name in names.items()}
+        sources = {name: source for name, source in opened.items() if len(source)}
     with _progress() as progress:
         result = check_sources(sources, progress=progress)
     written = check_report.write_report(result, args.out, args.source)

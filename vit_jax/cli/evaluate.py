@@ -5,7 +5,7 @@ import argparse
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command
+    from vit_jax.cli import add_command, positive
 
     parser = add_command(
         subparsers,
@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--split", help='"test", "train[:10%%]", ...; by default the run\'s own, or test'
     )
-    parser.add_argument("--batch", type=int, default=64, help="pictures at once (default: 64)")
+    parser.add_argument("--batch", type=positive, default=64, help="pictures at once (default: 64)")
     parser.add_argument(
         "--corrupt",
         choices=("error", "skip"),

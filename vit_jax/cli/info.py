@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
 
     from vit_jax.checkpoints import key_style, open_arrays
+    from vit_jax.checkpoints.spec import LiTSpec
     from vit_jax.pretrained import find_weights, load
 
     path, _ = find_weights(args.weights)
@@ -31,12 +32,15 @@ def run(args: argparse.Namespace) -> None:
         count, style = len(stored), key_style(stored)
         types = sorted({str(a.dtype) for a in stored.values()})
     size = sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
+    tower = spec.image if isinstance(spec, LiTSpec) else spec
     if args.json:
         facts = {
             "file": str(path),
             "architecture": spec.name,
             **dataclasses.asdict(spec),
             "parameters": spec.num_parameters,
+            "grid_size": tower.grid_size,
+            "tokens": tower.num_tokens,
             "arrays": count,
             "stored_types": types,
             "key_style": style,

@@ -19,7 +19,7 @@ _SHOWN_ADAPTED = (
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command
+    from vit_jax.cli import add_command, positive
 
     parser = add_command(
         subparsers,
@@ -38,7 +38,7 @@ def add_parser(subparsers) -> None:
         "--sort names an adapt_ column",
     )
     parser.add_argument("--sort", metavar="COLUMN", help="with --augreg: highest first")
-    parser.add_argument("--top", type=int, metavar="N", help="with --augreg: only the first N")
+    parser.add_argument("--top", type=positive, metavar="N", help="with --augreg: only the first N")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -120,8 +120,6 @@ def _text_parameters(fields: dict[str, Any]) -> int:
 def _search(query: str, column: str | None, top: int | None) -> list[dict[str, Any]]:
     from vit_jax.checkpoints import augreg, hub
 
-    if top is not None and top < 1:
-        raise UserError(f"--top is {top}, expected at least 1")
     rows = augreg.read_index(hub.fetch(hub.AUGREG_INDEX))
     if query:
         rows = augreg.query(rows, query)

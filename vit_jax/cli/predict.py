@@ -1,11 +1,12 @@
 """`vit-jax predict WEIGHTS PICTURE ...`: what is on pictures."""
 
 import argparse
+from collections.abc import Callable
 
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command
+    from vit_jax.cli import add_command, positive
 
     parser = add_command(
         subparsers,
@@ -24,35 +25,65 @@ def add_parser(subparsers) -> None:
         metavar="WORDS",
         help='of LiT weights: what may be on the pictures, e.g. "a cat" "a dog"',
     )
-    parser.add_argument("--top", type=int, default=5, help="classes to name (default: 5)")
+    parser.add_argument("--top", type=positive, default=5, help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints the most probable classes of each picture."""
+def run(args: argparse.Namespace) -> int:
+    """Prints the most probable classes of each picture that can be read, and names the others."""
+    import functools
     import json
+    import sys
 
+    from vit_jax.cli import EXIT_USER_ERROR
     from vit_jax.errors import UserError
     from vit_jax.evaluation.zero_shot import classify
     from vit_jax.pretrained import PretrainedLiT, load
 
     vit = load(args.weights)
     if args.labels is None:
-        answers = vit.predict(args.pictures, top=args.top)
+        look = functools.partial(vit.predict, top=args.top)
     elif isinstance(vit, PretrainedLiT):
-        answers = classify(vit, args.pictures, args.labels, top=args.top)
+        look = functools.partial(classify, vit, labels=args.labels, top=args.top)
     else:
         raise UserError(
             "--labels is for LiT weights, these have classes of their own: leave it out"
         )
+    answers, mistakes = _each(look, args.pictures)
+    # One mistake in all pictures is none of theirs, but e.g. of weights that give no classes.
+    if not answers and len(set(mistakes)) == 1:
+        raise UserError(mistakes[0])
     if args.json:
         rows = [
             {"picture": p, "classes": [{"label": n, "probability": q} for n, q in a]}
-            for p, a in zip(args.pictures, answers, strict=True)
+            for p, a in answers
         ]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
-        return
-    for picture, answer in zip(args.pictures, answers, strict=True):
-        print(picture)
-        for label, probability in answer:
-            print(f"  {probability:6.1%}  {label}")
+    else:
+        for picture, answer in answers:
+            print(picture)
+            for label, probability in answer:
+                print(f"  {probability:6.1%}  {label}")
+    for mistake in mistakes:
+        print(f"vit-jax: {mistake}", file=sys.stderr)
+    return EXIT_USER_ERROR if mistakes else 0
+
+
+def _each(look: Callable[[list[str]], list], pictures: list[str]) -> tuple[list, list[str]]:
+    """((picture, answer) of each picture, what is wrong with the others); many at once."""
+    from vit_jax.errors import UserError
+
+    answers: list = []
+    mistakes: list[str] = []
+    for start in range(0, len(pictures), 32):
+        some = pictures[start : start + 32]
+        try:
+            answers += zip(some, look(some), strict=True)
+        except UserError as e:
+            if len(pictures) == 1:
+                return [], [str(e)]
+            for picture in some:
+                found, wrong = _each(look, [picture])
+                answers += found
+                mistakes += wrong
+    return answers, mistakes

@@ -16,16 +16,21 @@ def add_parser(subparsers) -> None:
         "  vit-jax train --data=photos --weights=Ti_16.npz --workdir=runs/photos",
     )
     parser.usage = (
-        "vit-jax train (--config=FILE[:ARG] | --data=DIR [--weights=FILE]) --workdir=DIR "
+        "vit-jax train (--config=FILE[:ARG] | --data=DIR) [--weights=FILE] --workdir=DIR [--json] "
         "[--config.FIELD=VALUE ...]"
     )
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a training run."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="a configuration file, or the name of one of the package's")
     what.add_argument("--data", help="a folder of pictures, for the recipe finetune_folder")
-    parser.add_argument("--weights", help="the weights to start from")
+    parser.add_argument("--weights", help="the weights to start from, a file or a name")
     parser.add_argument("--workdir", required=True, help="the folder of this run")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(takes_fields=True)
+    parser.set_defaults(run=run, takes_fields=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,9 +40,13 @@ def run(args: argparse.Namespace) -> int:
 
     from vit_jax import training
     from vit_jax.cli import EXIT_INTERRUPTED
+    from vit_jax.errors import UserError
     from vit_jax.training.options import load_config, override
 
-    config = load_config(args.config or f"finetune_folder:{args.data}")
+    if not args.workdir:
+        raise UserError("--workdir is empty: name the folder of this run")
+    recipe = args.config if args.data is None else f"finetune_folder:{args.data}"
+    config = load_config(recipe)
     fields = list(args.fields)
     if args.weights:
         fields.append(f"--config.model_or_filename={args.weights}")

@@ -12,6 +12,7 @@ _HOMES = {
     "from_arrays": "arrays",
     "from_huggingface": "huggingface",
     "prepare_tfds": "prepare",
+    "is_known": "sources",
     "data_fingerprint": "sources",
     "decode": "pictures",
     "read": "pictures",

@@ -230,9 +230,4 @@ def _stratified(whole: Source, seed: int, *, test: bool) -> Source:
         members = np.flatnonzero(label_ids == label)
         count = round(TEST_FRACTION * len(members))
         held_out[sorted(members, key=ranks.__getitem__)[:count]] = True
-    if test and not held_out.any():
-        raise UserError(
-            f"{whole.name}: too few pictures to hold any out for testing ({len(whole)} in "
-            f"{len(whole.labels)} classes), expected 3 a class at least; add pictures"
-        )
     return whole.take(np.flatnonzero(held_out == test))

@@ -5,6 +5,7 @@ threads at once, and nested threads only slow each other down.
 """
 
 import os
+import zlib
 from collections.abc import Iterator
 from typing import Literal
 
@@ -53,16 +54,19 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
     if not data:
         raise UserError(f"{name}: empty file, expected a picture; replace or remove it")
     kind = next((k for start, k in _SIGNATURES.items() if data.startswith(start)), None)
+    image = None
+    # Zeros in place of a JPEG's second half are, to a decoder, a picture.
+    if kind == "JPEG" and not _jpeg_ends(data):
+        data = b""
+    elif kind == "PNG":
+        data = _plain_png(data)
     height, width = _announced_size(data, kind)
     if height * width > MAX_PIXELS:
         raise UserError(
             f"{name}: a {kind} picture of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
             "at most; make it smaller or remove it"
         )
-    image = None
-    # libpng would complain about a missing end on stderr, past OpenCV's log level; and zeros in
-    # place of a JPEG's second half are, to a decoder, a picture.
-    if {"PNG": b"IEND" in data, "JPEG": _jpeg_ends(data)}.get(kind or "", True):
+    if data:
         try:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         except cv2.error:  # e.g. absurd dimensions in the header
@@ -124,6 +128,28 @@ def _jpeg_ends(data: bytes) -> bool:
     return data.find(b"\xff\xd9", next(scans, 0)) >= 0
 
 
+def _plain_png(data: bytes) -> bytes:
+    """A PNG file without what says nothing of its pixels; empty if it is damaged.
+
+    About colour profiles, dates and damage libpng complains on stderr, past OpenCV's log level.
+    """
+    kept, position = [data[:8]], 8
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        chunk = data[position:end]
+        name, check = chunk[4:8], int.from_bytes(data[end - 4 : end], "big")
+        whole = end <= len(data) and zlib.crc32(chunk[4:-4]) == check
+        needed = name[:1].isupper()  # As the format has it.
+        if needed and not whole:
+            break
+        if needed or (whole and name in (b"tRNS", b"eXIf")):  # Palette's alpha, orientation.
+            kept.append(chunk)
+        if name == b"IEND":
+            return b"".join(kept)
+        position = end
+    return b""
+
+
 def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
     """Reads a picture file as a uint8 array (h, w, channels); see `decode`.
 
@@ -155,6 +181,12 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
       float32 array (height, width, c), not rounded.
     """
     height, width = size
+    if image.shape[0] > 2 * height:
+        # Of a large picture few rows count: only those become floats, which takes the most time.
+        rows = (np.arange(height) + 0.5) * (image.shape[0] / height) - 0.5
+        above = rows.astype(int)
+        weight = (rows - above).astype(np.float32)[:, None, None]
+        image = image[above] * (1 - weight) + image[above + 1] * weight
     # Floats first: OpenCV rounds the result of an integer image to integers.
     pixels = np.ascontiguousarray(image, np.float32)
     resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -236,7 +236,10 @@ def _batches(
     prefetch: int,
     keys: tuple[str, ...],
 ) -> Iterator[Batch]:
-    threads = min(os.cpu_count() or 1, 16) if threads is None else threads
+    if threads is None:
+        # A container or a job may have been given fewer CPUs than the machine has.
+        given = hasattr(os, "sched_getaffinity")
+        threads = min(len(os.sched_getaffinity(0)) if given else os.cpu_count() or 1, 16)
     if threads < 1 or prefetch < 1:
         raise UserError(
             f"threads is {threads} and prefetch is {prefetch}, expected 1 or more of each"

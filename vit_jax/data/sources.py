@@ -116,7 +116,7 @@ def open_source(
     Raises:
       UserError: unknown data set or split, or one that isn't as `open_splits` says.
     """
-    return _open_split(split, open_splits(dataset, seed, data_dir, manual_dir))
+    return _open_split(dataset, split, open_splits(dataset, seed, data_dir, manual_dir))
 
 
 def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str = "") -> Splits:
@@ -134,7 +134,7 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
       manual_dir: where TFDS finds what had to be downloaded by hand.
     """
     path = os.path.expanduser(dataset)
-    if dataset in _DATASETS:
+    if is_known(dataset):
         splits = _DATASETS[dataset](seed)
     elif path.lower().endswith((".csv", ".jsonl", ".npz")) and os.path.isfile(path):
         if path.lower().endswith(".npz"):
@@ -161,6 +161,11 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
     if held_out:
         splits.setdefault("test", splits[held_out[0]])
     return splits
+
+
+def is_known(dataset: str) -> bool:
+    """Whether a data set is known by this name, so that it isn't a folder."""
+    return dataset in _DATASETS
 
 
 def _folder(dataset: str, path: str, seed: int) -> Splits:
@@ -217,9 +222,10 @@ _PART = re.compile(rf"\s*{_SLICE}\s*")
 _EVEN = re.compile(rf"\s*even_splits\(\s*({_SLICE})\s*,\s*(\d{{1,9}})\s*\)\s*\[(\d{{1,9}})\]\s*")
 
 
-def _open_split(split: str, splits: Splits) -> Source:
+def _open_split(dataset: str, split: str, splits: Splits) -> Source:
     opened: dict[str, Source] = {}
-    chosen = [_open_part(part, split, splits, opened) for part in split.split("+")]
+    parts = split.split("+")
+    chosen = [_open_part(dataset, part, split, splits, opened) for part in parts]
     if len(chosen) == 1:
         return chosen[0]
     keys = [key for source in chosen for key in source.keys]
@@ -230,14 +236,23 @@ def _open_split(split: str, splits: Splits) -> Source:
     )
 
 
-def _open_part(text: str, split: str, splits: Splits, opened: dict[str, Source]) -> Source:
+def _open_part(
+    dataset: str, text: str, split: str, splits: Splits, opened: dict[str, Source]
+) -> Source:
     even = _EVEN.fullmatch(text)
     part = _PART.fullmatch(even[1] if even else text)
     count, place = (int(even[7]), int(even[8])) if even else (1, 0)
-    if part is None or part[1] not in splits or place >= count:
-        known = ", ".join(map(repr, splits))
+    known, first = ", ".join(map(repr, splits)), next(iter(splits))
+    if part and part[1] in ("train", "test") and part[1] not in splits:
+        is_folder = os.path.isdir(os.path.expanduser(dataset))
+        missing = f"the folder {os.path.join(dataset, part[1])}" if is_folder else "them"
         raise UserError(
-            f"unknown split {split!r}: this data set has {known}; parts are written like "
+            f"{dataset} has no {part[1]!r} pictures, only {known}: add {missing}, or choose splits "
+            f"of what is there, like '{first}[:80%]' to train on and '{first}[80%:]' to test on"
+        )
+    if part is None or part[1] not in splits or place >= count:
+        raise UserError(
+            f"unknown split {split!r}: {dataset} has {known}; parts are written like "
             "'train[:98%]', 'train[100:200]' or 'even_splits(train, 4)[0]', sums like "
             "'train[:10%]+train[90%:]'"
         )
@@ -250,10 +265,11 @@ def _open_part(text: str, split: str, splits: Splits, opened: dict[str, Source])
     share, more = divmod(len(indices), count)
     begin = place * share + min(place, more)
     indices = indices[begin : begin + share + (place < more)]
-    if not indices:
+    # Of a folder with a picture or two a class there is nothing to hold out, nor to miss.
+    if not indices and ("+" not in split or len(whole)):
         raise UserError(
             f"split {text.strip()!r} is empty: {part[1]!r} has {len(whole)} pictures; "
-            "choose a larger part"
+            "choose a larger part, or add pictures"
         )
     return whole.take(indices) if len(indices) < len(whole) else whole
 

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from vit_jax.errors import UserError
+from vit_jax.parallel import replicated, split
 
 
 def example_losses(
@@ -90,14 +91,14 @@ def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep
       rank is the number of classes that come before the true one. The batch holds "image", and
       "label" int32 (n,) or, of several classes an example, float32 (n, classes) of 0 and 1.
     """
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         logits = model.apply({"params": params}, batch["image"])
         return _figures(logits, batch["label"], loss)
 
-    return jax.jit(step, in_shardings=(everywhere, split), out_shardings=everywhere)
+    return jax.jit(
+        step, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh)
+    )
 
 
 def _figures(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.Array]:

@@ -3,15 +3,16 @@
 import csv
 import io
 import os
+from collections import defaultdict
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 
 from vit_jax import data
 from vit_jax.checkpoints import atomic_file
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
+from vit_jax.parallel import divisible, make_mesh, replicated
 from vit_jax.pretrained import Pretrained
 
 
@@ -25,7 +26,7 @@ def evaluate_pictures(
 ) -> Scores:
     """Scores of a network on labelled pictures, made ready as the weights' notes say.
 
-    Classes are matched by name where the weights know theirs, else by position.
+    Classes are matched as `class_indices` says.
 
     Args:
       vit: see `vit_jax.load`.
@@ -37,16 +38,18 @@ def evaluate_pictures(
     Raises UserError if the classes don't fit.
     """
     classes = class_indices(vit, source)
-    devices = jax.device_count()
+    colours = {1: "gray", 3: "rgb"}.get(vit.spec.channels)
+    if colours is None:
+        raise UserError(f"these weights take {vit.spec.channels} channels, which no picture has")
     batches = data.eval_batches(
         source,
-        data.parse(vit.preprocess),
-        batch_size=-(-max(batch_size, 1) // devices) * devices,
+        data.parse(f"{colours}|{vit.preprocess}"),
+        batch_size=divisible(batch_size),
         corrupt=corrupt,
     )
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh()
     step = make_eval_step(vit.model, mesh=mesh, loss="sigmoid" if source.multi_label else loss)
-    params = jax.device_put(vit.params)
+    params = jax.device_put(vit.params, replicated(mesh))  # Once, not with each batch.
     assert vit.spec.num_classes is not None  # class_indices has seen to it.
     matched = (
         batch | {"label": _matched(batch["label"], classes, vit.spec.num_classes)}
@@ -66,9 +69,20 @@ def _matched(labels: np.ndarray, classes: np.ndarray, num_classes: int) -> np.nd
 
 def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     """int32 (classes of the source,): the index in the network's head of each class of the
-    source."""
+    source.
+
+    A class is known by its name, by a word of its name ("tench" of "tench, Tinca tinca"; in any
+    case of letters, and with "_" for a space), or, if all of the source's are numbers, by its
+    index. Without names and numbers classes are matched by position, if there are as many.
+
+    Raises UserError naming those that can't be matched.
+    """
     if vit.spec.num_classes is None:
         raise UserError("these weights have no head, so there is nothing to evaluate")
+    numbers = [int(label) for label in source.labels if label.isdecimal()]
+    by_number = len(numbers) == len(source.labels) and max(numbers) < vit.spec.num_classes
+    if by_number and not set(source.labels) <= set(vit.labels or ()):
+        return np.array(numbers, np.int32)
     if vit.labels is None:
         if len(source.labels) != vit.spec.num_classes:
             raise UserError(
@@ -76,14 +90,37 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
                 f"{vit.spec.num_classes}, and the weights don't name theirs: they can't be matched"
             )
         return np.arange(len(source.labels), dtype=np.int32)
-    index = {label: i for i, label in enumerate(vit.labels)}
-    unknown = [label for label in source.labels if label not in index]
+    index = defaultdict(list)
+    for i, label in enumerate(vit.labels):
+        for key in {key for j, word in enumerate(label.split(", ")) for key in _keys(word, j)}:
+            index[key].append(i)
+        index["whole", label].append(i)
+    found = {}
+    for label in source.labels:
+        keys = ("whole", label), *_keys(label, 0)
+        found[label] = next((index[key] for key in keys if key in index), [])
+    unknown = [label for label, indices in found.items() if not indices]
     if unknown:
         raise UserError(
-            f"{source.name} has classes that the weights don't know: {', '.join(unknown[:10])}; "
-            f"they know {', '.join(vit.labels[:10])}{', ...' if len(vit.labels) > 10 else ''}"
+            f"{source.name} has classes that the weights don't know: {', '.join(unknown[:10])}"
+            f"{', ...' if len(unknown) > 10 else ''}; they know {'; '.join(vit.labels[:10])}"
+            f"{'; ...' if len(vit.labels) > 10 else ''}"
         )
-    return np.array([index[label] for label in source.labels], np.int32)
+    for label, indices in found.items():
+        if len(indices) > 1:
+            raise UserError(
+                f"{source.name}: the weights have several classes {label!r}, "
+                f"{' and '.join(map(str, indices))}: name the folders by these numbers"
+            )
+    return np.array([indices[0] for indices in found.values()], np.int32)
+
+
+def _keys(word: str, position: int) -> list[tuple[str, str]]:
+    """What a word of a class's name is found by, best first: "Cardigan" is a dog, "cardigan" none;
+    "crayfish" is first of all the class that is called so first."""
+    word = word.replace("_", " ")
+    keys = [("word", word), ("plain", word.lower())]
+    return keys if position else [("first", word), *keys]
 
 
 def write_predictions(

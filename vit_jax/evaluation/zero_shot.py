@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jax.sharding import AxisType
 
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
 from vit_jax.models.lit import LiT
+from vit_jax.parallel import divisible, make_mesh, replicated
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -113,19 +113,17 @@ def zero_shot(
             f"{source.name}: give one for each, in the order {', '.join(source.labels[:10])}"
             + (", ..." if len(source.labels) > 10 else "")
         )
-    devices = jax.device_count()
     batches = data.eval_batches(
         source,
         _preprocess(vit),
-        batch_size=-(-max(batch_size, 1) // devices) * devices,
-        threads=os.cpu_count() or 1,
+        batch_size=divisible(batch_size),
         corrupt=corrupt,
     )
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh()
     step = make_eval_step(_Classifier(vit.model), mesh=mesh)
     classes = class_embeddings(vit.embed_texts, labels, templates)
     params = {"img": vit.params["img"], "t": vit.params["t"], "classes": classes}
-    return evaluate(step, jax.device_put(params), batches, len(labels))
+    return evaluate(step, jax.device_put(params, replicated(mesh)), batches, len(labels))
 
 
 def classify(

@@ -184,7 +184,12 @@ class Encoder(nn.Module):
 
 
 def check_images(images: jax.Array) -> None:
-    """Raises UserError if pictures have not four axes."""
+    """Raises UserError if pictures have not four axes, or are integers: those are raw pixels."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(
+            f"images are {images.dtype}, expected floats, for the official weights in [-1, 1]: "
+            "preprocess them, e.g. images / 127.5 - 1"
+        )
     if images.ndim != 4:
         raise UserError(
             f"images have shape {images.shape}, expected (n, height, width, channels): "

@@ -1,15 +1,19 @@
 """The checkpoints of a run: written in the background, complete or not at all."""
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from vit_jax.errors import UserError
+from vit_jax.checkpoints.npz import first_line
+from vit_jax.errors import NO_ROOM, UserError
 from vit_jax.training.state import TrainState
 
 
@@ -23,7 +27,10 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int):
         """Opens or makes the folder. The last `keep` checkpoints are kept, older ones are
         deleted."""
-        _quiet()
+        # Orbax reports all its doings, and each error by several threads; a run says what matters.
+        self._levels = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
+        for log in self._levels:
+            log.setLevel(logging.CRITICAL)
         self.folder = folder
         self._manager = ocp.training.Checkpointer(
             folder.resolve(),
@@ -61,21 +68,30 @@ class Checkpoints:
                 saving.result()
 
     def restore(self, like: TrainState) -> TrainState:
-        """The latest state, with the shapes, types and places of `like`.
+        """The latest state, with the shapes, types and places of `like`, which it is if none is
+        saved.
 
         Raises UserError if it can't be read.
         """
+        step = self.latest
+        if step is None:
+            return like
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        step = self.latest
+        hook = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_but_late_callbacks, hook)
         try:
-            return self._manager.load_checkpointables(step, {"state": abstract})["state"]
+            state = self._manager.load_checkpointables(step, {"state": abstract})["state"]
         except Exception as e:
+            # Other arrays are still being read. They report to nobody, now or when Python ends.
+            self._levels.clear()
             raise UserError(
                 f"the checkpoint {self.folder / str(step)} can't be read ({_reason(e)}): "
                 "remove that folder to go on from the one before"
             ) from e
+        sys.unraisablehook = hook
+        return state
 
     def close(self) -> None:
         """Waits for the save under way and lets the folder go."""
@@ -85,6 +101,8 @@ class Checkpoints:
             # Closing waits for the same save, whose error has been told.
             with contextlib.suppress(Exception):
                 self._manager.close()
+            for log, level in self._levels.items():
+                log.setLevel(level)
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -104,6 +122,11 @@ class Checkpoints:
             ) from e
 
 
+def _but_late_callbacks(hook: Callable, problem: Any) -> None:
+    if str(problem.exc_value) != "Event loop is closed":
+        hook(problem)
+
+
 def _reason(error: BaseException) -> str:
     """The line of an error that says why: TensorStore and the system bury it in context."""
     chain: list[BaseException] = []
@@ -111,19 +134,7 @@ def _reason(error: BaseException) -> str:
         chain.append(error)
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     text = "\n".join(str(e) for e in chain)
-    for known in (
-        "No space left on device",
-        "File too large",
-        "Disk quota exceeded",
-        "Read-only file",
-    ):
+    for known in map(os.strerror, NO_ROOM):
         if known in text:
             return known
-    lines = [line for line in str(chain[0]).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(chain[0]).__name__
-
-
-def _quiet() -> None:
-    """Orbax reports all its doings through absl, and each error by several threads; a run says
-    what matters."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return first_line(chain[-1])[:200]

@@ -4,11 +4,15 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from vit_jax import data
+from vit_jax.checkpoints import ENDINGS, split_tower
 from vit_jax.errors import UserError
 from vit_jax.models import MlpMixer, VisionTransformer, variant
 
@@ -55,6 +59,17 @@ LIMITS = {
     "model.channels_mlp_dim": (1, math.inf),
 }
 
+# What other programs call a field.
+ALIASES = {
+    "learning_rate": "config.base_lr",
+    "lr": "config.base_lr",
+    "batch_size": "config.batch",
+    "epochs": "config.total_steps",
+    "steps": "config.total_steps",
+    "image_size": "config.pp.crop",
+    "weights": "config.model_or_filename",
+}
+
 # These don't change what is computed, where anything is: a run may go on with other values.
 FREE_FIELDS = frozenset(
     {"prefetch", "threads", "corrupt", "keep_checkpoints", "tfds_data_dir", "tfds_manual_dir"}
@@ -66,9 +81,10 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
-    # What is trained: a named model, changed by any other fields of the network given here.
+    # What is trained: a named model, changed by any other fields of the network given here. With
+    # weights to start from the name may stay empty; if it isn't, they have to be of that model.
     config.model = ConfigDict()
-    config.model.name = "ViT-B_16"
+    config.model.name = ""
     config.model.dropout_rate = 0.0
     config.model.attention_dropout_rate = 0.0
     config.model.stochastic_depth_rate = 0.0
@@ -133,7 +149,8 @@ def default_config() -> ConfigDict:
 def check_config(config: ConfigDict) -> ConfigDict:
     """The configuration with every default filled in, or a UserError about what is wrong with it.
 
-    An unknown field is named by its full path, with the nearest known ones.
+    An unknown field is named by its full path, with the nearest known ones. Local files and folders
+    get their absolute paths, so that the same run can be named from any folder.
     """
     full = default_config()
     _merge(full, config.to_dict(), "config")
@@ -142,7 +159,7 @@ def check_config(config: ConfigDict) -> ConfigDict:
             raise UserError(
                 f"config.{field} is {full[field]!r}, expected one of {', '.join(choices)}"
             )
-    flat = _flatten(full)
+    flat = flatten(full)
     for field, (least, bound) in LIMITS.items():
         value = flat.get(f"config.{field}")
         if value is not None and not least <= value < bound:
@@ -163,7 +180,47 @@ def check_config(config: ConfigDict) -> ConfigDict:
             f"config.warmup_steps {full.warmup_steps} is more than config.total_steps "
             f"{full.total_steps}: lower it"
         )
+    if not data.is_known(full.dataset) and os.path.exists(os.path.expanduser(full.dataset)):
+        full.dataset = os.path.abspath(os.path.expanduser(full.dataset))
+    for path in _local_weights(full):
+        file, tower = split_tower(path)
+        if os.path.exists(file):
+            full.model_or_filename = os.path.abspath(file) + (f":{tower}" if tower else "")
+            full.pretrained_dir = ""
+            break
     return full
+
+
+def weights_source(config: ConfigDict) -> str | None:
+    """The weights that a checked configuration starts from, for `load`; None for from scratch.
+
+    Raises UserError if there are none of that name.
+    """
+    name, folder = config.model_or_filename, config.pretrained_dir
+    if not name and not (folder and config.model.name):
+        return None
+    if name and os.path.exists(split_tower(name)[0]):
+        return name
+    if "://" in folder and (not name or "-" in name):
+        return f"{folder.rstrip('/')}/{(name or config.model.name).removesuffix('.npz')}.npz"
+    if name and ("/" in name or not name.endswith(ENDINGS)):
+        return name  # Published, perhaps: `load` knows.
+    raise UserError(
+        f"no weights at {' or '.join(_local_weights(config))}: give --weights, or "
+        "config.model_or_filename, the path of a file, a finished run's workdir, or the name of "
+        'published weights such as "augreg/Ti_16"'
+    )
+
+
+def _local_weights(config: ConfigDict) -> list[str]:
+    """Where the weights of a configuration may lie."""
+    name, folder = config.model_or_filename, Path(config.pretrained_dir or ".").expanduser()
+    if name:
+        paths = [Path(name).expanduser(), folder / name]
+        paths += [] if name.endswith(ENDINGS) else [folder / f"{name}.npz"]
+    else:
+        paths = [folder / f"{config.model.name}.npz"] if config.pretrained_dir else []
+    return list(dict.fromkeys(map(str, paths)))
 
 
 def model_fields() -> dict[str, Any]:
@@ -176,7 +233,7 @@ def model_fields() -> dict[str, Any]:
     }
     for computed in ("name", "parent", "num_classes", "dtype"):
         del fields[computed]
-    return fields | variant("Mixer-B_16") | variant("R50+ViT-B_16")
+    return fields | variant("R50+ViT-B_16") | variant("Mixer-B_16")
 
 
 def _merge(full: ConfigDict, values: Mapping[str, Any], path: str) -> None:
@@ -215,11 +272,16 @@ def _convert(value: Any, default: Any, path: str) -> Any:
 def unknown_field(path: str, known: list[str]) -> UserError:
     """The error for a misspelt field: its full path, and the nearest ones that exist."""
     # Compared by their last names: "config.model." would make any two look alike.
-    names = {k.rpartition(".")[2] for k in known}
-    near_names = difflib.get_close_matches(path.rpartition(".")[2], names, n=3, cutoff=0.6)
-    near = [k for name in near_names for k in known if k.rpartition(".")[2] == name]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-    return UserError(f"unknown field {path}: {hint}")
+    fields: dict[str, list[str]] = {alias: [field] for alias, field in ALIASES.items()}
+    for field in known:
+        fields.setdefault(field.rpartition(".")[2], []).append(field)
+    name = path.rpartition(".")[2]
+    names = [name] if name in fields else difflib.get_close_matches(name, fields, n=3, cutoff=0.6)
+    near = list(dict.fromkeys(field for n in names for field in fields[n]))
+    if near:
+        return UserError(f"unknown field {path}: did you mean {' or '.join(near)}?")
+    usual = ", ".join(dict.fromkeys(ALIASES.values()))
+    return UserError(f"unknown field {path}: often set are {usual}; training/config.py lists all")
 
 
 def config_to_json(config: ConfigDict) -> str:
@@ -238,7 +300,7 @@ def config_from_json(text: str) -> ConfigDict:
 
 def differing_fields(a: ConfigDict, b: ConfigDict) -> list[str]:
     """What differs between two configurations and matters: ["config.batch 32 -> 64", ...]."""
-    flat_a, flat_b = _flatten(a), _flatten(b)
+    flat_a, flat_b = flatten(a), flatten(b)
     return [
         f"{key} {flat_a.get(key)!r} -> {flat_b.get(key)!r}"
         for key in sorted(flat_a.keys() | flat_b.keys())
@@ -246,9 +308,10 @@ def differing_fields(a: ConfigDict, b: ConfigDict) -> list[str]:
     ]
 
 
-def _flatten(config: ConfigDict, path: str = "config") -> dict[str, Any]:
+def flatten(config: ConfigDict, path: str = "config") -> dict[str, Any]:
+    """The fields by their full names, {"config.pp.crop": 224, ...}."""
     flat = {}
     for key, value in config.items():
         here = f"{path}.{key}"
-        flat.update(_flatten(value, here) if isinstance(value, ConfigDict) else {here: value})
+        flat.update(flatten(value, here) if isinstance(value, ConfigDict) else {here: value})
     return flat

@@ -1,9 +1,11 @@
 """Batches on their way to the device, and figures on their way back."""
 
 import dataclasses
+import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -15,30 +17,45 @@ from vit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Batches a second, and the share in [0, 1] of the time in which the step waited for data."""
+    """Batches a second, and the share in [0, 1] of the time in which the device waited for data.
+
+    NaN if there was no batch to measure.
+    """
 
     batches_per_s: float
     wait_share: float
 
 
 class Feed:
-    """Batches on the device, `ahead` of them on their way before they are asked for."""
+    """Batches on the device; a thread fetches `ahead` of them before they are asked for."""
 
     def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], sharding: Sharding, ahead: int):
         self._batches = batches
         self._sharding = sharding
-        self._ahead = ahead
-        self._ready: deque[Any] = deque()
+        self._thread = futures.ThreadPoolExecutor(1)
+        self._coming = deque(self._thread.submit(self._fetch) for _ in range(ahead))
         self.restart_clock()
 
-    def __next__(self) -> Mapping[str, jax.Array]:
-        started = time.perf_counter()
-        while len(self._ready) <= self._ahead:
-            # The copy to the device goes on in the background.
-            self._ready.append(jax.device_put(next(self._batches), self._sharding))
-        self._waited += time.perf_counter() - started
+    def _fetch(self) -> Any:
+        return jax.block_until_ready(jax.device_put(next(self._batches), self._sharding))
+
+    def take(self, drain: Callable[[], None]) -> Mapping[str, jax.Array]:
+        """The next batch.
+
+        Args:
+          drain: waits until the device has nothing left to do; called if the batch isn't there.
+            While the device is busy with earlier steps it does not wait for data, so that only what
+            the batch takes beyond that counts as waiting.
+        """
+        coming = self._coming.popleft()
+        if not coming.done():
+            drain()
+            started = time.perf_counter()
+            futures.wait([coming])
+            self._waited += time.perf_counter() - started
         self._count += 1
-        return self._ready.popleft()
+        self._coming.append(self._thread.submit(self._fetch))
+        return coming.result()
 
     def restart_clock(self) -> None:
         """Speed is measured from here on."""
@@ -47,9 +64,15 @@ class Feed:
     def speed(self) -> Speed:
         """The speed since the clock was last restarted, which this does too."""
         seconds = time.perf_counter() - self._since
-        speed = Speed(self._count / seconds, self._waited / seconds)
+        measured = Speed(self._count / seconds, self._waited / seconds)
+        speed = measured if self._count else Speed(math.nan, math.nan)
         self.restart_clock()
         return speed
+
+    def close(self) -> None:
+        """Ends the thread, after the batch that it is fetching, and those that read the data."""
+        self._thread.shutdown(cancel_futures=True)
+        self._batches.close()  # type: ignore[attr-defined]
 
 
 class Figures:
@@ -65,6 +88,11 @@ class Figures:
     def add(self, step: int, figures: Mapping[str, jax.Array]) -> None:
         """Notes the scalars that a step gave."""
         self._steps.append((step, figures))
+
+    def wait(self, running: int = 0) -> None:
+        """Waits until the device has done the steps so far, but for the last `running` of them."""
+        if len(self._steps) > running:
+            jax.block_until_ready(self._steps[-1 - running][1])
 
     def look(self) -> dict[str, float]:
         """The figures of the last step; empty if none was added since the last look.

@@ -16,8 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vit_jax.errors import UserError
-
-FILE_NAME = "metrics.jsonl"
+from vit_jax.training.workdir import METRICS
 
 
 class MetricsWriter:
@@ -25,7 +24,7 @@ class MetricsWriter:
 
     Opening it at a resumed step removes what an interrupted run wrote beyond that step (and half a
     line that a kill left), so that no step is missing and none is there twice, if the lines of a
-    step are written before its checkpoint is saved.
+    step are on disk (see `sync`) before its checkpoint is saved.
 
     Args:
         workdir: folder of the run; made if it is not there.
@@ -39,7 +38,7 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter
 
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / FILE_NAME
+        path = workdir / METRICS
         if path.exists():
             _drop_after(path, resume_step)
         self._file = path.open("ab")
@@ -65,6 +64,10 @@ class MetricsWriter:
         self._file.flush()
         for key, value in scalars.items():
             self._events.add_scalar(key, value, int(step))
+
+    def sync(self) -> None:
+        """Once this returns, a power cut cannot lose the lines so far either."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Writes out what TensorBoard events still wait and closes both files."""
@@ -104,7 +107,7 @@ def _records(path: Path) -> list[tuple[dict[str, Any], bytes]]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(
-            f"Cannot read {path} ({error.strerror}); expected the {FILE_NAME} of a training run: "
+            f"Cannot read {path} ({error.strerror}); expected the {METRICS} of a training run: "
             "give a folder that a run has written."
         ) from None
     records = []

@@ -1,7 +1,6 @@
 """What a run starts from: a network and its first weights, from scratch or from a file."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,10 +9,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vit_jax.checkpoints import ENDINGS, read_spec
+from vit_jax.checkpoints import read_spec
 from vit_jax.errors import UserError
 from vit_jax.models import POOLED, create_model, model_class, variant
 from vit_jax.pretrained import WEIGHTLESS, Pretrained, load
+from vit_jax.training.config import weights_source
 
 
 def make_network(
@@ -36,8 +36,13 @@ def make_network(
     height, width, channels = picture_shape
     fields = dict(config.model) | {"dtype": jnp.dtype(config.dtype)}
     name = fields.pop("name")
-    path = weights_path(config)
+    path = weights_source(config)
     if path is None:
+        if not name:
+            raise UserError(
+                "nothing to start from: give --weights (config.model_or_filename) a file or a "
+                "name such as augreg/Ti_16, or, to train from scratch, config.model.name a model"
+            )
         return _from_scratch(name, fields, config.seed, picture_shape, labels, preprocess)
     vit = load(
         path,
@@ -45,13 +50,18 @@ def make_network(
         image_size=(height, width),
         **{k: v for k, v in fields.items() if k in WEIGHTLESS and v},
     )
-    for field in fields.keys() - set(WEIGHTLESS):
+    for field, value in ((variant(name) if name else {}) | fields).items():
         stored = getattr(vit.model, field, "no such field")  # A Mixer has no heads.
-        if stored != fields[field]:
-            raise UserError(
-                f"config.model.{field} is {fields[field]}, but the weights in {path} have "
-                f"{stored}: leave it out"
+        if field in WEIGHTLESS or stored == value:
+            continue
+        if field in fields:
+            found = f"config.model.{field} is {value}, but the weights in {path} have {stored}"
+        else:
+            found = (
+                f"config.model.name is {name}, but the weights in {path} are "
+                f"{vit.spec.description} ({field} {stored}, not {value})"
             )
+        raise UserError(f"{found}: leave it out, or start from other weights")
     if vit.spec.channels != channels:
         operation = "rgb" if vit.spec.channels == 3 else "gray"
         raise UserError(
@@ -85,28 +95,3 @@ def _from_scratch(
     )
     params = jax.tree.map(np.asarray, params)
     return Pretrained(model=model, params=params, spec=spec, labels=labels, preprocess=preprocess)
-
-
-def weights_path(config: ConfigDict) -> str | Path | None:
-    """The weights that a configuration starts from, for `load`; None to start from scratch.
-
-    Raises UserError if there are none.
-    """
-    folder = Path(config.pretrained_dir or ".")
-    if not config.model_or_filename:
-        if not config.pretrained_dir:
-            return None
-        candidates = [folder / f"{config.model.name}.npz"]
-    else:
-        name = config.model_or_filename
-        candidates = [Path(name), folder / name, folder / f"{name}.npz"]
-    for path in candidates:
-        if path.exists():
-            return path
-    name = config.model_or_filename
-    if name and ("/" in name or not name.endswith(ENDINGS)):
-        return name  # Published, perhaps: `load` knows.
-    raise UserError(
-        f"no weights at {' or '.join(dict.fromkeys(map(str, candidates)))}: give "
-        "config.model_or_filename the path of a file, or the name of published weights"
-    )

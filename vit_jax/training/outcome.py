@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +12,7 @@ from vit_jax.evaluation.report import training_report
 from vit_jax.pretrained import WEIGHTS, Pretrained
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.task import Task
-
-METRICS = "metrics.jsonl"
-REPORT = "report.png"
+from vit_jax.training.workdir import CONFIG, METRICS, REPORT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Result:
 
 def finished(workdir: Path, total_steps: int) -> Result | None:
     """The result of a run that has left everything it has to leave; else None."""
-    if not ((workdir / WEIGHTS).exists() and (workdir / REPORT).exists()):
+    if not all((workdir / name).exists() for name in (CONFIG, WEIGHTS, REPORT)):
         return None
     test = last_test(workdir)
     accuracy = f", test accuracy {test['test/top1']:.1%}" if test else ""
@@ -74,9 +73,14 @@ def finish(vit: Pretrained, scores: Scores, task: Task, workdir: Path, total_ste
     return Result(total_steps, True, summary, score_figures(scores))
 
 
+def read_tests(workdir: Path) -> list[dict[str, Any]]:
+    """The lines with "test/..." figures in the metrics of a run."""
+    return [line for line in read_metrics(workdir / METRICS) if "test/top1" in line]
+
+
 def last_test(workdir: Path) -> dict[str, float]:
     """The last "test/..." figures in the metrics of a run."""
-    lines = [line for line in read_metrics(workdir / METRICS) if "test/loss" in line]
+    lines = read_tests(workdir)
     return {k: v for k, v in lines[-1].items() if k.startswith("test/")} if lines else {}
 
 

@@ -23,8 +23,7 @@ class Progress:
         loss  0.4312  lr 9.2e-03    1,234 img/s  data wait   3%
 
     Elsewhere (a file, a pipe, a notebook) each update is one line of aligned columns. The time left
-    comes from the steps done since the start; the first update, which waits for the compiler,
-    counts only until there is another.
+    comes from the steps done since `restart_clock`.
 
     Args:
         total_steps: number of the last step of the run.
@@ -38,8 +37,7 @@ class Progress:
         self._step = start_step
         self._eta = "-:--:--"
         self._numbers = "the first step is being compiled"
-        self._since: tuple[int, float] = (start_step, time.monotonic())
-        self._updated = False
+        self.restart_clock(start_step)
         self._live: Live | None = None
         if self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
             self._live = Live(
@@ -57,31 +55,30 @@ class Progress:
         lr: float,
         images_per_s: float,
         wait_share: float,
-        eval_text: str | None = None,
     ) -> None:
         """Shows the state after `step`.
 
         Args:
             step: number of updates done.
-            loss: mean training loss since the last update.
+            loss: training loss of the last step.
             lr: learning rate of the last update.
-            images_per_s: training images a second, all devices together.
-            wait_share: share in [0, 1] of the time in which the step waited for data.
-            eval_text: results of an evaluation at this step, such as "test top-1 84.0%".
+            images_per_s: training images a second, all devices together; NaN if not measured yet.
+            wait_share: share in [0, 1] of the time in which the devices waited for data, or NaN.
         """
         self._step = step
         self._eta = self._time_left(step)
         self._numbers = (
             f"loss {_loss(loss):>7}  lr {lr:.1e}  {_rate(images_per_s):>7} img/s  "
-            f"data wait {wait_share:4.0%}"
+            f"data wait {'-' if math.isnan(wait_share) else f'{wait_share:.0%}':>4}"
         )
         if self._live is None:
-            ending = f"  {eval_text}" if eval_text else ""
-            self._print(f"step {self._counter()}  {self._numbers}  eta {self._eta}{ending}")
+            self._print(f"step {self._counter()}  {self._numbers}  eta {self._eta}")
         else:
-            if eval_text:
-                self.message(f"step {self._counter()}  {eval_text}")
             self._live.refresh()
+
+    def restart_clock(self, step: int) -> None:
+        """The time left comes from the steps after this one, which has just been done."""
+        self._since = step, time.monotonic()
 
     def message(self, text: str) -> None:
         """Prints a line that stays: above the bar, or between the plain lines."""
@@ -114,12 +111,10 @@ class Progress:
     def _time_left(self, step: int) -> str:
         """Time to the last step at the rate measured so far, as h:mm:ss."""
         then, since = self._since
-        now = time.monotonic()
-        if not self._updated:
-            self._updated, self._since = True, (step, now)
         if step <= then:
             return "-:--:--"
-        seconds = round((now - since) / (step - then) * max(self._total - step, 0))
+        passed = time.monotonic() - since
+        seconds = round(passed / (step - then) * max(self._total - step, 0))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def _bar(self) -> Group:
@@ -144,4 +139,6 @@ def _loss(loss: float) -> str:
 
 
 def _rate(images_per_s: float) -> str:
+    if math.isnan(images_per_s):
+        return "-"
     return f"{images_per_s:,.0f}" if images_per_s >= 10 else f"{images_per_s:.1f}"

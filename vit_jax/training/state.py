@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vit_jax.training.parallel import make_mesh, replicated
+from vit_jax.parallel import make_mesh, replicated
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
-from vit_jax.training.parallel import make_mesh, replicated, split
+from vit_jax.parallel import make_mesh, replicated, split
 from vit_jax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import data
 from vit_jax.errors import UserError
+from vit_jax.parallel import divisible
 from vit_jax.pretrained import original_preprocess
 
 
@@ -57,7 +58,7 @@ class Task:
         return data.eval_batches(
             self.test,
             self.eval_ops,
-            batch_size=self.config.batch_eval,
+            batch_size=divisible(self.config.batch_eval),
             threads=self.config.threads or None,
             corrupt=self.config.corrupt,
         )

@@ -2,43 +2,39 @@
 
 import contextlib
 import dataclasses
-import errno
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax.errors import UserError
+from vit_jax.errors import full_disk_explained
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
+from vit_jax.parallel import make_mesh, split
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.config import check_config
+from vit_jax.training.config import check_config, weights_source
 from vit_jax.training.feed import Feed, Figures
-from vit_jax.training.metrics import MetricsWriter, read_metrics
+from vit_jax.training.metrics import MetricsWriter
 from vit_jax.training.network import make_network
 from vit_jax.training.optimizer import make_optimizer, schedule_of
 from vit_jax.training.outcome import (
-    METRICS,
     Result,
     finish,
     finished,
     last_test,
+    read_tests,
     score_figures,
     score_text,
 )
-from vit_jax.training.parallel import make_mesh, split
 from vit_jax.training.progress import Progress
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import make_train_step
 from vit_jax.training.task import Task, open_task
-from vit_jax.training.workdir import claim_workdir, open_workdir
-
-BEST_WEIGHTS = "weights_best.npz"
+from vit_jax.training.workdir import BEST_WEIGHTS, CHECKPOINTS, claim_workdir, open_workdir
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
@@ -52,19 +48,20 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
       config: fields of `default_config`; what is not given has its default.
       workdir: the folder of this run, made if it isn't there.
 
-    Raises UserError for a bad configuration, bad data, a loss that is not finite, or a disk that
-    can't be written. What was saved before stays good.
+    Raises UserError for a bad configuration, bad data, a workdir in use, a loss that is not finite,
+    or a disk that can't be written. What was saved before stays good.
     """
     config = check_config(config)
+    with (
+        StopRequest() as stop,
+        full_disk_explained(f"the workdir {workdir}"),
+        open_workdir(workdir, config) as folder,
+    ):
+        return finished(folder, config.total_steps) or _train(config, folder, stop)
+
+
+def _train(config: ConfigDict, workdir: Path, stop: StopRequest) -> Result:
     mesh = make_mesh(config)
-    workdir = open_workdir(workdir, config)
-    if done := finished(workdir, config.total_steps):
-        return done
-    with _full_disk_explained(workdir):
-        return _train(config, mesh, workdir)
-
-
-def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
     task = open_task(config)
     vit = make_network(
         config,
@@ -72,8 +69,10 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
         labels=task.labels,
         preprocess=task.eval_ops.spec,
     )
+    introduction = _introduction(config, vit, task)
     tx = make_optimizer(config, config.total_steps)
     state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, mesh=mesh)
+    vit = dataclasses.replace(vit, params={})  # The host's memory is not needed any more.
     train_step = make_train_step(
         vit.model,
         tx,
@@ -84,27 +83,26 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
     )
     eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
     learning_rate = schedule_of(config, config.total_steps)
-
     claim_workdir(workdir, config, task.fingerprints)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(state)
-    start = step = int(state.step)
-    feed = Feed(task.train_batches(start), split(mesh), config.prefetch)
-    figures = Figures()
-    scores: Scores | None = None
 
-    with (
-        contextlib.closing(checkpoints),
-        MetricsWriter(workdir, resume_step=start) as metrics,
-        Progress(config.total_steps, start) as progress,
-        StopRequest() as stop,
-    ):
-        progress.message(_introduction(vit, task))
+    with contextlib.ExitStack() as stack:
+        folder = workdir / CHECKPOINTS
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints))
+        )
+        state = checkpoints.restore(state)
+        start = step = int(state.step)
+        metrics = stack.enter_context(MetricsWriter(workdir, resume_step=start))
+        progress = stack.enter_context(Progress(config.total_steps, start))
+        feed = stack.enter_context(
+            contextlib.closing(Feed(task.train_batches(start), split(mesh), config.prefetch))
+        )
+        figures = Figures()
+        scores: Scores | None = None
+        accuracies = {line["step"]: line["test/top1"] for line in read_tests(workdir)}
+        progress.message(introduction)
         if start:
-            progress.message(f"going on from step {start}, saved in {checkpoints.folder}")
-        tests = [line for line in read_metrics(workdir / METRICS) if "test/loss" in line]
-        best = max((line["test/top1"] for line in tests), default=-1.0)
+            progress.message(f"going on from step {start}, saved in {folder}")
 
         while True:
             # What is due after a step, in an order that a kill at any moment does not disturb:
@@ -113,45 +111,38 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
             last = step == config.total_steps
             if last or _due(step, config.eval_every):
                 figures.look()
-                tested = bool(tests) and tests[-1]["step"] == step  # Before the state was saved.
-                if last or not tested:
+                if last or step not in accuracies:  # It was in, if a run goes on from this step.
                     scores = _evaluate(eval_step, state, task, stop)
-                if scores is not None and not tested:
+                if scores is not None and step not in accuracies:
+                    if config.keep_best and scores.top1 > max(accuracies.values(), default=-1.0):
+                        _with_params(vit, state).save(workdir / BEST_WEIGHTS)
+                    accuracies[step] = scores.top1
                     metrics.write(step, score_figures(scores))
                     progress.message(f"step {step}: {score_text(scores)}")
-                    if config.keep_best and scores.top1 > best:
-                        best = scores.top1
-                        _with_params(vit, state).save(workdir / BEST_WEIGHTS)
                 feed.restart_clock()
             if last or stop or _due(step, config.checkpoint_every):
                 figures.look()
                 if step and checkpoints.latest != step:
+                    metrics.sync()
                     checkpoints.save(step, state)
                 feed.restart_clock()
             if last or stop:
                 break
 
-            state, step_figures = train_step(state, next(feed))
+            # JAX would send off any number of steps, each with its batch in the device's memory:
+            # one is running while the next is made ready.
+            figures.wait(running=1)
+            state, step_figures = train_step(state, feed.take(drain=figures.wait))
             step += 1
             figures.add(step, step_figures)
-            if step == start + 1:
-                jax.block_until_ready(state)  # The compiler's time is not the steps' time.
+            if step == start + 1:  # The compiler's time is not the steps' time.
+                figures.wait()
                 feed.restart_clock()
+                progress.restart_clock(step)
             if _due(step, config.progress_every) or step == config.total_steps:
-                values = figures.look()
-                speed = feed.speed()
+                values, speed = figures.look(), feed.speed()
                 images_per_s = speed.batches_per_s * config.batch
                 lr = float(learning_rate(step - 1))
-                metrics.write(
-                    step,
-                    {
-                        "train/loss": values["loss"],
-                        "train/lr": lr,
-                        "train/grad_norm": values["grad_norm"],
-                        "time/images_per_s": images_per_s,
-                        "time/data_wait": speed.wait_share,
-                    },
-                )
                 progress.update(
                     step,
                     loss=values["loss"],
@@ -159,28 +150,18 @@ def _train(config: ConfigDict, mesh: Mesh, workdir: Path) -> Result:
                     images_per_s=images_per_s,
                     wait_share=speed.wait_share,
                 )
+                values = {f"train/{key}": value for key, value in values.items()}
+                times = {"time/images_per_s": images_per_s, "time/data_wait": speed.wait_share}
+                metrics.write(step, values | times | {"train/lr": lr})
 
     if scores is None or step < config.total_steps:
-        saved = f"saved in {checkpoints.folder}" if step else "nothing to save yet"
+        saved = f"saved in {folder}" if step else "nothing to save yet"
         summary = (
             f"stopped by {stop.signal_name} at step {step:,} of {config.total_steps:,}, {saved}: "
             "start the same command again to go on"
         )
         return Result(step, False, summary, last_test(workdir))
     return finish(_with_params(vit, state), scores, task, workdir, config.total_steps)
-
-
-@contextlib.contextmanager
-def _full_disk_explained(workdir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise
-        raise UserError(
-            f"can't write in {workdir} ({e.strerror}); what was saved before is kept: make room, "
-            "then run the same command again"
-        ) from e
 
 
 def _due(step: int, every: int) -> bool:
@@ -212,11 +193,13 @@ def _with_params(vit: Pretrained, state: TrainState) -> Pretrained:
     return dataclasses.replace(vit, params=jax.device_get(state.params))
 
 
-def _introduction(vit: Pretrained, task: Task) -> str:
+def _introduction(config: ConfigDict, vit: Pretrained, task: Task) -> str:
     parameters = sum(x.size for x in jax.tree.leaves(vit.params))
+    weights = weights_source(config)
     devices = jax.devices()
     return (
-        f"{vit.spec.description}, {parameters / 1e6:.2f} M parameters, {len(task.labels)} classes, "
+        f"{vit.spec.description}, {parameters / 1e6:.2f} M parameters, "
+        f"{'from scratch' if weights is None else f'from {weights}'}, {len(task.labels)} classes, "
         f"{len(task.train):,} pictures to train on and {len(task.test):,} to test on, "
         f"{len(devices)} x {devices[0].device_kind}"
     )

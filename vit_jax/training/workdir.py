@@ -1,27 +1,42 @@
 """The folder of a run: made once, gone on with only by the same configuration."""
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoints import atomic_file
 from vit_jax.errors import UserError
+from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
-CONFIG = "config.json"
+CONFIG = "config.json"  # What makes a folder a run's.
 PICTURES = "data.json"  # Fingerprints of the pictures, by what they are for.
+LOCK = "lock"  # Held while a run goes on; names its process.
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+BEST_WEIGHTS = "weights_best.npz"
+REPORT = "report.png"
+
+_log = logging.getLogger(__name__)
 
 
-def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
-    """Makes the folder of a run, or checks that the run in it has this configuration.
+@contextlib.contextmanager
+def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
+    """The folder of a run, made if it isn't there, and locked until the block ends.
 
-    Raises UserError if it can't be made, or holds a run of another configuration: then the fields
-    that differ are named and nothing is changed.
+    If the block ends before `claim_workdir`, nothing of this is left.
+
+    Raises UserError if the folder can't be made or written, another process trains in it, or it
+    holds what another run left: then the fields that differ are named and nothing is changed.
     """
     workdir = Path(path)
+    made = [p for p in (workdir, *workdir.parents) if not os.path.exists(p)]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except FileExistsError as e:
@@ -30,6 +45,50 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
         raise UserError(
             f"can't make the workdir {workdir}: {e.strerror}: choose another place"
         ) from e
+    try:
+        with _locked(workdir):
+            _check(workdir, config)
+            yield workdir
+    finally:
+        with contextlib.suppress(OSError):  # Most often: they are no longer empty.
+            for folder in made:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Keeps other processes out. The system lets go of the lock however the process ends."""
+    path = workdir / LOCK
+    try:
+        file = path.open("a+")
+    except OSError as e:
+        raise UserError(
+            f"the workdir {workdir} can't be written ({e.strerror}): choose another place"
+        ) from e
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            file.seek(0)
+            raise UserError(
+                f"process {file.read().strip()} is training in {workdir}: wait for it, stop it, or "
+                "choose another workdir"
+            ) from e
+        except OSError as e:  # Some network file systems know no locks.
+            _log.warning("%s can't be locked (%s): start no second run in it", workdir, e.strerror)
+        if not os.fstat(file.fileno()).st_nlink:  # Removed below, after it was opened here.
+            raise UserError(f"another run in {workdir} has just ended: start again")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            if not (workdir / CONFIG).exists():
+                path.unlink(missing_ok=True)
+
+
+def _check(workdir: Path, config: ConfigDict) -> None:
     if (workdir / CONFIG).exists():
         differing = differing_fields(read_config(workdir), config)
         if differing:
@@ -37,9 +96,13 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
                 f"{workdir} holds a run of another configuration ({'; '.join(differing)}): "
                 "choose another workdir, or the same fields as then"
             )
-    if not os.access(workdir, os.W_OK):
-        raise UserError(f"the workdir {workdir} can't be written: choose another place")
-    return workdir
+        return
+    results = (METRICS, CHECKPOINTS, WEIGHTS, BEST_WEIGHTS, REPORT)
+    if found := [name for name in results if (workdir / name).exists()]:
+        raise UserError(
+            f"{workdir} holds {', '.join(found)} but no {CONFIG}, and a run would overwrite that: "
+            "choose another workdir"
+        )
 
 
 def claim_workdir(workdir: Path, config: ConfigDict, fingerprints: Mapping[str, str]) -> None:
@@ -55,28 +118,30 @@ def claim_workdir(workdir: Path, config: ConfigDict, fingerprints: Mapping[str, 
     Raises UserError if the files can't be written, or the pictures are not those of the run's
     beginning: it could not go on as if it had not stopped.
     """
-    if (workdir / CONFIG).exists():
+    begun = (workdir / CONFIG).exists()
+    if begun:
         try:
             before = json.loads((workdir / PICTURES).read_text())
-        except (OSError, ValueError) as e:
-            raise UserError(f"{workdir / PICTURES} can't be read: choose another workdir") from e
-        changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
-        if changed:
-            raise UserError(
-                f"the {' and '.join(changed)} pictures of {config.dataset} have changed since the "
-                f"run in {workdir} began: put them back as they were, or choose another workdir"
+            changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
+        except (OSError, ValueError, AttributeError):
+            _log.warning(
+                "%s is lost or damaged and is written anew: whether these are the pictures that "
+                "the run began with can't be checked",
+                workdir / PICTURES,
             )
-        return
-    try:
-        # The configuration last: it is what makes a folder a run's.
-        with atomic_file(workdir / PICTURES) as out:
-            out.write(json.dumps(dict(fingerprints), indent=1).encode() + b"\n")
+        else:
+            if changed:
+                raise UserError(
+                    f"the {' and '.join(changed)} pictures of {config.dataset} have changed since "
+                    f"the run in {workdir} began: put them back as they were, or choose another "
+                    "workdir"
+                )
+            return
+    with atomic_file(workdir / PICTURES) as out:
+        out.write(json.dumps(dict(fingerprints), indent=1).encode() + b"\n")
+    if not begun:  # Last: it is what makes a folder a run's.
         with atomic_file(workdir / CONFIG) as out:
             out.write(config_to_json(config).encode())
-    except OSError as e:
-        raise UserError(
-            f"can't write in the workdir {workdir}: {e.strerror}: choose another place"
-        ) from e
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
