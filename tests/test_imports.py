@@ -16,9 +16,10 @@ PACKAGE = Path(vit_jax.__file__).parent
 # What each part of the package may import. `errors` is for all.
 ALLOWED = {
     "errors": set(),
+    "cache": set(),
     "models": set(),
-    "checkpoints": {"models"},
-    "data": {"models"},
+    "checkpoints": {"models", "cache"},
+    "data": {"models", "cache"},
     "tokenizers": set(),
     "parallel": set(),
     "notes": {"models", "checkpoints", "data"},

@@ -205,16 +205,6 @@ def test_a_mirror_is_an_http_address(monkeypatch):
         resolve("ViT-B_16")
 
 
-def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
-    assert hub.cache_folder() == tmp_path / "cache"
-    assert hub.cache_folder(tmp_path / "given") == tmp_path / "given"
-    monkeypatch.delenv("VIT_JAX_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert hub.cache_folder() == tmp_path / "xdg" / "vit_jax"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert hub.cache_folder() == Path.home() / ".cache" / "vit_jax"
-
-
 @pytest.mark.parametrize(
     "url",
     [

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from vit_jax.data import pictures
+from vit_jax.data import parse, pictures
 from vit_jax.errors import UserError
 
 
@@ -169,6 +169,80 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path):
     ]:
         with pytest.raises(UserError, match=f"{name}.*{reason}"):
             pictures.read(tmp_path / name)
+
+
+def zip_bomb(side=60_000):
+    """A black and white PNG of 450 MB in 0.5 MB; as RGB it would take 10.8 GB."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    packed = b"".join([*(packer.compress(row) for _ in range(side)), packer.flush()])
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def enlarged(kind):
+    """A file whose header announces a picture far larger than what follows."""
+    data = bytearray(FILES[kind])
+    if kind == "png":
+        data[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "jpeg":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = b"\xff\xff\xff\xff"
+    elif kind == "gif":
+        data[6:10] = b"\xff\xff\xff\xff"
+    elif kind == "bmp":
+        data[18:26] = struct.pack("<ii", 100_000, -100_000)
+    elif kind == "webp":
+        data[26:30] = b"\xff\x3f\xff\x3f"
+    else:
+        at = 24 if data[12:16] == b"VP8X" else 21
+        data[at : at + 6] = b"\xff" * 6
+    return bytes(data)
+
+
+def test_a_zip_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    (tmp_path / "bomb.png").write_bytes(zip_bomb())
+    assert (tmp_path / "bomb.png").stat().st_size < 600_000
+    monkeypatch.setattr(cv2, "imdecode", lambda *args: pytest.fail("it was decoded"))
+    message = r"bomb\.png: a PNG picture of 60,000 x 60,000 pixels, expected 178,956,970 at most"
+    with pytest.raises(UserError, match=message):
+        pictures.read(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "webp", "lossless webp with alpha"])
+def test_every_kind_of_file_has_to_announce_a_bearable_size(kind, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *args: pytest.fail("it was decoded"))
+    with pytest.raises(UserError, match=r"^picture: a \w+ picture of [\d,]+ x [\d,]+ pixels, exp"):
+        pictures.decode(enlarged(kind))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_announced_size_is_the_size(kind, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 40 * 60)
+    assert pictures.decode(FILES[kind]).shape == (40, 60, 3)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 40 * 60 - 1)
+    with pytest.raises(UserError, match="of 60 x 40 pixels, expected 2,399 at most"):
+        pictures.decode(FILES[kind])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 20), (20, 20_000)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(
+    "spec", ["inception_crop(32)|flip", "resize(32)", "resize_small(32)|central_crop(32)"]
+)
+def test_specks_and_strips_are_pictures_too(size, kind, spec):
+    image = pictures.decode(encoded(Image.new("RGB", size, (200, 100, 50)), kind))
+    assert image.shape == (size[1], size[0], 3)
+    seen = parse(spec)(image, np.random.default_rng(0))
+    assert seen.shape == (32, 32, 3)
+    np.testing.assert_allclose(seen, np.broadcast_to([200, 100, 50], seen.shape), atol=2)
 
 
 def test_real_photographs_decode_as_with_pil(shared):

@@ -141,11 +141,12 @@ def test_a_batch_may_be_larger_than_the_data():
 
 
 def test_starting_late_in_large_data_takes_no_time():
+    names = [f"n{i // 1282:08}/n{i // 1282:08}_{i:07}.JPEG" for i in range(1_281_167)]
     source = replace(
         numbered(1),
-        keys=range(1_281_167),
-        label_ids=np.zeros(1_281_167, np.int32),
-        read_key=lambda key: np.full((2, 2, 1), key % 251, np.uint8),
+        keys=np.array(names, np.dtypes.StringDType()),
+        label_ids=np.zeros(len(names), np.int32),
+        read_key=lambda key: np.full((2, 2, 1), len(key), np.uint8),
     )
     digits(1)  # Grain's own start
     begin = time.monotonic()

@@ -265,6 +265,7 @@ def test_a_mistake_in_a_configuration_file_is_named_in_one_line(
         ("pp.train", "train[:98%]", "splits.train"),
         ("pp.train", " train[:10%] + train[90%:] ", "splits.train"),
         ("pp.test", "validation", "splits.test"),
+        ("pp.train", "even_splits(train[:50%], 4)[0]+train[90%:]", "splits.train"),
         ("pp.train", "flip", None),
         ("pp.train", "resize(8)|flip", None),
         ("pp.eval", "rgb", None),

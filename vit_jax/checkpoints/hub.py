@@ -13,6 +13,7 @@ import re
 import urllib.parse
 from pathlib import Path
 
+from vit_jax.cache import cache_folder
 from vit_jax.checkpoints import augreg
 from vit_jax.checkpoints.download import download
 from vit_jax.errors import UserError
@@ -223,15 +224,6 @@ def cache_path(url: str, cache_dir: str | os.PathLike | None = None) -> Path:
         last = Path(parts[-1])
         parts[-1] = f"{last.stem}-{mark}{last.suffix}"
     return cache_folder(cache_dir).joinpath(*parts)
-
-
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The folder of the cache. It need not exist."""
-    if cache_dir or (cache_dir := os.environ.get("VIT_JAX_CACHE")):
-        return Path(cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    # As XDG has it, a relative path is to be ignored.
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "vit_jax"
 
 
 def _safe(part: str) -> str:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
     vit = load(args.weights)
     split, seed, loss = "test", 0, "softmax"
-    dataset = args.data
+    dataset, places = args.data, {}
     if dataset is None:
         if os.path.isfile(args.weights):
             raise UserError(
@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
             )
         config = read_config(args.weights)
         dataset, split, seed, loss = config.dataset, config.splits.test, config.seed, config.loss
-    source = data.open_source(dataset, args.split or split, seed=seed)
+        # A run of an earlier version has none of these fields.
+        places = {k: config.get(f"tfds_{k}", "") for k in ("data_dir", "manual_dir")}
+    source = data.open_source(dataset, args.split or split, seed=seed, **places)
     if isinstance(vit, PretrainedLiT):
         scores = zero_shot(vit, source, batch_size=args.batch, corrupt=args.corrupt)
         vit = dataclasses.replace(vit, labels=source.labels)

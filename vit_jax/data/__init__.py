@@ -8,6 +8,10 @@ import importlib
 _HOMES = {
     "Source": "sources",
     "open_source": "sources",
+    "open_splits": "sources",
+    "from_arrays": "arrays",
+    "from_huggingface": "huggingface",
+    "prepare_tfds": "prepare",
     "is_known": "sources",
     "data_fingerprint": "sources",
     "decode": "pictures",

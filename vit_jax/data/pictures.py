@@ -6,6 +6,8 @@ threads at once, and nested threads only slow each other down.
 
 import os
 import zlib
+from collections.abc import Iterator
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,6 +17,9 @@ from vit_jax.errors import UserError
 cv2.setNumThreads(0)
 # A broken picture is reported once, by us.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+# What a picture may decode to, as in PIL: 0.5 GB. A file of some KB may well announce 50 GB.
+MAX_PIXELS = 178_956_970
 
 _SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -42,7 +47,8 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
       uint8 array (h, w, channels).
 
     Raises:
-      UserError: the data is empty, damaged, truncated, or no picture.
+      UserError: the data is empty, damaged, truncated, no picture, or one of more than MAX_PIXELS,
+        which is told from its header.
     """
     flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB}[channels]
     if not data:
@@ -54,6 +60,12 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
         data = b""
     elif kind == "PNG":
         data = _plain_png(data)
+    height, width = _announced_size(data, kind)
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"{name}: a {kind} picture of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
+            "at most; make it smaller or remove it"
+        )
     if data:
         try:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
@@ -69,15 +81,51 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
     return image.reshape(*image.shape[:2], channels)
 
 
+def _announced_size(data: bytes, kind: str | None) -> tuple[int, int]:
+    """(height, width) that a file's header tells, (0, 0) if it tells none."""
+
+    def number(start: int, count: int = 2, order: Literal["little", "big"] = "little") -> int:
+        return int.from_bytes(data[start : start + count], order)
+
+    if kind == "PNG":
+        return number(20, 4, "big"), number(16, 4, "big")
+    if kind == "GIF":
+        return number(8), number(6)
+    if kind == "BMP" and number(14, 4) == 12:
+        return number(20), number(18)
+    if kind == "BMP":  # a negative height counts from the top
+        return min(number(22, 4), 2**32 - number(22, 4)), number(18, 4)
+    if kind == "WebP" and data[12:16] == b"VP8X":
+        return number(27, 3) + 1, number(24, 3) + 1
+    if kind == "WebP" and data[12:16] == b"VP8L":
+        return (number(21, 4) >> 14 & 0x3FFF) + 1, (number(21, 4) & 0x3FFF) + 1
+    if kind == "WebP":
+        return number(28) & 0x3FFF, number(26) & 0x3FFF
+    if kind == "JPEG":
+        for marker, start in _jpeg_segments(data):
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                return number(start + 5, order="big"), number(start + 7, order="big")
+    return 0, 0
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, where it starts) of each segment up to the first scan, which has marker 0xDA."""
+    position = 2
+    while data[position : position + 1] == b"\xff" and position + 3 < len(data):
+        marker = data[position + 1]
+        if marker == 0xFF:  # padding
+            position += 1
+            continue
+        yield marker, position
+        if marker == 0xDA:
+            return
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+
+
 def _jpeg_ends(data: bytes) -> bool:
     """Whether an end marker follows the first scan; thumbnails in the header have their own."""
-    position = 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        padding = data[position + 1 : position + 2] == b"\xff"
-        length = int.from_bytes(data[position + 2 : position + 4], "big")
-        position += 1 if padding else 2 + length
-    scan = data[position : position + 2] == b"\xff\xda"
-    return data.find(b"\xff\xd9", position if scan else 0) >= 0
+    scans = (start for marker, start in _jpeg_segments(data) if marker == 0xDA)
+    return data.find(b"\xff\xd9", next(scans, 0)) >= 0
 
 
 def _plain_png(data: bytes) -> bytes:
@@ -108,14 +156,18 @@ def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
     Raises:
       UserError: the file can't be read or decoded; the message names it.
     """
+    return decode(content(path), channels=channels, name=os.fspath(path))
+
+
+def content(path: str | os.PathLike) -> bytes:
+    """The bytes of a picture file. Raises UserError naming it if it can't be read."""
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            return file.read()
     except OSError as error:
         raise UserError(
             f"{os.fspath(path)}: can't be read ({error.strerror}); expected a picture file"
         ) from None
-    return decode(data, channels=channels, name=os.fspath(path))
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -19,7 +19,7 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-_Row = tuple[np.ndarray | None, int, int]  # image or None, label, index in the source
+_Row = tuple[np.ndarray | None, Any, int]  # image or None, label or None, index in the source
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def train_batches(
         readable one of the source in its place.
 
     Yields:
-      {"image": float32 (rows, h, w, c), "label": int32 (rows,)}, rows = batch_size / hosts.
+      {"image": float32 (rows, h, w, c), "label": int32 (rows,)}, rows = batch_size / hosts. Where
+      a picture may have several labels, "label" is float32 (rows, classes) of 0 and 1.
 
     Raises:
       UserError: wrong arguments, an unreadable picture (see `corrupt`), or pictures of several
@@ -96,8 +97,8 @@ def eval_batches(
 
     Yields:
       {"image": float32 (rows, h, w, c), "label": int32 (rows,), "mask": bool (rows,), "index":
-      int32 (rows,)}. Where mask is False the image is 0 and must not be counted; index is the
-      picture's place in the source, -1 for padding.
+      int32 (rows,)}, "label" as `train_batches`. Where mask is False image and label are 0 and must
+      not be counted; index is the picture's place in the source, -1 for padding.
 
     Raises:
       UserError: as `train_batches`, or a preprocessing that is random.
@@ -140,7 +141,7 @@ class _Reader:
 
     def read_or_blank(self, index: int) -> _Row:
         """The picture at `index`, without an image if it can't be read or there is none."""
-        return self._read(index, None) if index < len(self._source) else (None, 0, -1)
+        return self._read(index, None) if index < len(self._source) else (None, None, -1)
 
     def blank(self) -> np.ndarray:
         """A black picture of the size that all have."""
@@ -149,11 +150,10 @@ class _Reader:
         return np.zeros_like(image)
 
     def _read(self, index: int, rng: np.random.Generator | None) -> _Row:
-        label = int(self._source.label_ids[index])
         if index in self._unreadable:
-            return None, label, index
+            return None, None, index
         try:
-            image = self._source[index]["image"]
+            example = self._source[index]
         except UserError as error:
             if not self._skip:
                 raise
@@ -161,9 +161,9 @@ class _Reader:
                 if index not in self._unreadable:
                     _log.warning("Skipping %s", error)
                 self._unreadable.add(index)
-            return None, label, index
+            return None, None, index
         try:
-            return self._preprocess(image, rng), label, index
+            return self._preprocess(example["image"], rng), example["label"], index
         except UserError as error:
             raise UserError(f"{self._source.describe(index)}: {error}") from None
 
@@ -183,10 +183,16 @@ class _Reader:
             )
         return {
             "image": np.stack(filled),
-            "label": np.array([label for _, label, _ in values], np.int32),
+            "label": self._labels([label for _, label, _ in values]),
             "mask": np.array([image is not None for image, _, _ in values]),
             "index": np.array([index for _, _, index in values], np.int32),
         }
+
+    def _labels(self, labels: Sequence[Any]) -> np.ndarray:
+        if not self._source.multi_label:
+            return np.array([0 if label is None else label for label in labels], np.int32)
+        none = np.zeros(len(self._source.labels), np.float32)
+        return np.stack([none if label is None else label for label in labels])
 
 
 class _ShardRows(grain.MapDataset):

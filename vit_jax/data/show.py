@@ -53,7 +53,12 @@ def draw_page(
     draws = draws if preprocess.random or mix else 1
     chosen = np.sort(np.random.default_rng(seed).choice(len(source), count, replace=False))
     examples = [source[int(i)] for i in chosen]
-    labels = [source.labels[example["label"]] for example in examples]
+    labels = [
+        ", ".join(source.labels[i] for i in np.flatnonzero(e["label"])) or "no label"
+        if source.multi_label
+        else source.labels[e["label"]]
+        for e in examples
+    ]
 
     figure = Figure(figsize=(2.3 * (1 + draws), 2.5 * count + 0.6), dpi=100, facecolor="white")
     figure.set_layout_engine("constrained")

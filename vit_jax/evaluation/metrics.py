@@ -54,6 +54,9 @@ class Scores:
       confusion: int64 (classes, classes), true class in the rows and predicted class in the
         columns.
       index, truth, prediction: int (count,), position in the source, true and predicted class.
+        Of several true classes the one that the network finds likeliest counts as the true one: so
+        top1 is the share of examples whose first guess is among their classes. An example without
+        a class has truth -1, is never right and isn't in the confusion matrix.
       probability: float (count,), of the predicted class.
     """
 
@@ -84,9 +87,9 @@ def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep
     """Compiles a network (a Linen module) and its figures of each example of a batch.
 
     Returns:
-      step(params, batch) -> {"loss", "rank", "prediction", "probability"}, each (n,): the rank is
-      the number of classes that come before the true one. The batch holds "image" and "label" int32
-      (n,).
+      step(params, batch) -> {"loss", "rank", "truth", "prediction", "probability"}, each (n,): the
+      rank is the number of classes that come before the true one. The batch holds "image", and
+      "label" int32 (n,) or, of several classes an example, float32 (n, classes) of 0 and 1.
     """
 
     def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -100,17 +103,22 @@ def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep
 
 def _figures(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.Array]:
     classes = logits.shape[-1]
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    truth, unknown = labels, jnp.zeros(len(labels), bool)
+    if labels.ndim == 2:
+        truth = jnp.where(labels > 0, logits, -jnp.inf).argmax(axis=-1)
+        unknown = ~(labels > 0).any(axis=-1)
+    own = jnp.take_along_axis(logits, truth[:, None], axis=-1)
     # Of equal logits the first counts, as in argmax: a network that says nothing isn't always
     # right.
-    before = (logits > own) | ((logits == own) & (jnp.arange(classes) < labels[:, None]))
+    before = (logits > own) | ((logits == own) & (jnp.arange(classes) < truth[:, None]))
     # NaN says nothing, so it is never right: its rank is last, its prediction a wrong class.
     nan = jnp.isnan(logits).any(axis=-1)
     probabilities = jax.nn.softmax(logits)
     return {
         "loss": example_losses(logits, labels, loss),
-        "rank": jnp.where(nan, jnp.iinfo(jnp.int32).max, before.sum(axis=-1)),
-        "prediction": jnp.where(nan, (labels + 1) % classes, jnp.argmax(logits, axis=-1)),
+        "rank": jnp.where(nan | unknown, jnp.iinfo(jnp.int32).max, before.sum(axis=-1)),
+        "truth": jnp.where(unknown, -1, truth),
+        "prediction": jnp.where(nan, (truth + 1) % classes, jnp.argmax(logits, axis=-1)),
         "probability": probabilities.max(axis=-1),
     }
 
@@ -140,13 +148,13 @@ def evaluate(
         batch, figures = waiting.pop(0)
         mask = batch["mask"]
         rows = {k: np.asarray(v)[mask] for k, v in figures.items()}
-        kept.append(rows | {"truth": batch["label"][mask], "index": batch["index"][mask]})
+        kept.append(rows | {"index": batch["index"][mask]})
 
     examples = 0
     for batch in batches:
         examples = max(examples, int(batch["index"].max()) + 1)
         inputs = {"image": batch["image"], "label": batch["label"]}
-        small = {k: batch[k] for k in ("mask", "label", "index")}
+        small = {k: batch[k] for k in ("mask", "index")}
         waiting.append((small, eval_step(params, inputs)))
         if len(waiting) > 2:  # The device works on two batches while the host reads the next.
             collect()
@@ -158,7 +166,8 @@ def evaluate(
     if count == 0:
         raise UserError("no picture to evaluate: none was given, or none of them can be read")
     confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (rows["truth"], rows["prediction"]), 1)
+    known = rows["truth"] >= 0
+    np.add.at(confusion, (rows["truth"][known], rows["prediction"][known]), 1)
     return Scores(
         count=count,
         skipped=examples - count,

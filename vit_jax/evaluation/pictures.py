@@ -33,7 +33,7 @@ def evaluate_pictures(
       source: see `data.open_source`.
       batch_size: pictures at once, over all devices; rounded up to a multiple of their number.
       corrupt: "error" stops at a picture that can't be read, "skip" warns and leaves it out.
-      loss: "softmax" or "sigmoid".
+      loss: "softmax" or "sigmoid"; always "sigmoid" where a picture may have several labels.
 
     Raises UserError if the classes don't fit.
     """
@@ -48,11 +48,23 @@ def evaluate_pictures(
         corrupt=corrupt,
     )
     mesh = make_mesh()
-    step = make_eval_step(vit.model, mesh=mesh, loss=loss)
+    step = make_eval_step(vit.model, mesh=mesh, loss="sigmoid" if source.multi_label else loss)
     params = jax.device_put(vit.params, replicated(mesh))  # Once, not with each batch.
-    matched = (batch | {"label": classes[batch["label"]]} for batch in batches)
     assert vit.spec.num_classes is not None  # class_indices has seen to it.
+    matched = (
+        batch | {"label": _matched(batch["label"], classes, vit.spec.num_classes)}
+        for batch in batches
+    )
     return evaluate(step, params, matched, vit.spec.num_classes)
+
+
+def _matched(labels: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Labels of the source, numbers or columns of 0 and 1, as labels of the network's head."""
+    if labels.ndim == 1:
+        return classes[labels]
+    columns = np.zeros((len(labels), num_classes), np.float32)
+    columns[:, classes] = labels
+    return columns
 
 
 def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
@@ -124,7 +136,7 @@ def write_predictions(
         writer.writerow(
             [
                 source.describe(int(index)),
-                vit.label(truth),
+                vit.label(truth) if truth >= 0 else "",
                 vit.label(prediction),
                 f"{probability:.6f}",
                 int(truth == prediction),

@@ -100,6 +100,11 @@ def zero_shot(
 
     Raises UserError if the names don't fit the source.
     """
+    if source.multi_label:
+        raise UserError(
+            f"pictures of {source.name} may have several labels, expected one: zero-shot "
+            "descriptions are compared with each other"
+        )
     if labels is None:
         labels = [label.replace("_", " ") for label in source.labels]
     if len(labels) != len(source.labels):

@@ -74,7 +74,9 @@ ALIASES = {
 }
 
 # These don't change what is computed, where anything is: a run may go on with other values.
-FREE_FIELDS = frozenset({"prefetch", "threads", "corrupt", "keep_checkpoints"})
+FREE_FIELDS = frozenset(
+    {"prefetch", "threads", "corrupt", "keep_checkpoints", "tfds_data_dir", "tfds_manual_dir"}
+)
 
 
 def default_config() -> ConfigDict:
@@ -95,8 +97,10 @@ def default_config() -> ConfigDict:
     config.pretrained_dir = ""
     config.dtype = "float32"  # What is computed in; weights and sums stay float32.
 
-    # On what: "digits" or a folder of pictures.
+    # On what: a folder of pictures, a table, a TFDS name, ...: see docs/data.md.
     config.dataset = "digits"
+    config.tfds_data_dir = ""  # Where TFDS keeps its data sets; empty for ~/tensorflow_datasets.
+    config.tfds_manual_dir = ""  # Where it finds archives that had to be downloaded by hand.
     config.corrupt = (
         "error"  # A picture that can't be read: stop ("error"), or warn and go on ("skip").
     )
@@ -235,7 +239,8 @@ def _local_weights(config: ConfigDict) -> list[str]:
     return list(dict.fromkeys(map(str, paths)))
 
 
-_SPLIT = re.compile(r"\s*\w+\s*(\[[^][|]*\]\s*)?(\+\s*\w+\s*(\[[^][|]*\]\s*)?)*")
+_PART = r"\s*(even_splits\([^|]*\)|\w+)\s*(\[[^][|]*\]\s*)?"
+_SPLIT = re.compile(rf"{_PART}(\+{_PART})*")
 
 
 def original_split(field: str, value: Any) -> str | None:

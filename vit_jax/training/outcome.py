@@ -101,7 +101,7 @@ def score_text(scores: Scores) -> str:
 def _examples(scores: Scores, count: int = 12) -> np.ndarray:
     """Which test pictures to show: the most confident mistakes, and successes from all over the
     set."""
-    wrong = np.flatnonzero(scores.truth != scores.prediction)
+    wrong = np.flatnonzero((scores.truth != scores.prediction) & (scores.truth >= 0))
     right = np.flatnonzero(scores.truth == scores.prediction)
     wrong = wrong[np.argsort(-scores.probability[wrong], kind="stable")][: count // 2]
     missing = min(count - len(wrong), len(right))

@@ -71,8 +71,18 @@ def open_task(config: ConfigDict) -> Task:
     """
     train_ops = data.parse(train_spec(config))
     eval_ops = data.parse(eval_spec(config), train=False)
-    train_source = data.open_source(config.dataset, config.splits.train, seed=config.seed)
-    test_source = data.open_source(config.dataset, config.splits.test, seed=config.seed)
+    options = {
+        "seed": config.seed,
+        "data_dir": config.tfds_data_dir,
+        "manual_dir": config.tfds_manual_dir,
+    }
+    train_source = data.open_source(config.dataset, config.splits.train, **options)
+    test_source = data.open_source(config.dataset, config.splits.test, **options)
+    if train_source.multi_label and config.loss == "softmax":
+        raise UserError(
+            f"config.loss is softmax, which knows one class a picture, but pictures of "
+            f"{config.dataset} may have several: use --config.loss=sigmoid"
+        )
     shapes = _shape(train_ops, train_source), _shape(eval_ops, train_source)
     if shapes[0] != shapes[1]:
         raise UserError(

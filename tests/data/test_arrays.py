@@ -1,0 +1,81 @@
+"""Pictures in memory and .npz files."""
+
+import numpy as np
+import pytest
+
+from vit_jax.data import data_fingerprint, from_arrays, open_source
+from vit_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (10, 5, 6, 3), np.uint8)
+LABELS = np.arange(10) % 3
+
+
+def fails(message, call, *args, **kwargs):
+    with pytest.raises(UserError, match=message) as error:
+        call(*args, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+def test_arrays_are_read_as_they_are():
+    source = from_arrays(IMAGES, LABELS, names=["a", "b", "c"])
+    assert (len(source), source.labels, source.channels) == (10, ("a", "b", "c"), 3)
+    np.testing.assert_array_equal(source[4]["image"], IMAGES[4])
+    assert source[4]["label"] == 1
+    assert source.describe(4) == "arrays[4]"
+    assert from_arrays(IMAGES[..., 0], LABELS)[0]["image"].shape == (5, 6, 1)
+
+
+def test_pictures_may_differ_in_size_and_labels_be_names_or_columns():
+    pictures = [IMAGES[0], IMAGES[1, :3], IMAGES[2]]
+    source = from_arrays(pictures, ["cat", "dog", "cat"])
+    assert source.labels == ("cat", "dog")
+    assert source[1]["image"].shape == (3, 6, 3)
+    assert source.label_ids.tolist() == [0, 1, 0]
+    several = from_arrays(pictures, [[1, 1], [0, 1], [0, 0]], names=["x", "y"])
+    assert [several[i]["label"].tolist() for i in range(3)] == [[1, 1], [0, 1], [0, 0]]
+    assert from_arrays(IMAGES, LABELS[:, None]).label_ids.tolist() == LABELS.tolist()
+
+
+def test_the_fingerprint_tells_other_pixels():
+    one = data_fingerprint(from_arrays(IMAGES, LABELS))
+    assert one == data_fingerprint(from_arrays(list(IMAGES), LABELS))
+    assert one != data_fingerprint(from_arrays(IMAGES[::-1], LABELS))
+    assert one != data_fingerprint(from_arrays(IMAGES, LABELS[::-1]))
+
+
+def test_an_npz_has_splits_or_gets_them(tmp_path):
+    split, whole = str(tmp_path / "split.npz"), str(tmp_path / "whole.npz")
+    np.savez(
+        split, train_images=IMAGES, train_labels=LABELS, val_images=IMAGES[:4] // 2,
+        val_labels=LABELS[:4, None], names=["a", "b", "c"],
+    )  # fmt: skip
+    train, test = open_source(split, "train"), open_source(split, "test")
+    assert (len(train), len(test), train.labels) == (10, 4, ("a", "b", "c"))
+    np.testing.assert_array_equal(test[2]["image"], IMAGES[2] // 2)
+    assert test.describe(2) == f"{split} val[2]"
+    both = open_source(split, "test+train[:2]")
+    np.testing.assert_array_equal(both[0]["image"], IMAGES[0] // 2)
+    np.testing.assert_array_equal(both[5]["image"], IMAGES[1])
+    np.savez(whole, images=IMAGES, labels=LABELS)
+    train, test = open_source(whole, "train"), open_source(whole, "test")
+    assert sorted([*train.keys, *test.keys]) == list(range(10))
+
+
+def test_mistakes_in_arrays_are_named(tmp_path):
+    fails("10 pictures and 9 labels", from_arrays, IMAGES, LABELS[:9])
+    fails("0 pictures and 0 labels", from_arrays, IMAGES[:0], LABELS[:0])
+    fails("type float64.*expected uint8", from_arrays, IMAGES / 255, LABELS)
+    fails("channels 4", from_arrays, np.zeros((2, 3, 3, 4), np.uint8), [0, 1])
+    fails("none of the 2 classes", from_arrays, IMAGES, LABELS, names=["a", "b"])
+    fails("labels of type float64", from_arrays, IMAGES, LABELS / 2)
+    fails("from 0 to 2.*expected .n, 2. of 0 and 1", from_arrays, IMAGES[:2], [[0, 2], [1, 1]])
+    path = str(tmp_path / "x.npz")
+    np.savez(path, pixels=IMAGES)
+    fails("holds pixels, expected train_images", open_source, path, "train")
+    np.savez(path, train_images=IMAGES)
+    fails("no train_labels beside train_images", open_source, path, "train")
+    np.savez(path, images=np.array([object()]), labels=[0])
+    fails("can't be read", open_source, path, "train")
+    (tmp_path / "x.npz").write_bytes(b"no zip")
+    fails("can't be read", open_source, path, "train")

@@ -1,0 +1,24 @@
+"""A few pictures on disk, for tests of what reads them."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+
+def write_photos(root: Path, classes=("bee", "cat", "dog"), **counts: int) -> Path:
+    """JPEG files of various sizes, root/SPLIT/CLASS/NUMBER.jpg, `counts` of a class and split."""
+    rng = np.random.default_rng(0)
+    for split, count in counts.items():
+        for shade, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                low = 60 * shade
+                picture = rng.integers(low, low + 100, (12 + i % 3, 14, 3), np.uint8)
+                cv2.imwrite(str(root / split / name / f"{i:03}.jpg"), picture)
+    return root
+
+
+def listed(root: Path, split: str) -> list[Path]:
+    """The files of a split in the order of their names."""
+    return sorted((root / split).rglob("*.jpg"))
