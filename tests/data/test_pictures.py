@@ -191,6 +191,7 @@ def enlarged(kind):
     data = bytearray(FILES[kind])
     if kind == "png":
         data[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     elif kind == "jpeg":
         at = data.index(b"\xff\xc0") + 5
         data[at : at + 4] = b"\xff\xff\xff\xff"

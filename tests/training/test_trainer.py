@@ -87,7 +87,7 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(whole, tin
     before = times(whole)
     with pytest.raises(UserError) as error:
         run(tiny("batch=32", "pp.test=train[:10%]", "prefetch=7"), whole)
-    assert "(config.batch 16 -> 32; config.pp.test 'test' -> 'train[:10%]')" in str(error.value)
+    assert "(config.batch 16 -> 32; config.splits.test 'test' -> 'train[:10%]')" in str(error.value)
     assert times(whole) == before
 
 
@@ -293,14 +293,14 @@ def test_weights_that_do_not_fit_the_pictures_or_the_fields_are_refused(whole, t
     with pytest.raises(UserError, match=r"config\.model\.num_layers is 2, but the weights in .* 1"):
         run(tiny(weights, "model.num_layers=2"), tmp_path / "a")
     with pytest.raises(UserError, match="take pictures of 1 channels, these have 3: add gray to"):
-        run(tiny(weights, "pp.train_ops=rgb", "pp.eval_ops=rgb"), tmp_path / "b")
+        run(tiny(weights, "pp.train=rgb", "pp.eval=rgb"), tmp_path / "b")
     with pytest.raises(UserError, match=r"no weights at none\.npz: give "):
         run(tiny("model_or_filename=none.npz"), tmp_path / "c")
 
 
 def test_training_and_evaluation_have_to_make_pictures_of_one_shape(tiny, tmp_path):
     with pytest.raises(UserError, match=r"shape \(4, 4, 1\) and evaluation of \(8, 8, 1\)"):
-        run(tiny("pp.train_ops=resize(4)"), tmp_path)
+        run(tiny("pp.train=resize(4)"), tmp_path)
 
 
 def test_bfloat16_trains_and_leaves_float32_weights(tiny, tmp_path):

@@ -1,6 +1,10 @@
 """`vit-jax data`: pictures before training on them."""
 
 import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 def add_parser(subparsers) -> None:
@@ -12,10 +16,12 @@ def add_parser(subparsers) -> None:
         "data",
         None,
         "look at pictures before training on them",
-        "vit-jax data prepare photos photos.tfds",
+        "vit-jax data check photos --out report",
     )
     commands = group.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_prepare(commands)
+    _add_check(commands)
+    _add_show(commands)
 
 
 def _add_prepare(commands) -> None:
@@ -30,13 +36,7 @@ def _add_prepare(commands) -> None:
     )
     parser.add_argument("source", help="a folder, table, .npz, TFDS name, ...: see docs/data.md")
     parser.add_argument("destination", help="the folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the test pictures, if need be")
-    parser.add_argument(
-        "--tfds-data-dir", default="", metavar="DIR", help="where TFDS keeps its data sets"
-    )
-    parser.add_argument(
-        "--tfds-manual-dir", default="", metavar="DIR", help="where downloaded archives lie"
-    )
+    _add_seed_and_places(parser)
     parser.add_argument(
         "--corrupt",
         choices=("error", "skip"),
@@ -46,6 +46,71 @@ def _add_prepare(commands) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_check(commands) -> None:
+    from vit_jax.cli import add_command
+
+    parser = add_command(
+        commands,
+        "check",
+        check,
+        "read every picture and tell what training would suffer from; exit status 1 if something",
+        "vit-jax data check photos --out report",
+    )
+    parser.add_argument("source", help="a folder, table, .npz, TFDS name, ...: see docs/data.md")
+    parser.add_argument(
+        "--split",
+        action="append",
+        help='"train", "test[:10%%]", ...; may be given several times; by default all there are',
+    )
+    _add_seed_and_places(parser)
+    parser.add_argument(
+        "--out",
+        default=".",
+        metavar="DIR",
+        help="where to write check.txt and check.png (default: here)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_show(commands) -> None:
+    from vit_jax.cli import add_command, positive
+
+    parser = add_command(
+        commands,
+        "show",
+        show,
+        "draw what training makes of some pictures",
+        "vit-jax data show photos --augment medium1 --out page.png",
+    )
+    parser.add_argument("source", help="a folder, table, .npz, TFDS name, ...: see docs/data.md")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--augment", default="none", help="none, light1, ... strong2 (default: none)")
+    what.add_argument("--pp", help='the operations, e.g. "resize(224)|flip"')
+    parser.add_argument("--crop", type=positive, default=224, help="pixels (default: 224)")
+    parser.add_argument("--split", default="train", help="which part (default: train)")
+    parser.add_argument("--count", type=positive, default=6, help="pictures (default: 6)")
+    _add_seed_and_places(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="the PNG file to write")
+
+
+def _add_seed_and_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="chooses the test pictures, if need be")
+    parser.add_argument(
+        "--tfds-data-dir", default="", metavar="DIR", help="where TFDS keeps its data sets"
+    )
+    parser.add_argument(
+        "--tfds-manual-dir", default="", metavar="DIR", help="where downloaded archives lie"
+    )
+
+
+def _seed_and_places(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "seed": args.seed,
+        "data_dir": args.tfds_data_dir,
+        "manual_dir": args.tfds_manual_dir,
+    }
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Prints what was written."""
     import json
@@ -53,15 +118,96 @@ def prepare(args: argparse.Namespace) -> None:
     from vit_jax import data
 
     counts = data.prepare_tfds(
-        args.source,
-        args.destination,
-        seed=args.seed,
-        data_dir=args.tfds_data_dir,
-        manual_dir=args.tfds_manual_dir,
-        corrupt=args.corrupt,
+        args.source, args.destination, corrupt=args.corrupt, **_seed_and_places(args)
     )
     if args.json:
         print(json.dumps({"destination": args.destination, "splits": counts}, indent=1))
         return
     parts = ", ".join(f"{count:,} in {split}" for split, count in counts.items())
     print(f"{args.destination} holds {parts}: train with --config.dataset={args.destination}")
+
+
+def check(args: argparse.Namespace) -> int:
+    """Prints a summary; 1 if there is something that training would suffer from."""
+    import json
+
+    from vit_jax.data import check_report
+    from vit_jax.data.check import check as check_sources
+    from vit_jax.data.sources import open_source, open_splits
+
+    options = _seed_and_places(args)
+    if args.split:
+        sources = {name: open_source(args.source, name, **options) for name in args.split}
+    else:
+        names: dict[Callable, str] = {}  # a split's second name stands for the same function
+        for name, opens in open_splits(args.source, **options).items():
+            names.setdefault(opens, name)
+        opened = {name: opens() for opens, name in names.items()}
+        sources = {name: source for name, source in opened.items() if len(source)}
+    with _progress() as progress:
+        result = check_sources(sources, progress=progress)
+    written = check_report.write_report(result, args.out, args.source)
+    if args.json:
+        print(json.dumps(check_report.as_dict(result), indent=1))
+    else:
+        print(check_report.summary(result))
+        if listed := check_report.details(result, limit=5):
+            print(f"\n{listed}")
+        print(f"\nWritten: {', '.join(written)}")
+    return 1 if result.problems else 0
+
+
+def show(args: argparse.Namespace) -> None:
+    """Draws a page of pictures as a training run would see them."""
+    from functools import partial
+
+    from vit_jax import data
+    from vit_jax.data.show import draw_page
+    from vit_jax.errors import UserError
+    from vit_jax.training.config import check_config, default_config
+    from vit_jax.training.mixing import mix_pictures
+    from vit_jax.training.task import mixup, train_spec
+
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}")
+    config = default_config()
+    config.augment, config.pp.crop = args.augment, args.crop
+    config = check_config(config)
+    parameter = mixup(config)
+    draw_page(
+        args.out,
+        data.open_source(args.source, args.split, **_seed_and_places(args)),
+        data.parse(train_spec(config) if args.pp is None else args.pp),
+        count=args.count,
+        seed=args.seed,
+        mix=partial(mix_pictures, seed=args.seed, mixup=parameter) if parameter else None,
+    )
+    print(args.out)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line for each tenth anywhere else."""
+    if not sys.stderr.isatty():
+        told = 0
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if (tenths := 10 * done // total) > told:
+                told = tenths
+                print(f"{done:,} of {total:,} pictures read", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -54,18 +54,18 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
     if not data:
         raise UserError(f"{name}: empty file, expected a picture; replace or remove it")
     kind = next((k for start, k in _SIGNATURES.items() if data.startswith(start)), None)
-    height, width = _announced_size(data, kind)
-    if height * width > MAX_PIXELS:
-        raise UserError(
-            f"{name}: a {kind} picture of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
-            "at most; make it smaller or remove it"
-        )
     image = None
     # Zeros in place of a JPEG's second half are, to a decoder, a picture.
     if kind == "JPEG" and not _jpeg_ends(data):
         data = b""
     elif kind == "PNG":
         data = _plain_png(data)
+    height, width = _announced_size(data, kind)
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"{name}: a {kind} picture of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
+            "at most; make it smaller or remove it"
+        )
     if data:
         try:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)

@@ -1,0 +1,302 @@
+"""What `vit-jax data check` finds, and how it tells."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax import cli
+from vit_jax.data import check_report, open_source
+from vit_jax.data.check import check
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
+
+
+def picture(seed, height=6, width=9):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), pixels)
+
+
+@pytest.fixture
+def clean(tmp_path):
+    """Ten pictures, no two alike."""
+    for i in range(10):
+        part, name = ("test" if i > 6 else "train"), "ab"[i % 2]
+        save(tmp_path / "data" / part / name / f"{i}.png", picture(i, height=6 + i))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def dirty(clean):
+    """The same with one of everything that can be wrong."""
+    save(clean / "test" / "a" / "leak.png", picture(0))
+    save(clean / "train" / "b" / "contradiction.bmp", picture(2, height=8))
+    save(clean / "train" / "b" / "twice.bmp", picture(3, height=9))
+    save(clean / "train" / "a" / "grey.png", np.full((50, 20, 3), 7, np.uint8))
+    (clean / "train" / "a" / "half.png").write_bytes(
+        (clean / "train" / "a" / "0.png").read_bytes()[:100]
+    )
+    (clean / "train" / "b" / "nowhere.jpg").symlink_to("gone.jpg")
+    return clean
+
+
+def checked(root, **options):
+    splits = {name: open_source(str(root), name) for name in ("train", "test")}
+    return check(splits, **options)
+
+
+def names(group):
+    return [os.sep.join(p.name.split(os.sep)[-3:]) for p in group]
+
+
+def test_clean_data_has_no_problem(clean):
+    result = checked(clean)
+    assert result.problems == result.identical == []
+    train, test = result.splits["train"], result.splits["test"]
+    assert (train.count, test.count) == (7, 3)
+    assert train.class_counts.tolist() == [4, 3]
+    assert test.class_counts.tolist() == [1, 2]
+    assert sorted(train.sizes.tolist()) == [[6 + i, 9] for i in range(7)]
+    assert train.channels == {3: 7}
+    assert "Nothing was found" in check_report.summary(result)
+
+
+def test_everything_that_is_wrong_is_found_and_named(dirty):
+    result = checked(dirty)
+    train = result.splits["train"]
+    assert [text.split(": ")[1] for text in train.unreadable] == [
+        "truncated or damaged PNG file; replace or remove it",
+        "can't be read (No such file or directory); expected a picture file",
+    ]
+    assert [names(g) for g in result.leaks] == [["train/a/0.png", "test/a/leak.png"]]
+    assert [names(g) for g in result.contradictions] == [
+        ["train/a/2.png", "train/b/contradiction.bmp"]
+    ]
+    assert result.duplicates("train") == 2
+    assert result.duplicates("test") == 0
+    assert train.grey == 1
+    assert train.count == 12
+    assert train.class_counts.sum() == len(train.sizes) == 10
+    assert result.problems == [
+        "2 pictures of train can't be read",
+        "1 picture found in several splits",
+        "1 picture found under several classes",
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+def test_the_result_does_not_depend_on_threads(dirty, threads):
+    one, other = checked(dirty, threads=threads), checked(dirty)
+    assert check_report.as_dict(one) == check_report.as_dict(other)
+
+
+def test_the_same_pixels_in_another_shape_are_another_picture(tmp_path):
+    pixels = picture(0, height=4, width=6)
+    for i, shape in enumerate([(4, 6, 3), (6, 4, 3), (8, 3, 3)]):
+        save(tmp_path / "ab"[i % 2] / f"{i}.png", pixels.reshape(shape))
+    assert check({"all": open_source(str(tmp_path), "train")}).identical == []
+
+
+def test_a_class_without_training_pictures_is_a_problem():
+    split = "train[:20]"
+    source = Source(
+        name="few",
+        labels=("a", "b", "c"),
+        channels=1,
+        keys=range(4),
+        label_ids=np.array([0, 0, 2, 2], np.int32),
+        read_key=lambda key: np.full((2, 2, 1), key, np.uint8),
+        describe_key="few[{}]".format,
+    )
+    assert check({split: source}).problems == ["train[:20] has no picture of 'b'"]
+    assert check({"test": source}).problems == []
+
+
+def test_pictures_of_several_labels_are_counted_for_each():
+    source = Source(
+        name="several",
+        labels=("a", "b"),
+        channels=1,
+        keys=range(4),
+        label_ids=np.array([[0, 1], [0, -1], [-1, -1], [1, -1]], np.int32),
+        read_key=lambda key: np.full((2, 2, 1), min(key, 2), np.uint8),
+        describe_key="several[{}]".format,
+        multi_label=True,
+    )
+    result = check({"train": source})
+    assert result.splits["train"].class_counts.tolist() == [2, 2]
+    assert [[p.label for p in group] for group in result.contradictions] == [["no class", "b"]]
+
+
+def test_progress_ends_with_all_pictures(dirty):
+    told = []
+    checked(dirty, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (16, 16)
+    assert told == sorted(told)
+
+
+def test_memory_is_bounded(tmp_path):
+    """1,000 pictures of 1 MB each take the room of a few."""
+    code = (
+        "import resource, numpy as np\n"
+        "from vit_jax.data.check import check\n"
+        "from vit_jax.data.sources import Source\n"
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "read = lambda key: np.full((500, 700, 3), key % 256, np.uint8)\n"
+        "source = Source('s', ('a',), 3, range(1000), np.zeros(1000, np.int32), read, str)\n"
+        "before = used()\n"
+        "check({'train': source}, threads=4)\n"
+        "print(used() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 60  # MB, of 1,000
+
+
+def test_interrupting_ends_at_once(dirty):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    source = Source(
+        name="slow",
+        labels=("a",),
+        channels=1,
+        keys=range(100_000),
+        label_ids=np.zeros(100_000, np.int32),
+        read_key=lambda key: np.zeros((100, 100, 1), np.uint8),
+        describe_key=str,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        check({"train": source}, progress=stop)
+    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPool")]
+
+
+# The command.
+
+
+def run(capsys, *arguments):
+    status = cli.main(["data", "check", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+def test_the_status_tells_whether_something_is_wrong(clean, tmp_path, capsys):
+    status, printed = run(capsys, clean, "--out", tmp_path / "out")
+    assert status == 0
+    assert printed.err.splitlines()[-1] == "10 of 10 pictures read"
+    (clean / "train" / "a" / "empty.jpg").touch()
+    status, printed = run(capsys, clean, "--out", tmp_path / "out")
+    assert status == 1
+    assert "empty.jpg: empty file" in printed.out
+    assert run(capsys, clean, "--split", "test", "--out", tmp_path / "out")[0] == 0
+    status, printed = run(capsys, clean, "--split", "tset", "--out", tmp_path / "out")
+    assert status == 2
+    assert printed.err.startswith("vit-jax: unknown split 'tset'")
+
+
+def test_the_report_names_all_pictures_and_is_drawn(dirty, tmp_path, capsys):
+    status, printed = run(capsys, dirty, "--out", tmp_path / "new" / "out")
+    assert status == 1
+    text = (tmp_path / "new" / "out" / "check.txt").read_text()
+    for name in ("half.png", "nowhere.jpg", "leak.png", "contradiction.bmp", "twice.bmp"):
+        assert name in text
+        assert name in printed.out
+    image = np.asarray(Image.open(tmp_path / "new" / "out" / "check.png").convert("RGB"))
+    assert image.shape == (800, 1200, 3)
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 100
+
+
+def test_the_terminal_shows_a_few_of_many_and_the_file_all(clean, tmp_path, capsys):
+    for i in range(20):
+        (clean / "train" / "a" / f"empty{i}.jpg").touch()
+    _, printed = run(capsys, clean, "--out", tmp_path)
+    assert printed.out.count(": empty file") == 5
+    assert "... and 15 more" in printed.out
+    assert (tmp_path / "check.txt").read_text().count(": empty file") == 20
+
+
+def test_json_holds_all_of_it(dirty, tmp_path, capsys):
+    status, printed = run(capsys, dirty, "--json", "--out", tmp_path)
+    assert status == 1
+    found = json.loads(printed.out)
+    train = found["splits"]["train"]
+    assert train["count"] == 12
+    assert train["classes"] == {"a": 5, "b": 5}
+    assert train["height"] == {"min": 6, "median": 9.0, "max": 50}
+    assert len(train["unreadable"]) == 2
+    assert len(found["identical"]) == 3
+    assert found["identical"][0][0]["split"] == "train"
+
+
+def test_each_split_is_read_once_by_its_own_name(clean, tmp_path, capsys):
+    (clean / "test").rename(clean / "val")
+    _, printed = run(capsys, clean, "--json", "--out", tmp_path)
+    assert list(json.loads(printed.out)["splits"]) == ["train", "val"]
+
+
+def test_data_without_a_readable_picture_is_reported(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(5):
+            (tmp_path / "data" / name / f"{i}.png").touch()
+    status, printed = run(capsys, tmp_path / "data", "--out", tmp_path)
+    assert status == 1
+    assert "8 pictures of train can't be read" in printed.out
+    assert "train has no picture of 'a', 'b'" in printed.out
+    assert json.loads(run(capsys, tmp_path / "data", "--json", "--out", tmp_path)[1].out)
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_classes_sizes_and_odd_names_are_drawn(tmp_path):
+    for i in range(60):
+        save(tmp_path / "data" / f"$class_{i} 日本" / "x.png", picture(i, 1 + 20 * i, 1 + i % 7))
+    source = open_source(str(tmp_path / "data"), "train")
+    result = check({f"train[{i}:]": source for i in range(8)})
+    for path in check_report.write_report(result, tmp_path / "out", "title $x$ _y"):
+        assert os.path.getsize(path) > 1000
+
+
+def test_a_report_that_cannot_be_written_is_a_user_error(clean, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file: can't be written to .*; choose another folder"):
+        check_report.write_report(checked(clean), tmp_path / "file", "title")
+
+
+def test_a_terminal_gets_a_bar(clean, tmp_path):
+    leader, follower = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_jax", "data", "check", clean, "--out", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        check=False,
+    )
+    os.close(follower)
+    assert done.returncode == 0
+    shown = os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert "10/10" in shown
+    assert "━" in shown
+    assert "pictures read" not in shown
+
+
+def test_the_digits_are_clean(tmp_path, capsys):
+    assert run(capsys, "digits", "--out", tmp_path)[0] == 0
+
+
+def test_real_duplicates_are_found(shared):
+    splits = {n: open_source(str(shared / "images" / "flowers"), n) for n in ("train", "test")}
+    result = check(splits)
+    assert result.problems == []
+    pairs = [tuple(p.name for p in group) for group in result.identical]
+    assert len(pairs) == result.duplicates("train") == 2
+    for one, other in pairs:
+        np.testing.assert_array_equal(Image.open(one), Image.open(other))
