@@ -302,6 +302,25 @@ def test_wrong_arguments_are_told_before_anything_is_read(options, message):
 # Threads.
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_make_the_same_batches(workers):
+    expected = first(5, train_batches(DIGITS, AUGMENTED, batch_size=8, seed=3))
+
+    some = train_batches(DIGITS, AUGMENTED, batch_size=8, seed=3, start_step=1, workers=workers)
+    for one, other in zip(first(4, some), expected[1:], strict=True):
+        assert_same([one], [other])
+
+
+def test_a_worker_names_an_unreadable_picture(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bad.png").write_bytes(b"no picture")
+    source = open_source(str(tmp_path), "train+test")
+
+    with pytest.raises(UserError, match=r"bad\.png: not a picture"):
+        first(1, train_batches(source, PLAIN, batch_size=2, seed=0, workers=1))
+
+
 def reading_threads():
     return [t for t in threading.enumerate() if t.name.startswith("grain")]
 

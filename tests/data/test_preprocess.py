@@ -382,3 +382,23 @@ def test_any_text_parses_to_a_stable_spelling_or_is_a_user_error(text):
 def test_hostile_arguments_are_user_errors(arguments):
     with pytest.raises(UserError):
         parse(f"resize({arguments})")
+
+
+def test_whole_levels_leave_the_range_to_the_device():
+    whole = parse("resize(5)|gray|value_range(0, 1)")
+    picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+
+    levels, value_range = whole.to_levels()
+
+    assert value_range == (0, 1)
+    assert levels.spec == "resize(5)|gray"
+    found = levels(picture)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.rint(whole(picture) * 255))
+
+
+@pytest.mark.parametrize(
+    "spec", ["resize(5)", "value_range(0, 1)|flip", "value_range(0, 255)|value_range(0, 1)"]
+)
+def test_only_a_range_at_the_end_can_be_left(spec):
+    assert parse(spec).to_levels() is None

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.special import log_softmax
 
 from tests import reference
+from vit_jax.data import parse
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
 from vit_jax.training import TrainState, default_config, make_optimizer, make_train_step
@@ -269,3 +270,18 @@ def test_eight_devices_give_the_losses_of_one_and_exchange_nothing_but_sums():
         state, metrics = step(state, small_batch(32, seed=i))
         assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
     assert not moves
+
+
+@pytest.mark.parametrize("options", [{}, dict(accum_steps=4), dict(mixup=0.5, cutmix=1.0)])
+def test_whole_grey_levels_are_normalised_on_the_device(options):
+    levels = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)
+    batch = small_batch() | {"image": levels}
+    floats = batch | {"image": parse("value_range(-0.5, 2)")(levels.reshape(128, 8, 1))}
+    floats["image"] = floats["image"].reshape(levels.shape)
+
+    found = first_step(batch, value_range=(-0.5, 2.0), **options)
+    expected = first_step(floats, **options)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )

@@ -33,12 +33,14 @@ class Step:
       size: (h, w) of its result; None if that depends on the picture; by default that of its input.
       random: whether it draws from `rng`.
       levels: whether it works on whole grey levels, 0 to 255.
+      value_range: (lo, hi) that it maps 0 and 255 to, if that is what it does.
     """
 
     apply: Apply
     size: Size | None = KEPT
     random: bool = False
     levels: bool = False
+    value_range: tuple[float, float] | None = None
 
 
 OPS: dict[str, Callable[..., Step]] = {}
@@ -239,7 +241,7 @@ def value_range(lo: float, hi: float) -> Step:
         pixels += middle
         return pixels
 
-    return Step(apply)
+    return Step(apply, value_range=(lo, hi))
 
 
 @op

@@ -125,7 +125,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 def _jpeg_ends(data: bytes) -> bool:
     """Whether an end marker follows the first scan; thumbnails in the header have their own."""
     scans = (start for marker, start in _jpeg_segments(data) if marker == 0xDA)
-    return data.find(b"\xff\xd9", next(scans, 0)) >= 0
+    return data.rfind(b"\xff\xd9") >= next(scans, 0)  # Found at once at the end of a whole file.
 
 
 def _plain_png(data: bytes) -> bytes:

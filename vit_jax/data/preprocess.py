@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data import augment  # noqa: F401 (it has operations, too)
-from vit_jax.data.ops import KEPT, OPS, Size, Step
+from vit_jax.data.ops import KEPT, OPS, Size, Step, whole_levels
 from vit_jax.errors import UserError
 
 MAX_PIXELS = 16384  # a longer side is a slip of the keyboard
@@ -31,10 +31,12 @@ class Preprocess:
     Attributes:
       spec: the specification in its one canonical spelling.
       steps: its operations.
+      dtype: "float32", or "uint8" for results rounded to whole grey levels, see `to_levels`.
     """
 
     spec: str
     steps: tuple[Step, ...] = field(compare=False, repr=False)
+    dtype: str = "float32"
 
     @property
     def random(self) -> bool:
@@ -49,10 +51,21 @@ class Preprocess:
             size = size if step.size == KEPT else step.size
         return size
 
+    def to_levels(self) -> tuple["Preprocess", tuple[float, float]] | None:
+        """What leaves the last value_range to others: (uint8 preprocessing, (lo, hi)).
+
+        None if there is something after it, or none.
+        """
+        value_range = self.steps[-1].value_range
+        if value_range is None or any(step.value_range for step in self.steps[:-1]):
+            return None
+        spec = self.spec.rpartition("|")[0]
+        return Preprocess(spec, self.steps[:-1], "uint8"), value_range
+
     def undo_range(self, image: np.ndarray) -> np.ndarray:
         """The uint8 picture that value_range made a result of, to be looked at."""
-        ranges = re.findall(r"value_range(\(.*?\))", self.spec)
-        low, high = ast.literal_eval(ranges[-1]) if ranges else (0, 255)
+        ranges = [step.value_range for step in self.steps if step.value_range]
+        low, high = ranges[-1] if ranges else (0.0, 255.0)
         return np.clip(np.rint((image - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -63,7 +76,7 @@ class Preprocess:
           rng: the only source of randomness.
 
         Returns:
-          float32 array (h', w', c').
+          array (h', w', c') of `dtype`.
 
         Raises:
           UserError: an operation can't be applied to this picture.
@@ -74,6 +87,8 @@ class Preprocess:
             rng = np.random.default_rng(0)
         for step in self.steps:
             image = step.apply(image, rng)
+        if self.dtype == "uint8":
+            return whole_levels(image)
         return np.ascontiguousarray(image, np.float32)
 
 

@@ -24,6 +24,7 @@ CHOICES = {
     "loss": ("softmax", "sigmoid"),
     "dtype": ("float32", "bfloat16"),
     "corrupt": ("error", "skip"),
+    "image_dtype": ("uint8", "float32"),
 }
 # least <= value < bound.
 LIMITS = {
@@ -50,6 +51,7 @@ LIMITS = {
     "keep_checkpoints": (1, math.inf),
     "prefetch": (1, math.inf),
     "threads": (0, math.inf),
+    "workers": (0, math.inf),
     "model.dropout_rate": (0, 1),
     "model.attention_dropout_rate": (0, 1),
     "model.stochastic_depth_rate": (0, 1),
@@ -75,7 +77,15 @@ ALIASES = {
 
 # These don't change what is computed, where anything is: a run may go on with other values.
 FREE_FIELDS = frozenset(
-    {"prefetch", "threads", "corrupt", "keep_checkpoints", "tfds_data_dir", "tfds_manual_dir"}
+    {
+        "prefetch",
+        "threads",
+        "workers",
+        "corrupt",
+        "keep_checkpoints",
+        "tfds_data_dir",
+        "tfds_manual_dir",
+    }
 )
 
 
@@ -154,6 +164,10 @@ def default_config() -> ConfigDict:
     # How the data get to the device.
     config.prefetch = 2  # Batches made ready ahead of the step.
     config.threads = 0  # That decode pictures; 0 for one a core.
+    config.workers = 0  # Processes that decode pictures in place of threads; 0 for threads.
+    # As what training's pictures cross to the device: "uint8" rounds to whole grey levels, which
+    # are normalised there; "float32" keeps fractions, as evaluation and the original do.
+    config.image_dtype = "uint8"
     return config
 
 

@@ -25,12 +25,12 @@ def mix(
       Source: Yun et al. 2019 (arXiv:1905.04899).
 
     Args:
-      batch: "image" float32 (n, h, w, c), and "label" int (n,) or float (n, classes).
+      batch: "image" (n, h, w, c), float32 or uint8, and "label" int (n,) or float (n, classes).
       key: decides everything, so that a batch is mixed the same on any number of devices.
       mixup, cutmix: 0 for none. With both, each does half of the batches.
 
     Returns:
-      "image" as before and "label" float32 (n, classes): a * own + (1 - a) * other's.
+      "image" float32 as before and "label" float32 (n, classes): a * own + (1 - a) * other's.
     """
     images, labels = batch["image"], batch["label"]
     if labels.ndim == 1:

@@ -1,5 +1,6 @@
 """One training step: from a batch to changed weights, in one compiled function."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     mixup: float = 0.0,
     cutmix: float = 0.0,
+    value_range: tuple[float, float] = (-1.0, 1.0),
 ) -> Step:
     """Compiles one update of the weights over all devices of a mesh.
 
@@ -42,12 +44,14 @@ def make_train_step(
       loss: "softmax" or "sigmoid" cross-entropy.
       label_smoothing: share of a label that is spread evenly over all classes.
       mixup, cutmix: see `mix`; 0 for none.
+      value_range: what 0 and 255 of uint8 pictures become.
 
     Returns:
-      step(state, batch) -> (state, metrics). The batch holds "image" float32 (n, h, w, c) and
-      "label", either int32 (n,) or float32 (n, classes). The state passed in is donated: it can't
-      be used again. Metrics are float32 scalars on the device: "loss", the mean over the batch, and
-      "grad_norm", the global norm of its gradient before clipping.
+      step(state, batch) -> (state, metrics). The batch holds "image", (n, h, w, c) of float32 or,
+      not yet normalised, of uint8, and "label", either int32 (n,) or float32 (n, classes). The
+      state passed in is donated: it can't be used again. Metrics are float32 scalars on the device:
+      "loss", the mean over the batch, and "grad_norm", the global norm of its gradient before
+      clipping.
     """
     mesh = make_mesh() if mesh is None else mesh
     parts = mesh.size * accum_steps
@@ -55,7 +59,14 @@ def make_train_step(
     def logits_of(params: Any, images: jax.Array) -> Any:
         return model.apply({"params": params}, images)
 
-    def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+    low, high = value_range
+
+    def loss_fn(
+        params: Any, images: jax.Array, labels: jax.Array, key: jax.Array, *, levels: bool
+    ) -> jax.Array:
+        if levels:  # As the operation value_range does; mixed ones are no integers any more.
+            images = (images.astype(jnp.float32) - 127.5) / 127.5
+            images = images * ((high - low) / 2) + (high + low) / 2
         logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         return example_losses(logits, labels, loss, label_smoothing).mean()
 
@@ -66,12 +77,12 @@ def make_train_step(
                 f"{mesh.size} devices x {accum_steps} accum_steps"
             )
         key = state.dropout_key()
+        levels = batch["image"].dtype == jnp.uint8
         if mixup or cutmix:
             classes = jax.eval_shape(logits_of, state.params, batch["image"]).shape[-1]
             batch = mix(batch, key, classes, mixup=mixup, cutmix=cutmix)
-        value, grads = _accumulate(
-            jax.value_and_grad(loss_fn), accum_steps, mesh, state.params, batch, key
-        )
+        value_and_grad = jax.value_and_grad(functools.partial(loss_fn, levels=levels))
+        value, grads = _accumulate(value_and_grad, accum_steps, mesh, state.params, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
         params = optax.apply_updates(state.params, updates)

@@ -21,6 +21,7 @@ class Task:
     test: data.Source
     train_ops: data.Preprocess
     eval_ops: data.Preprocess
+    value_range: tuple[float, float]  # What 0 and 255 of uint8 training pictures become.
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ class Task:
         return _shape(self.eval_ops, self.train)
 
     def train_batches(self, start_step: int) -> Iterator[Mapping[str, np.ndarray]]:
-        """Endless batches: "image" float32 (n, h, w, c) and "label" int32 (n,)."""
+        """Endless batches: "image" uint8 or float32 (n, h, w, c) and "label" int32 (n,)."""
         return data.train_batches(
             self.train,
             self.train_ops,
@@ -49,6 +50,7 @@ class Task:
             seed=self.config.seed,
             start_step=start_step,
             threads=self.config.threads or None,
+            workers=self.config.workers,
             prefetch=self.config.prefetch,
             corrupt=self.config.corrupt,
         )
@@ -97,7 +99,10 @@ def open_task(config: ConfigDict, sources: tuple[data.Source, data.Source] | Non
             f"training makes pictures of shape {shapes[0]} and evaluation of {shapes[1]}: "
             "give config.pp.train and config.pp.eval the same size"
         )
-    return Task(config, train_source, test_source, train_ops, eval_ops)
+    value_range = (-1.0, 1.0)
+    if config.image_dtype == "uint8" and (levels := train_ops.to_levels()):
+        train_ops, value_range = levels
+    return Task(config, train_source, test_source, train_ops, eval_ops, value_range)
 
 
 def train_spec(config: ConfigDict) -> str:

@@ -97,6 +97,7 @@ def _train(
         label_smoothing=config.label_smoothing,
         mixup=mixup(config),
         cutmix=config.cutmix,
+        value_range=task.value_range,
     )
     eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
     learning_rate = schedule_of(config, config.total_steps)
