@@ -48,6 +48,18 @@ def saved(vit, tmp_path):
     return tmp_path / "weights.npz"
 
 
+def test_weights_that_cannot_be_written_leave_the_notes_of_those_before(saved, vit, monkeypatch):
+    before = {file: file.read_bytes() for file in saved.parent.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    with pytest.raises(UserError, match=r"weights\.npz can't be written \(No space left on device"):
+        dataclasses.replace(vit, labels=None).save(saved)
+    assert {file: file.read_bytes() for file in saved.parent.iterdir()} == before
+
+
 def images(n: int, *, size=(16, 16), channels: int = 3) -> np.ndarray:
     rng = np.random.default_rng(n)
     return rng.uniform(-1, 1, (n, *size, channels)).astype(np.float32)

@@ -59,6 +59,14 @@ def test_the_weights_it_leaves_give_the_accuracy_it_reports(whole):
     assert scores.loss == pytest.approx(last["test/loss"], rel=1e-6)
 
 
+def test_the_first_step_which_is_compiled_has_no_speed_yet(tiny, tmp_path, capsys):
+    run(tiny("progress_every=1", "total_steps=4"), tmp_path)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")[:2]
+    assert set(second) - set(first) == {"time/images_per_s", "time/data_wait"}
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step 1/4")]
+    assert line.endswith("        - img/s  data wait    -  eta -:--:--")
+
+
 def test_the_learning_rate_in_the_metrics_is_the_one_that_was_applied(whole, tiny):
     schedule = schedule_of(tiny(), 40)
     for line in read_metrics(whole / "metrics.jsonl"):

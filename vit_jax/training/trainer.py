@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -155,6 +156,7 @@ def _train(
             figures.add(step, step_figures)
             if step == start + 1:  # The compiler's time is not the steps' time.
                 figures.wait()
+                learning_rate(step)
                 feed.restart_clock()
                 progress.restart_clock(step)
             if _due(step, config.progress_every) or step == config.total_steps:
@@ -170,6 +172,7 @@ def _train(
                 )
                 values = {f"train/{key}": value for key, value in values.items()}
                 times = {"time/images_per_s": images_per_s, "time/data_wait": speed.wait_share}
+                times = {key: value for key, value in times.items() if not math.isnan(value)}
                 metrics.write(step, values | times | {"train/lr": lr})
 
     if scores is None or step < config.total_steps:
