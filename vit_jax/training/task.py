@@ -64,20 +64,28 @@ class Task:
         )
 
 
-def open_task(config: ConfigDict) -> Task:
-    """Opens what a configuration names.
+def open_task(config: ConfigDict, sources: tuple[data.Source, data.Source] | None = None) -> Task:
+    """Opens what a configuration names, or takes `sources` to train on and to test on.
 
     Raises UserError if the data can't be opened, or training and evaluation don't fit together.
     """
     train_ops = data.parse(train_spec(config))
     eval_ops = data.parse(eval_spec(config), train=False)
-    options = {
-        "seed": config.seed,
-        "data_dir": config.tfds_data_dir,
-        "manual_dir": config.tfds_manual_dir,
-    }
-    train_source = data.open_source(config.dataset, config.splits.train, **options)
-    test_source = data.open_source(config.dataset, config.splits.test, **options)
+    train_source, test_source = sources or (
+        data.open_source(
+            config.dataset,
+            split,
+            seed=config.seed,
+            data_dir=config.tfds_data_dir,
+            manual_dir=config.tfds_manual_dir,
+        )
+        for split in (config.splits.train, config.splits.test)
+    )
+    if train_source.labels != test_source.labels:
+        raise UserError(
+            f"{train_source.name} and {test_source.name} have different classes, expected the same "
+            "in the same order"
+        )
     if train_source.multi_label and config.loss == "softmax":
         raise UserError(
             f"config.loss is softmax, which knows one class a picture, but pictures of "
