@@ -6,15 +6,20 @@ import cv2
 import numpy as np
 
 
-def write_photos(root: Path, classes=("bee", "cat", "dog"), **counts: int) -> Path:
-    """JPEG files of various sizes, root/SPLIT/CLASS/NUMBER.jpg, `counts` of a class and split."""
+def write_photos(root: Path, size: int | None = None, **counts: int) -> Path:
+    """JPEG files root/SPLIT/CLASS/NUMBER.jpg, `counts` of each class of a split.
+
+    Of one size, or of various ones.
+    """
     rng = np.random.default_rng(0)
     for split, count in counts.items():
-        for shade, name in enumerate(classes):
+        for shade, name in enumerate(("bee", "cat", "dog")):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 low = 60 * shade
-                picture = rng.integers(low, low + 100, (12 + i % 3, 14, 3), np.uint8)
+                picture = rng.integers(
+                    low, low + 100, (size or 12 + i % 3, size or 14, 3), np.uint8
+                )
                 cv2.imwrite(str(root / split / name / f"{i:03}.jpg"), picture)
     return root
 

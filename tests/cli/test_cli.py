@@ -362,3 +362,13 @@ def test_a_damaged_zip_names_the_array(weights, fails, tmp_path):
     data[200] ^= 255
     (tmp_path / "w.npz").write_bytes(data)
     assert name in fails("info", tmp_path / "w.npz")
+
+
+def test_data_prepare_says_what_it_wrote_and_training_opens_it(photos, tmp_path, capfd, fails):
+    target = tmp_path / "prepared"
+    assert main(["data", "prepare", str(photos), str(target), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["splits"] == {"train": 16, "test": 4}
+    assert "is there already" in fails("data", "prepare", photos, target)
+    assert "unknown dataset" in fails("data", "prepare", "no/such/data", tmp_path / "x")
+    assert main(["data", "prepare", str(target), str(tmp_path / "again")]) == 0
+    assert "holds 16 in train, 4 in test" in capfd.readouterr().out

@@ -142,3 +142,25 @@ def test_figures_come_from_one_compilation():
         scores_of(logits, np.zeros(9, int), 4, step=step)
     assert step._cache_size() == 1
     assert jax.tree.map(jnp.shape, step({}, next(batches_of(np.zeros((4, 3)), np.zeros(4), 4))))
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 20), classes=st.sampled_from([2, 6]), seed=st.integers(0, 2**32 - 1))
+def test_of_several_true_classes_the_likeliest_counts(n, classes, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.permuted(np.tile(np.arange(classes), (n, 1)), axis=1).astype(np.float32)
+    hot = (rng.random((n, classes)) < 0.4).astype(np.float32)
+    index = np.arange(n, dtype=np.int32)
+    batch = {"image": logits.reshape(n, 1, classes, 1), "label": hot, "index": index}
+    scores = evaluate(SIGMOID_STEP, {}, [batch | {"mask": np.ones(n, bool)}], classes)
+    order = np.argsort(-logits, axis=1)
+    ranked = np.take_along_axis(hot, order, axis=1) > 0
+    assert scores.top1 == pytest.approx(ranked[:, 0].mean())
+    assert scores.top5 == pytest.approx(ranked[:, :5].any(axis=1).mean())
+    some = ranked.any(axis=1)
+    truth = np.where(some, order[index, ranked.argmax(axis=1)], -1)
+    np.testing.assert_array_equal(scores.truth, truth)
+    assert scores.confusion.sum() == some.sum()
+    assert np.trace(scores.confusion) == round(scores.top1 * n)
+    losses = np.logaddexp(0, logits.astype(np.float64)) - hot * logits
+    assert scores.loss == pytest.approx(losses.sum(axis=1).mean(), rel=1e-5)

@@ -64,8 +64,8 @@ class Task:
         )
 
 
-def open_task(config: ConfigDict) -> Task:
-    """Opens what a configuration names.
+def open_task(config: ConfigDict, sources: tuple[data.Source, data.Source] | None = None) -> Task:
+    """Opens what a configuration names, or takes `sources` to train on and to test on.
 
     Raises UserError if the data can't be opened, or training and evaluation don't fit together.
     """
@@ -79,9 +79,21 @@ def open_task(config: ConfigDict) -> Task:
     test = central if resize else original_preprocess((crop, crop))
     train_ops, eval_ops = data.parse(train), data.parse(config.pp.eval_ops or test)
 
-    places = {"data_dir": config.tfds_data_dir, "manual_dir": config.tfds_manual_dir}
-    train_source = data.open_source(config.dataset, config.pp.train, seed=config.seed, **places)
-    test_source = data.open_source(config.dataset, config.pp.test, seed=config.seed, **places)
+    train_source, test_source = sources or (
+        data.open_source(
+            config.dataset,
+            split,
+            seed=config.seed,
+            data_dir=config.tfds_data_dir,
+            manual_dir=config.tfds_manual_dir,
+        )
+        for split in (config.pp.train, config.pp.test)
+    )
+    if train_source.labels != test_source.labels:
+        raise UserError(
+            f"{train_source.name} and {test_source.name} have different classes, expected the same "
+            "in the same order"
+        )
     if train_source.multi_label and config.loss == "softmax":
         raise UserError(
             f"config.loss is softmax, which knows one class a picture, but pictures of "

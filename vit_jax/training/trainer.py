@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vit_jax.data import Source
 from vit_jax.errors import full_disk_explained
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
 from vit_jax.parallel import make_mesh, split
@@ -37,7 +38,12 @@ from vit_jax.training.task import Task, open_task
 from vit_jax.training.workdir import BEST_WEIGHTS, CHECKPOINTS, claim_workdir, open_workdir
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    sources: tuple[Source, Source] | None = None,
+) -> Result:
     """Trains as a configuration says, or goes on where a run in the same workdir stopped.
 
     The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, and at the end
@@ -47,22 +53,31 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> Result:
     Args:
       config: fields of `default_config`; what is not given has its default.
       workdir: the folder of this run, made if it isn't there.
+      sources: pictures to train on and to test on, e.g. of `data.from_arrays`, in place of what
+        `config.dataset` names.
 
     Raises UserError for a bad configuration, bad data, a workdir in use, a loss that is not finite,
     or a disk that can't be written. What was saved before stays good.
     """
     config = check_config(config)
+    if sources:
+        config.dataset = sources[0].name
     with (
         StopRequest() as stop,
         full_disk_explained(f"the workdir {workdir}"),
         open_workdir(workdir, config) as folder,
     ):
-        return finished(folder, config.total_steps) or _train(config, folder, stop)
+        return finished(folder, config.total_steps) or _train(config, folder, stop, sources)
 
 
-def _train(config: ConfigDict, workdir: Path, stop: StopRequest) -> Result:
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    stop: StopRequest,
+    sources: tuple[Source, Source] | None,
+) -> Result:
     mesh = make_mesh(config)
-    task = open_task(config)
+    task = open_task(config, sources)
     vit = make_network(
         config,
         picture_shape=task.picture_shape,

@@ -1,0 +1,183 @@
+"""The same pictures train alike, wherever they come from."""
+
+import csv
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from tests.data.test_tfds import Photos, build
+from tests.pictures import listed, write_photos
+from tests.training.conftest import TINY
+from vit_jax import data
+from vit_jax.cli import main
+from vit_jax.errors import UserError
+from vit_jax.training import outcome as outcome_module
+from vit_jax.training import run
+from vit_jax.training.options import load_config, override
+
+FIELDS = (
+    *("total_steps=6", "warmup_steps=1", "progress_every=1", "eval_every=3", "checkpoint_every=6"),
+    *("batch=8", "batch_eval=6"),
+    "pp.train_ops=inception_crop(8)|flip|value_range(-1, 1)",
+    "pp.eval_ops=resize(8)|value_range(-1, 1)",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch):
+    monkeypatch.setattr(outcome_module, "training_report", lambda path, **_: path.touch())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"), size=12, train=7, test=3)
+
+
+@pytest.fixture(scope="module")
+def from_folder(photos, tmp_path_factory):
+    """The workdir of a run on the folder."""
+    workdir = tmp_path_factory.mktemp("folder") / "run"
+    fields = [f"--config.{field}" for field in (*FIELDS, f"dataset={photos}")]
+    run(override(load_config(str(TINY)), fields), workdir)
+    return workdir
+
+
+def rows_of(photos):
+    return [
+        {"path": str(f), "label": f.parent.name, "split": split}
+        for split in ("train", "test")
+        for f in listed(photos, split)
+    ]
+
+
+def as_folder(photos, tmp_path):
+    return [f"dataset={photos}"]
+
+
+def as_csv(photos, tmp_path):
+    with (tmp_path / "all.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["path", "label", "split"])
+        writer.writeheader()
+        writer.writerows(rows_of(photos))
+    return [f"dataset={tmp_path / 'all.csv'}"]
+
+
+def as_json_lines(photos, tmp_path):
+    lines = [json.dumps(row) + "\n" for row in rows_of(photos)]
+    (tmp_path / "all.jsonl").write_text("".join(lines))
+    return [f"dataset={tmp_path / 'all.jsonl'}"]
+
+
+def as_tfds_name(photos, tmp_path):
+    build(Photos, photos, tmp_path)
+    return ["dataset=photos", f"tfds_data_dir={tmp_path}"]
+
+
+def as_prepared(photos, tmp_path):
+    assert main(["data", "prepare", str(photos), str(tmp_path / "prepared")]) == 0
+    return [f"dataset={tmp_path / 'prepared'}"]
+
+
+def arrays_of(photos, split):
+    source = data.open_source(str(photos), split)
+    return np.stack([source[i]["image"] for i in range(len(source))]), source.label_ids
+
+
+def as_npz(photos, tmp_path):
+    arrays = {"names": ["bee", "cat", "dog"]}
+    for split in ("train", "test"):
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = arrays_of(photos, split)
+    np.savez(tmp_path / "all.npz", **arrays)
+    return [f"dataset={tmp_path / 'all.npz'}"]
+
+
+def as_hugging_face(photos, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = {}
+    for split in ("train", "test"):
+        files = listed(photos, split)
+        kinds = {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["bee", "cat", "dog"]),
+        }
+        rows = {"image": list(map(str, files)), "label": [f.parent.name for f in files]}
+        parts[split] = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    return [f"dataset={tmp_path / 'saved'}"]
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [as_csv, as_json_lines, as_tfds_name, as_prepared, as_npz, as_hugging_face],
+    ids=lambda f: f.__name__,
+)
+def test_losses_and_weights_are_those_of_the_folder(
+    spelled, photos, from_folder, tiny, tmp_path, outcome
+):
+    assert run(tiny(*FIELDS, *spelled(photos, tmp_path)), tmp_path / "run").finished
+    weights, lines = outcome(tmp_path / "run")
+    assert len([line for line in lines if "train/loss" in line]) == 6
+    assert (weights, lines) == outcome(from_folder)
+
+
+def test_so_are_those_of_arrays_in_memory(photos, from_folder, tiny, tmp_path, outcome):
+    names = ["bee", "cat", "dog"]
+    train, test = (
+        data.from_arrays(*arrays_of(photos, split), names=names) for split in ("train", "test")
+    )
+    assert run(tiny(*FIELDS), tmp_path / "run", sources=(train, test)).finished
+    assert outcome(tmp_path / "run") == outcome(from_folder)
+
+
+def several(photos, tmp_path):
+    rows = [r | {"labels": [r["label"], "any"][: 1 + i % 2]} for i, r in enumerate(rows_of(photos))]
+    rows[-1]["labels"] = []
+    lines = [json.dumps({k: r[k] for k in ("path", "labels", "split")}) + "\n" for r in rows]
+    (tmp_path / "several.jsonl").write_text("".join(lines))
+    return f"dataset={tmp_path / 'several.jsonl'}"
+
+
+def test_several_labels_train_with_the_sigmoid_loss_only(photos, tiny, tmp_path, capsys):
+    dataset = several(photos, tmp_path)
+    with pytest.raises(UserError, match=r"config\.loss is softmax.*use --config\.loss=sigmoid"):
+        run(tiny(*FIELDS, dataset), tmp_path / "run")
+    result = run(tiny(*FIELDS, dataset, "loss=sigmoid"), tmp_path / "other")
+    assert result.finished
+    predictions = tmp_path / "p.csv"
+    assert main(["evaluate", str(tmp_path / "other"), "--json", f"--csv={predictions}"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["count"] == 9
+    assert scores["top1"] == result.test["test/top1"]
+    assert scores["loss"] == pytest.approx(result.test["test/loss"], rel=1e-5)
+    last = list(csv.DictReader(predictions.open()))[-1]
+    assert (last["label"], last["correct"]) == ("", "0")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("tensorflow"), reason="needs TensorFlow")
+def test_the_original_command_line_trains_on_the_stock_cifar10(shared, tmp_path):
+    import subprocess
+    import sys
+
+    from tests.cifar import write_archive
+    from tests.data.test_tfds import PREPARE
+
+    write_archive(shared / "images" / "cifar10", tmp_path)
+    data_dir = str(tmp_path / "tfds")
+    subprocess.run(
+        [sys.executable, "-c", PREPARE, str(tmp_path), data_dir, "array_record"], check=True
+    )
+    command = [
+        *(sys.executable, "-m", "vit_jax.main", f"--workdir={tmp_path / 'run'}"),
+        *("--config=configs/vit.py:b16,cifar10", f"--config.tfds_data_dir={data_dir}"),
+        *("--config.pretrained_dir=", "--config.model.patch_size=(8, 8)"),
+        *("--config.model.hidden_size=32", "--config.model.num_layers=1"),
+        *("--config.model.num_heads=2", "--config.model.mlp_dim=32", "--config.pp.crop=32"),
+        *("--config.total_steps=4", "--config.warmup_steps=1", "--config.batch=32"),
+        *("--config.accum_steps=1", "--config.batch_eval=100", "--config.progress_every=1"),
+    ]
+    subprocess.run(command, check=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
