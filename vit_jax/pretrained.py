@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,15 @@ from vit_jax.checkpoints import hub
 from vit_jax.checkpoints.labels import class_names
 from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
-from vit_jax.models import CLASSIFIERS, POOLED, LiT
+from vit_jax.models import POOLED, LiT
+from vit_jax.notes import (
+    Notes,
+    height_width,
+    is_count,
+    original_preprocess,
+    preprocess_at,
+    read_notes,
+)
 
 WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
 
@@ -176,17 +182,12 @@ class Pretrained:
         """
         path = Path(path)
         checkpoints.check_ending(path)
-        notes = {
-            "classifier": self.spec.classifier,
-            "image_size": list(self.image_size),
-            "preprocess": self.preprocess,
-            "labels": list(self.labels) if self.labels else None,
-        }
+        notes = Notes(self.spec.classifier, self.image_size, self.preprocess, self.labels)
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
         # Both are written before either takes its name, so that the notes of other weights stand
         # beside these, if a crash comes just then, for a moment only.
         with checkpoints.atomic_file(path.with_suffix(".json")) as file:
-            file.write((json.dumps(notes, indent=1, ensure_ascii=False) + "\n").encode())
+            file.write(notes.to_json())
             file.flush()
             checkpoints.save_weights(path, self.params, style=style)
 
@@ -304,19 +305,25 @@ def load(
     for field in overrides:
         if field not in WEIGHTLESS:
             raise UserError(f"load takes no {field!r}: of the model only {', '.join(WEIGHTLESS)}")
-    if num_classes is not None and not _is_count(num_classes):
+    if num_classes is not None and not is_count(num_classes):
         raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
-    size = None if image_size is None else _height_width(image_size)
+    size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
-    notes = _read_notes(path)
+    notes = read_notes(path)
+    # The notes are those of the whole file: of LiT they don't tell how its tower pools.
+    classifier = notes.classifier if notes and not tower else None
     arrays, spec = checkpoints.load_weights(
         path,
         tower=tower,
-        # The notes are those of the whole file: of LiT they don't tell how its tower pools.
-        classifier=None if tower else notes.get("classifier"),
-        image_size=notes.get("image_size"),
+        classifier=None if classifier == LiTSpec.classifier else classifier,
+        image_size=notes.image_size if notes else None,
         likely_size=size,
     )
+    if classifier and (classifier == LiTSpec.classifier) != isinstance(spec, LiTSpec):
+        raise UserError(
+            f"{path.with_suffix('.json')} is about other weights than {path}, which are "
+            f"{spec.description}: mend or remove it"
+        )
     arrays, new = checkpoints.adapt(
         arrays,
         spec,
@@ -326,19 +333,20 @@ def load(
     )
     labels = None
     if num_classes is None:
-        labels = notes["labels"] if notes else class_names(new.num_classes)
+        labels = notes.labels if notes else class_names(new.num_classes)
     if labels is not None and len(labels) != new.num_classes:
         raise UserError(
             f"{path.with_suffix('.json')} names {len(labels)} classes, but the head has "
             f"{new.num_classes}: mend or remove that file"
         )
-    preprocess = notes.get("preprocess")
-    if preprocess is None:
+    if notes is None:
         preprocess = original_preprocess(new.image_size)
         if isinstance(new, LiTSpec):  # Its towers saw whole grey levels.
             preprocess = preprocess.replace("|", "|uint8|", 1)
     elif new.image_size != spec.image_size:
-        preprocess = _preprocess_at(new.image_size, preprocess)
+        preprocess = preprocess_at(new.image_size, notes.preprocess)
+    else:
+        preprocess = notes.preprocess
     known = {f.name for f in dataclasses.fields(type(new.model()))}
     for field in overrides.keys() - known:
         raise UserError(f"{new.name or 'this network'} has no {field}: leave it out")
@@ -352,32 +360,6 @@ def load(
     if isinstance(new, LiTSpec):
         return PretrainedLiT(**bundle, vocabulary=_vocabulary(path))
     return Pretrained(**bundle)
-
-
-def original_preprocess(image_size: tuple[int, int]) -> str:
-    """How the original evaluates: the whole picture squeezed to (h, w), values in [-1, 1]."""
-    height, width = image_size
-    size = height if height == width else (height, width)
-    return f"resize({size})|value_range(-1, 1)"
-
-
-def _preprocess_at(image_size: tuple[int, int], recorded: str) -> str:
-    """The original preprocessing for a new size, but with the recorded range of values."""
-    resize, value_range = original_preprocess(image_size).split("|")
-    recorded_ranges = re.findall(r"(?:uint8\|)?value_range\([^)]*\)", recorded)
-    return f"{resize}|{recorded_ranges[-1] if recorded_ranges else value_range}"
-
-
-def _height_width(image_size: Any) -> tuple[int, int]:
-    pair = list(image_size) if np.ndim(image_size) == 1 else [image_size] * 2
-    if len(pair) != 2 or not all(_is_count(size) for size in pair):
-        raise UserError(f"image_size is {image_size!r}, expected pixels or (height, width) of them")
-    return int(pair[0]), int(pair[1])
-
-
-def _is_count(value: Any) -> bool:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return whole and value >= 1
 
 
 def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
@@ -397,28 +379,3 @@ def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
         raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
     return path, tower
-
-
-def _read_notes(path: Path) -> dict[str, Any]:
-    """What `Pretrained.save` noted beside the weights; empty if there is nothing."""
-    file = path.with_suffix(".json")
-    if file == path or not file.is_file():
-        return {}
-    try:
-        notes = json.loads(file.read_text(encoding="utf-8"))
-        labels, classifier = notes["labels"], notes["classifier"]
-        if classifier not in (*CLASSIFIERS, LiTSpec.classifier):
-            raise ValueError(f"classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
-        if not isinstance(labels, list | None):
-            raise ValueError("labels is no list")
-        data.parse(notes["preprocess"])
-        return {
-            "classifier": classifier,
-            "image_size": _height_width([int(size) for size in notes["image_size"]]),
-            "preprocess": notes["preprocess"],
-            "labels": labels and tuple(map(str, labels)),
-        }
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(
-            f"{file} is damaged ({type(e).__name__}: {e}): mend it, or remove it"
-        ) from e

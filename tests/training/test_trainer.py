@@ -294,7 +294,7 @@ def test_weights_that_do_not_fit_the_pictures_or_the_fields_are_refused(whole, t
         run(tiny(weights, "model.num_layers=2"), tmp_path / "a")
     with pytest.raises(UserError, match="take pictures of 1 channels, these have 3: add gray to"):
         run(tiny(weights, "pp.train_ops=rgb", "pp.eval_ops=rgb"), tmp_path / "b")
-    with pytest.raises(UserError, match=r"no weights at none\.npz or "):
+    with pytest.raises(UserError, match=r"no weights at none\.npz: give "):
         run(tiny("model_or_filename=none.npz"), tmp_path / "c")
 
 

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from vit_jax import data
 from vit_jax.errors import UserError
+from vit_jax.notes import original_preprocess
 from vit_jax.parallel import divisible
-from vit_jax.pretrained import original_preprocess
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""What the official layouts have no place for, kept in a small .json file beside the weights."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax import data
+from vit_jax.checkpoints.spec import LiTSpec
+from vit_jax.errors import UserError
+from vit_jax.models import CLASSIFIERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """How weights are to be used.
+
+    Attributes:
+      classifier: see `models.CLASSIFIERS`; "lit" for a LiT bundle.
+      image_size: (height, width) in pixels.
+      preprocess: how pictures are made ready, e.g. "resize(224)|value_range(-1, 1)".
+      labels: names of the classes, or None.
+    """
+
+    classifier: str
+    image_size: tuple[int, int]
+    preprocess: str
+    labels: tuple[str, ...] | None
+
+    def to_json(self) -> bytes:
+        """The content of the file."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        return text.encode() + b"\n"
+
+
+def read_notes(weights: Path) -> Notes | None:
+    """The notes beside a file of weights; None if there are none. Raises UserError if they are
+    damaged."""
+    file = weights.with_suffix(".json")
+    if file == weights or not file.is_file():
+        return None
+    try:
+        notes = json.loads(file.read_text(encoding="utf-8"))
+        labels, classifier = notes["labels"], notes["classifier"]
+        if classifier not in (*CLASSIFIERS, LiTSpec.classifier):
+            raise ValueError(f"classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
+        if not isinstance(labels, list | None):
+            raise ValueError("labels is no list")
+        data.parse(notes["preprocess"])
+        return Notes(
+            classifier,
+            height_width([int(size) for size in notes["image_size"]]),
+            notes["preprocess"],
+            tuple(map(str, labels)) if labels else None,
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(
+            f"{file} is damaged ({type(e).__name__}: {e}): mend it, or remove it"
+        ) from e
+
+
+def original_preprocess(image_size: tuple[int, int]) -> str:
+    """How the original evaluates: the whole picture squeezed to (h, w), values in [-1, 1]."""
+    height, width = image_size
+    size = height if height == width else (height, width)
+    return f"resize({size})|value_range(-1, 1)"
+
+
+def preprocess_at(image_size: tuple[int, int], recorded: str) -> str:
+    """The original preprocessing for a new size, but with the recorded range of values."""
+    resize, value_range = original_preprocess(image_size).split("|")
+    recorded_ranges = re.findall(r"(?:uint8\|)?value_range\([^)]*\)", recorded)
+    return f"{resize}|{recorded_ranges[-1] if recorded_ranges else value_range}"
+
+
+def height_width(image_size: Any) -> tuple[int, int]:
+    """(height, width) of one number of pixels or two. Raises UserError for anything else."""
+    pair = list(image_size) if np.ndim(image_size) == 1 else [image_size] * 2
+    if len(pair) != 2 or not all(is_count(size) for size in pair):
+        raise UserError(f"image_size is {image_size!r}, expected pixels or (height, width) of them")
+    return int(pair[0]), int(pair[1])
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and value >= 1
