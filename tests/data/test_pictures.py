@@ -188,10 +188,14 @@ def zip_bomb(side=60_000):
 
 def enlarged(kind):
     """A file whose header announces a picture far larger than what follows."""
-    data = bytearray(FILES[kind])
+    data = bytearray(FILES.get(kind, b""))
     if kind == "png":
         data[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "png, a date before its header":
+        date = b"tIME" + bytes(7)
+        date = struct.pack(">I", 7) + date + struct.pack(">I", zlib.crc32(date))
+        data[:] = enlarged("png")[:8] + date + enlarged("png")[8:]
     elif kind == "jpeg":
         at = data.index(b"\xff\xc0") + 5
         data[at : at + 4] = b"\xff\xff\xff\xff"
@@ -216,7 +220,18 @@ def test_a_zip_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
         pictures.read(tmp_path / "bomb.png")
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "webp", "lossless webp with alpha"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "png",
+        "png, a date before its header",
+        "jpeg",
+        "gif",
+        "bmp",
+        "webp",
+        "lossless webp with alpha",
+    ],
+)
 def test_every_kind_of_file_has_to_announce_a_bearable_size(kind, monkeypatch):
     monkeypatch.setattr(cv2, "imdecode", lambda *args: pytest.fail("it was decoded"))
     with pytest.raises(UserError, match=r"^picture: a \w+ picture of [\d,]+ x [\d,]+ pixels, exp"):

@@ -15,6 +15,8 @@ import cv2
 import grain
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vit_jax.data import eval_batches, open_source, parse, train_batches
 from vit_jax.data.sources import Source
@@ -69,8 +71,8 @@ DIGITS = open_source("digits", "train[:300]")
 
 
 def digits(count, **options):
-    options = {"batch_size": 64, "seed": 3, "threads": 2, **options}
-    return first(count, train_batches(DIGITS, AUGMENTED, **options))
+    options = {"source": DIGITS, "batch_size": 64, "seed": 3, "threads": 2, **options}
+    return first(count, train_batches(preprocess=AUGMENTED, **options))
 
 
 # Training.
@@ -83,25 +85,58 @@ def test_training_batches_have_float_images_and_integer_labels():
     assert (batch["label"].shape, batch["label"].dtype) == ((64,), np.int32)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 8])
-@pytest.mark.parametrize("prefetch", [1, 4])
-def test_batches_do_not_depend_on_threads_or_prefetching(threads, prefetch):
-    assert_same(digits(12), digits(12, threads=threads, prefetch=prefetch))
-
-
-@pytest.mark.parametrize("start", [1, 4, 5, 23])
-def test_starting_at_a_step_equals_running_up_to_it(start):
-    assert_same(digits(30)[start:], digits(30 - start, start_step=start))
-
-
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_each_batch_in_contiguous_parts(hosts):
-    parts = [digits(10, shard=(host, hosts)) for host in range(hosts)]
-    joined = [
+def joined(hosts, count, **options):
+    """The global batches that so many hosts see together."""
+    parts = [digits(count, shard=(host, hosts), **options) for host in range(hosts)]
+    return [
         {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
         for batches in zip(*parts, strict=True)
     ]
-    assert_same(digits(10), joined)
+
+
+CASES = {
+    "pictures": st.integers(1, 60),
+    "rows": st.integers(1, 9),
+    "seed": st.integers(0, 2**32 - 1),
+    "killed_at": st.integers(0, 8),
+    "hosts": st.sampled_from([1, 2, 4]),
+    "threads": st.sampled_from([1, 2, 8]),
+    "prefetch": st.sampled_from([1, 4]),
+}
+
+
+@given(**CASES)
+@settings(deadline=None, max_examples=10)
+def test_every_epoch_holds_each_picture_once_whoever_reads_and_wherever_it_resumes(**case):
+    check_order(**case)
+
+
+@pytest.mark.slow
+@given(**CASES)
+@settings(deadline=None, max_examples=150)
+def test_the_same_of_many_more_cases(**case):
+    check_order(**case)
+
+
+def check_order(*, pictures, rows, seed, killed_at, hosts, threads, prefetch):
+    # Labels that number the pictures, and so tell their order; augmentation in the images.
+    source = replace(DIGITS.take(range(pictures)), label_ids=np.arange(pictures, dtype=np.int32))
+    options = {"source": source, "batch_size": 4 * rows, "seed": seed}
+    whole = digits(9, threads=1, **options)
+
+    order = np.concatenate([batch["label"] for batch in whole])
+    epochs = [order[i : i + pictures] for i in range(0, len(order), pictures)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == len(epoch)  # the last may be cut short
+    if pictures > 20 and len(epochs) > 1:
+        assert not np.array_equal(epochs[0][: len(epochs[1])], epochs[1])
+
+    others = {"threads": threads, "prefetch": prefetch, **options}
+    before = joined(hosts, killed_at, **others) if killed_at else []
+    after = joined(hosts, 9 - killed_at, start_step=killed_at, **others)
+    assert_same(whole, before + after)
+    fewer = joined(1 if hosts > 1 else 2, 9 - killed_at, start_step=killed_at, **others)
+    assert_same(whole[killed_at:], fewer)
 
 
 def test_each_epoch_holds_each_picture_once_in_an_order_of_its_own():

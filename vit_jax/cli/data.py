@@ -16,7 +16,7 @@ def add_parser(subparsers) -> None:
         "data",
         None,
         "look at pictures before training on them",
-        "vit-jax data check photos --out report",
+        "vit-jax data check photos --out report\n  vit-jax data prepare photos photos.tfds",
     )
     commands = group.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_prepare(commands)
