@@ -22,8 +22,8 @@ def get_config(arg: str = ""):
     config.model.dropout_rate = 0.1
 
     # The digits fill their 8x8 pixels: shifting or cropping them does harm.
-    config.pp.train_ops = "resize(8)|value_range(-1, 1)"
-    config.pp.eval_ops = "resize(8)|value_range(-1, 1)"
+    config.pp.train = "resize(8)|value_range(-1, 1)"
+    config.pp.eval = "resize(8)|value_range(-1, 1)"
 
     config.optim = "adamw"
     config.optim_dtype = "float32"

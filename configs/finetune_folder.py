@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
         )
     config = default_config()
     config.dataset = arg
-    pictures = len(open_source(arg, config.pp.train))
+    pictures = len(open_source(arg, config.splits.train))
 
     # A batch of about a fifteenth of the pictures, a power of two from 8 to 512; eight times
     # through all of them, in at least 100 and at most 20,000 steps. The learning rate follows the

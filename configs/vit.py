@@ -43,8 +43,8 @@ def get_config(arg: str = ""):
     config.model.dropout_rate = variant(config.model.name).get("dropout_rate", 0.0)
     config.pretrained_dir = "."  # Holds the official weights, e.g. ViT-B_16.npz.
     config.dataset = dataset
-    config.pp.train = preset["train"]
-    config.pp.test = preset["test"]
+    config.splits.train = preset["train"]
+    config.splits.test = preset["test"]
     config.pp.crop = preset["crop"]
     config.total_steps = preset["total_steps"]
 

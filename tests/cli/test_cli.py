@@ -20,8 +20,8 @@ from vit_jax.cli import COMMANDS, main
 
 TRAIN = ("train", f"--config={TINY}", "--config.total_steps=2", "--config.warmup_steps=1")
 ON_PHOTOS = (
-    *("--config.pp.train_ops=resize(8)|value_range(-1, 1)",),
-    *("--config.pp.eval_ops=resize(8)|value_range(-1, 1)",),
+    *("--config.pp.train=resize(8)|value_range(-1, 1)",),
+    *("--config.pp.eval=resize(8)|value_range(-1, 1)",),
 )
 
 
@@ -220,7 +220,7 @@ def test_a_command_that_cannot_be_understood(argv, message, fails, tmp_path, mon
         ("--config.model.name=ViT-Q_16", "unknown model 'ViT-Q_16': did you mean ViT-"),
         ("--config.dataset=cifer", "unknown dataset 'cifer'"),
         ("--config.pp.test=trian", "unknown split 'trian'"),
-        ("--config.pp.train_ops=resise(8)", "unknown operation 'resise'"),
+        ("--config.pp.train=resise(8)", "unknown operation 'resise'"),
         ("--config.toal_steps=3", "unknown field config.toal_steps: did you mean config.total_"),
         ("--config.batch=many", "config.batch is 'many' of type str, expected int"),
         ("--config.accum_steps=3", "config.batch 16 is not divisible by config.accum_steps 3"),

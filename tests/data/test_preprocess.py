@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from vit_jax.data import pictures
-from vit_jax.data.preprocess import _OPS, _random_box, parse
+from vit_jax.data.ops import OPS, random_box
+from vit_jax.data.preprocess import parse
 from vit_jax.errors import UserError
 
 RNG = np.random.default_rng
@@ -123,6 +125,98 @@ def test_gray_is_luma_and_rgb_repeats_it():
     np.testing.assert_array_equal(parse("rgb")(PICTURE), PICTURE)
 
 
+def test_random_crop_takes_every_place_equally_often():
+    preprocess = parse("random_crop((59, 88))")
+    places = []
+    for seed in range(600):
+        result = preprocess(PICTURE, RNG(seed))
+        found = [
+            (y, x)
+            for y in range(2)
+            for x in range(3)
+            if np.array_equal(result, PICTURE[y : y + 59, x : x + 88])
+        ]
+        assert len(found) == 1
+        places += found
+    counts = [places.count(place) for place in set(places)]
+    assert len(counts) == 6
+    assert min(counts) > 60
+    with pytest.raises(UserError, match=r"random_crop: .* 60 x 90, expected 61 x 8 or larger"):
+        parse("random_crop((61, 8))")(PICTURE, RNG(0))
+
+
+# Antialiasing.
+
+
+def triangle_resized(image, size):
+    """float64, pixel by pixel: the mean under a triangle as wide as the reduction."""
+    for axis, after in enumerate(size):
+        before = image.shape[axis]
+        scale = max(before / after, 1)
+        rows = []
+        for i in range(after):
+            centre = (i + 0.5) * before / after
+            weights = [max(0.0, 1 - abs(j + 0.5 - centre) / scale) for j in range(before)]
+            row = sum(w * image.take(j, axis).astype(np.float64) for j, w in enumerate(weights))
+            rows.append(row / sum(weights))
+        image = np.stack(rows, axis)
+    return image
+
+
+@pytest.mark.parametrize(
+    "size", [(20, 30), (7, 13), (59, 89), (1, 1), (60, 31), (45, 200), (80, 9)]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_antialias_is_the_mean_under_a_triangle(size, channels):
+    image = PICTURE[..., :channels]
+    result = parse(f"resize({size}, antialias=True)")(image)
+    np.testing.assert_allclose(result, triangle_resized(image, size), atol=1e-3)
+
+
+def test_antialias_is_what_pil_does_of_floats():
+    result = parse("resize((17, 23), antialias=True)")(PICTURE[..., :1])[..., 0]
+    floats = Image.fromarray(PICTURE[..., 0].astype(np.float32))
+    expected = floats.resize((23, 17), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(result, expected, atol=1e-3)
+
+
+def test_antialias_changes_nothing_where_a_picture_grows():
+    for size in ("(60, 90)", "(61, 200)"):
+        plain, smooth = parse(f"resize({size})"), parse(f"resize({size}, antialias=True)")
+        np.testing.assert_array_equal(smooth(PICTURE), plain(PICTURE))
+
+
+def test_every_resizing_operation_has_it():
+    stripes = np.zeros((64, 64, 1), np.uint8)
+    stripes[:, ::2] = 255
+    for spec in ("resize(8{})", "resize_small(8{})", "inception_crop(8{}, area_min=1)"):
+        smooth = parse(spec.format(", antialias=True"))(stripes, RNG(0))
+        plain = parse(spec.format(""))(stripes, RNG(0))
+        # The outermost pixels see a stripe more or less.
+        assert np.ptp(smooth[:, 1:-1]) < 20
+        assert abs(smooth.mean() - 127.5) < 10
+        assert parse(spec.format(", antialias=False")) == parse(spec.format(""))
+        assert plain.shape == smooth.shape
+
+
+@pytest.mark.parametrize(
+    ("spec", "levels"),
+    [
+        ("resize((60, 90))|value_range(-1, 1)", PICTURE),
+        ("value_range(0, 1)", PICTURE),
+        ("gray|rgb", None),
+        ("flip", PICTURE[:, ::-1]),
+    ],
+)
+def test_the_range_of_values_can_be_undone_to_look_at_a_picture(spec, levels):
+    preprocess = parse(spec)
+    seed = next(s for s in range(9) if spec != "flip" or RNG(s).random() > 0.5)
+    undone = preprocess.undo_range(preprocess(PICTURE, RNG(seed)))
+    assert undone.dtype == np.uint8
+    if levels is not None:
+        np.testing.assert_array_equal(undone, levels)
+
+
 # The crop of the published recipe.
 
 
@@ -136,7 +230,7 @@ def test_gray_is_luma_and_rgb_repeats_it():
 @settings(deadline=None)
 def test_crops_lie_inside_and_keep_to_area_and_aspect(height, width, one, other, seed):
     low, high = sorted((one, other))
-    top, left, h, w = _random_box((height, width), RNG(seed), low, high)
+    top, left, h, w = random_box((height, width), RNG(seed), low, high)
     assert 0 <= top <= top + h <= height
     assert 0 <= left <= left + w <= width
     if (h, w) != (height, width):
@@ -146,7 +240,7 @@ def test_crops_lie_inside_and_keep_to_area_and_aspect(height, width, one, other,
 
 
 def test_crops_of_every_area_and_place_occur():
-    boxes = np.array([_random_box((300, 400), RNG(i), 0.05, 1.0) for i in range(3000)])
+    boxes = np.array([random_box((300, 400), RNG(i), 0.05, 1.0) for i in range(3000)])
     top, left, height, width = boxes.T
     area = height * width / (300 * 400)
     assert area.min() < 0.06
@@ -162,7 +256,7 @@ def test_crops_of_every_area_and_place_occur():
 def test_crop_heights_are_uniform_as_in_the_original():
     heights = []
     for i in range(4000):
-        _, _, height, width = _random_box((256, 256), RNG(i), 0.05, 1.0)
+        _, _, height, width = random_box((256, 256), RNG(i), 0.05, 1.0)
         if abs(width / height - 1) < 0.1:
             heights.append(height)
     low = 256 * np.sqrt(0.05)
@@ -171,7 +265,7 @@ def test_crop_heights_are_uniform_as_in_the_original():
 
 
 def test_a_picture_too_narrow_for_any_crop_is_taken_whole():
-    assert _random_box((5, 1000), RNG(0), 0.05, 1.0) == (0, 0, 5, 1000)
+    assert random_box((5, 1000), RNG(0), 0.05, 1.0) == (0, 0, 5, 1000)
 
 
 # The text.
@@ -187,6 +281,14 @@ def test_a_picture_too_narrow_for_any_crop_is_taken_whole():
         ("inception_crop(224, 0.05, 1)", "inception_crop(224)"),
         ("inception_crop(224, area_max=0.5)", "inception_crop(224, area_max=0.5)"),
         ("value_range(hi=1, lo=0)", "value_range(0, 1)"),
+        ("decode | resize(8)", "resize(8)"),
+        ("decode", "decode"),
+        ("resize(8, True)", "resize(8, antialias=True)"),
+        ("resize(8, antialias = False)", "resize(8)"),
+        ("randaug(2,10)", "randaug(2, 10)"),
+        ("randaug(magnitude=7.5, layers=1)", "randaug(1, 7.5)"),
+        ("color_jitter(.4, .4, .4, 0)", "color_jitter(0.4, 0.4, 0.4)"),
+        ("random_erasing()", "random_erasing"),
     ],
 )
 def test_spellings_of_the_same_are_equal(written, canonical):
@@ -198,12 +300,16 @@ def test_spellings_of_the_same_are_equal(written, canonical):
     ("spec", "message"),
     [
         ("resize(8)|filp", r"unknown operation 'filp' .* at position 11; did you mean flip\?"),
-        ("xyzzy", "unknown operation 'xyzzy' in 'xyzzy' at position 1; there are inception_crop"),
+        ("xyzzy", "unknown operation 'xyzzy' in 'xyzzy' at position 1; there are decode, "),
         ("", "can't read ''"),
         ("flip|", "can't read '' in 'flip|' at position 6"),
         ("resize(8", r"can't read 'resize\(8'"),
-        ("resize", r"missing a required argument: 'size'; expected resize\(size\)"),
-        ("resize(1, 2)", r"too many positional arguments; expected resize\(size\)"),
+        ("resize", r"missing a required argument: 'size'; expected resize\(size, anti"),
+        ("resize(1, 2)", "antialias is 2, expected True or False"),
+        (
+            "resize(1, True, 2)",
+            r"too many positional arguments; .* antialias=False\)",
+        ),
         ("resize(0)", "size is 0, expected 1 to 16384 pixels"),
         ("resize(8.5)", "size is 8.5"),
         ("resize(True)", "size is True"),
@@ -217,10 +323,24 @@ def test_spellings_of_the_same_are_equal(written, canonical):
         ("value_range(1, 1, lo=3)", "multiple values"),
         ("flip(1)", "expected flip without arguments"),
         ("inception_crop(8, 0.9, 0.1)", "0 < area_min <= area_max <= 1"),
-        ("inception_crop(8, 0)", r"expected inception_crop\(size, area_min=0.05, area_max=1\)"),
+        ("inception_crop(8, 0)", r"expected inception_crop\(size, area_min=0.05, area_max=1, ant"),
         ("resize(__import__('os'))", "can't read"),
         ("resize(exit())", "not a list of numbers"),
         ("flip|" * 300, "1500 characters"),
+        ("flip|decode", "decode in 'flip|decode' at position 6: pictures arrive decoded"),
+        ("randaug(2)", r"missing .* 'magnitude'; expected randaug\(layers, magnitude\)"),
+        ("randaug(0, 10)", "expected 1 to 16 layers and a magnitude of 0 to 30"),
+        ("randaug(2, 31)", "expected 1 to 16 layers and a magnitude of 0 to 30"),
+        ("randaug(2.5, 10)", "layers is 2.5, expected a whole number"),
+        ("randaug(True, 10)", "layers is True, expected a whole number"),
+        ("color_jitter(-1, 0, 0)", "expected 0 or more, and a hue of at most 0.5"),
+        ("color_jitter(1, 1, 1, 0.6)", "a hue of at most 0.5"),
+        ("random_erasing(1.5)", "expected 0 <= p <= 1"),
+        ("random_erasing(1, 0)", "0 < area_min <= area_max <= 1"),
+        (
+            "resize(8)|value_range(-1, 1)|randaug(2, 9)",
+            "at position 30 works on values of 0 to 255",
+        ),
     ],
 )
 def test_mistakes_are_told_with_their_place_and_what_was_expected(spec, message):
@@ -235,7 +355,7 @@ def test_evaluation_refuses_random_operations():
         parse("resize(8)|flip", train=False)
 
 
-names = st.sampled_from(list(_OPS))
+names = st.sampled_from(list(OPS))
 numbers = st.one_of(st.integers(-3, 400), st.floats(-2, 2), st.just("(3, 4)"), st.just("lo=0"))
 calls = st.builds(
     lambda n, a: f"{n}({', '.join(map(str, a))})", names, st.lists(numbers, max_size=3)

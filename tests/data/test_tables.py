@@ -77,7 +77,7 @@ def test_a_split_column_says_where_a_picture_belongs(photos):
     lines = [f"{x},validation" for x in lines_of(photos, "test")]
     table = write(photos / "validation.csv", "path,label,split", *lines)
     assert len(open_source(table, "test")) == 9
-    fails("has no 'train' pictures, only 'validation', 'test'", table, "train")
+    fails("no 'train' pictures, only 'validation', 'test': add them, or", table, "train")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -9,9 +9,11 @@ from vit_jax.training.config import (
     config_from_json,
     config_to_json,
     differing_fields,
+    flatten,
     weights_source,
 )
 from vit_jax.training.options import find_config_file, load_config, override
+from vit_jax.training.task import eval_spec, mixup, train_spec
 
 
 def changed(*options):
@@ -252,3 +254,84 @@ def test_a_mistake_in_a_configuration_file_is_named_in_one_line(
     assert "bad.py" in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Splits and operations.
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "moved"),
+    [
+        ("pp.train", "train[:98%]", "splits.train"),
+        ("pp.train", " train[:10%] + train[90%:] ", "splits.train"),
+        ("pp.test", "validation", "splits.test"),
+        ("pp.train", "even_splits(train[:50%], 4)[0]+train[90%:]", "splits.train"),
+        ("pp.train", "flip", None),
+        ("pp.train", "resize(8)|flip", None),
+        ("pp.eval", "rgb", None),
+    ],
+)
+def test_a_split_where_the_original_has_it_is_taken_as_one(field, value, moved):
+    written = default_config()
+    part, _, name = field.partition(".")
+    written[part][name] = value
+    for config in (check_config(written), changed(f"--config.{field}={value}")):
+        fields = flatten(config)
+        assert fields[f"config.{moved or field}"] == value
+        assert moved is None or fields.get(f"config.{field}", "") == ""
+        assert "config.pp.test" not in fields
+        assert check_config(config_from_json(config_to_json(config))) == config
+
+
+def test_a_split_on_the_command_line_leaves_the_operations_of_the_file():
+    config = default_config()
+    config.pp.train = "resize(8)"
+    config.splits.train = "train[:98%]"
+    config = override(config, ["--config.pp.train", "train[:50%]", "--config.pp.test=test[:9]"])
+    assert config.pp.to_dict() == {"train": "resize(8)", "eval": "", "crop": 224, "resize": 0}
+    assert config.splits.to_dict() == {"train": "train[:50%]", "test": "test[:9]"}
+
+
+def test_operations_for_testing_have_another_field_than_the_originals_split():
+    with pytest.raises(
+        UserError, match=r"unknown field config\.pp\.test: did you mean config\.spl"
+    ):
+        changed("--config.pp.test=resize(8)|flip")
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "p"),
+    [
+        ("none", "inception_crop(32)|flip|value_range(-1, 1)", 0.0),
+        ("light1", "inception_crop(32)|flip|randaug(2, 0)|value_range(-1, 1)", 0.0),
+        ("strong2", "inception_crop(32)|flip|randaug(2, 20)|value_range(-1, 1)", 0.8),
+    ],
+)
+def test_augment_gives_the_operations_and_mixup_of_augreg(name, train, p):
+    config = changed(f"--config.augment={name}", "--config.pp.crop=32")
+    assert train_spec(config) == train
+    assert mixup(config) == p
+    assert eval_spec(config) == "resize(32)|value_range(-1, 1)"
+    assert mixup(changed(f"--config.augment={name}", "--config.mixup=0.7")) == 0.7
+
+
+def test_two_ways_to_say_how_to_augment_are_one_too_many():
+    with pytest.raises(
+        UserError, match=r"config\.augment medium1 and config\.pp\.train 'flip' both"
+    ):
+        changed("--config.augment=medium1", "--config.pp.train=flip")
+    with pytest.raises(
+        UserError, match=r"config\.augment is 'mediun1', expected one of none, light1"
+    ):
+        changed("--config.augment=mediun1")
+    with pytest.raises(UserError, match=r"config\.cutmix is -1"):
+        changed("--config.cutmix=-1")
+
+
+def test_the_size_to_resize_to_and_operations_of_ones_own():
+    config = changed("--config.pp.resize=40", "--config.pp.crop=32")
+    assert eval_spec(config) == "resize_small(40)|central_crop(32)|value_range(-1, 1)"
+    with pytest.raises(UserError, match=r"config\.pp\.resize 30 is less than config\.pp\.crop 32"):
+        eval_spec(changed("--config.pp.resize=30", "--config.pp.crop=32"))
+    own = changed("--config.pp.eval=resize(8)", "--config.pp.train=resize(8)|flip")
+    assert (train_spec(own), eval_spec(own)) == ("resize(8)|flip", "resize(8)")

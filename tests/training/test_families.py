@@ -71,13 +71,13 @@ def test_any_family_is_trained_from_scratch_and_then_from_its_file(family, tmp_p
         ("Mixer", ["model.num_heads=3"], r"num_heads is 3, but the weights .* no such field"),
         ("Mixer", ["model.tokens_mlp_dim=9"], r"mlp_dim is 9, but the weights in .* have 12"),
         ("Mixer", ["model.dropout_rate=0.1"], "has no dropout_rate: leave it out"),
-        ("Mixer", ["pp.eval_ops=resize(16)"], "can't take 16x16: the number of tokens of a Mixer"),
+        ("Mixer", ["pp.eval=resize(16)"], "can't take 16x16: the number of tokens of a Mixer"),
         ("hybrid", ["model.resnet=(2,)"], r"resnet is \(2,\), but the weights in .* have \(1, 1\)"),
     ],
 )
 def test_weights_that_do_not_fit_a_run_are_refused(family, fields, message, saved, tmp_path):
     path = saved(family, channels=1, image_size=(8, 8))
-    fields += [f"pp.train_ops={field[12:]}" for field in fields if field.startswith("pp.eval_ops=")]
+    fields += [f"pp.train={field[8:]}" for field in fields if field.startswith("pp.eval=")]
 
     with pytest.raises(UserError, match=message):
         run(config_of(f"model_or_filename={path}", *fields), tmp_path / "run")

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vit_jax import load
 from vit_jax.cli import main
+from vit_jax.data import open_source
 from vit_jax.errors import UserError
+from vit_jax.evaluation.pictures import evaluate_pictures
 from vit_jax.training import run
 from vit_jax.training.checkpointing import Checkpoints
+from vit_jax.training.metrics import read_metrics
 
 TINY = Path(__file__).resolve().parents[1] / "tiny.py"
 PATIENCE = 120  # Seconds until a process that shows no sign of life fails a test.
@@ -28,7 +33,7 @@ PATIENCE = 120  # Seconds until a process that shows no sign of life fails a tes
 class Training:
     """`vit-jax train` as a process."""
 
-    def __init__(self, workdir: Path, *fields: str):
+    def __init__(self, workdir: Path, *fields: str, **environment: str):
         self.workdir = workdir
         options = [f"--config.{field}" for field in fields]
         command = [sys.executable, "-m", "vit_jax", "train", f"--config={TINY}", *options]
@@ -38,7 +43,8 @@ class Training:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment},
         )
 
     def wait_until(self, moment) -> bool:
@@ -50,6 +56,10 @@ class Training:
                 return True
             time.sleep(0.001)
         raise TimeoutError(self.log.name)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
         """Sends a signal; gives the exit status and what was printed."""
@@ -131,6 +141,62 @@ def test_a_run_that_is_asked_to_stop_saves_says_how_to_go_on_and_exits_with_75(n
         f"stopped by {number.name} at step {saved:,} of 1,000,000, saved in "
         f"{workdir / 'checkpoints'}: start the same command again to go on\n"
     )
+
+
+def test_a_run_that_is_asked_to_stop_while_it_starts_ends_before_its_first_step(tmp_path):
+    training = Training(tmp_path / "run", "total_steps=1000000")
+    assert training.wait_until(lambda t: (t.workdir / "lock").exists())
+    status, text = training.end(signal.SIGTERM)
+    assert (status, text) == (
+        75,
+        "stopped by SIGTERM at step 0 of 1,000,000, nothing to save yet: start the same command "
+        "again to go on\n",
+    )
+
+
+def test_a_second_run_in_the_same_workdir_is_refused_until_the_first_is_gone(tmp_path, capsys):
+    fields = ("total_steps=1000000", "eval_every=0")
+    command = ["train", f"--config={TINY}", f"--workdir={tmp_path / 'run'}"]
+    command += [f"--config.{field}" for field in fields]
+    first = Training(tmp_path / "run", *fields)
+    assert first.wait_until(at_step(5))
+    assert main(command) == 2
+    assert capsys.readouterr().err == (
+        f"vit-jax: process {first.pid} is training in {tmp_path / 'run'}: wait for it, stop it, or "
+        "choose another workdir\n"
+    )
+    first.end(signal.SIGKILL)
+    second = Training(tmp_path / "run", *fields)
+    assert second.wait_until(at_step(first.step + 10))
+    assert second.end(signal.SIGTERM)[0] == 75
+
+
+def test_a_damaged_checkpoint_is_told_in_one_line(whole, tmp_path, capfd):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    (workdir / "report.png").unlink()
+    for file in (workdir / "checkpoints" / "40" / "state" / "d").iterdir():
+        os.truncate(file, 100)
+    assert main(["train", f"--config={TINY}", f"--workdir={workdir}"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        f"vit-jax: the checkpoint {workdir}/checkpoints/40 can't be read (OUT_OF"
+    )
+    assert line.endswith("): remove that folder to go on from the one before")
+
+
+def test_any_batch_size_evaluates_each_picture_once_on_eight_devices(tmp_path):
+    training = Training(
+        *(tmp_path / "run", "total_steps=2", "warmup_steps=0", "batch_eval=7"),
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    assert not training.wait_until(lambda t: False)
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    scores = evaluate_pictures(load(tmp_path / "run"), open_source("digits", "test"))
+    assert scores.count == 360
+    assert last["test/top1"] == scores.top1
+    assert last["test/loss"] == pytest.approx(scores.loss, rel=1e-6)
+    assert ", 8 x cpu\n" in Path(training.log.name).read_text()
+    training.end(signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,15 @@ def test_a_line_is_a_json_object_with_step_first_and_keys_sorted(tmp_path):
     )
 
 
+def test_lines_can_be_forced_to_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write(1, {"x": 1})
+        writer.sync()
+    assert synced[0] == len(b'{"step": 1, "x": 1.0}\n')
+
+
 def test_equal_values_give_equal_files_whatever_their_order_and_type(tmp_path):
     for name, values in {
         "a": {"x": 0.5, "y": 1},

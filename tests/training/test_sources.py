@@ -20,8 +20,8 @@ from vit_jax.training.options import load_config, override
 FIELDS = (
     *("total_steps=6", "warmup_steps=1", "progress_every=1", "eval_every=3", "checkpoint_every=6"),
     *("batch=8", "batch_eval=6"),
-    "pp.train_ops=inception_crop(8)|flip|value_range(-1, 1)",
-    "pp.eval_ops=resize(8)|value_range(-1, 1)",
+    "pp.train=inception_crop(8)|flip|value_range(-1, 1)",
+    "pp.eval=resize(8)|value_range(-1, 1)",
 )
 
 

@@ -1,6 +1,7 @@
 """A run: what it leaves, how it goes on, and what it refuses."""
 
 import json
+import logging
 import shutil
 import signal
 import threading
@@ -87,7 +88,7 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(whole, tin
     before = times(whole)
     with pytest.raises(UserError) as error:
         run(tiny("batch=32", "pp.test=train[:10%]", "prefetch=7"), whole)
-    assert "(config.batch 16 -> 32; config.pp.test 'test' -> 'train[:10%]')" in str(error.value)
+    assert "(config.batch 16 -> 32; config.splits.test 'test' -> 'train[:10%]')" in str(error.value)
     assert times(whole) == before
 
 
@@ -95,6 +96,41 @@ def test_a_mistake_found_before_the_first_step_does_not_bar_the_workdir(tiny, tm
     with pytest.raises(UserError, match="unknown dataset 'digit'"):
         run(tiny("dataset=digit", "total_steps=4"), tmp_path)
     assert run(tiny("total_steps=4"), tmp_path).finished
+
+
+def test_a_mistake_found_before_the_first_step_leaves_no_folder_that_was_not_there(tiny, tmp_path):
+    with pytest.raises(UserError, match="unknown dataset"):
+        run(tiny("dataset=digit"), tmp_path / "new" / "run")
+    with pytest.raises(UserError, match="unknown dataset"):
+        run(tiny("dataset=digit"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints", "weights.npz", "weights_best.npz", "report.png"]
+)
+def test_a_folder_with_results_but_no_configuration_is_refused(name, tiny, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(UserError, match=f"holds {name} but no config.json, and a run would overwr"):
+        run(tiny(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "\xff"])
+def test_lost_fingerprints_of_the_pictures_are_written_anew(
+    text, whole, tiny, tmp_path, outcome, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        _Interrupted.in_step(patch, 5)
+        run(tiny(), tmp_path)
+    file = tmp_path / "data.json"
+    good = file.read_bytes()
+    file.unlink() if text is None else file.write_text(text, encoding="latin-1")
+    run(tiny(), tmp_path)
+    assert "data.json is lost or damaged and is written anew" in caplog.text
+    assert file.read_bytes() == good
+    assert outcome(tmp_path) == outcome(whole)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}', "\0\xff"])
@@ -280,9 +316,10 @@ def test_without_checkpoints_or_evaluations_on_the_way_the_end_still_has_both(ti
     assert "test/top1" in lines[-1]
 
 
-def test_a_run_starts_from_the_weights_of_another(whole, tiny, tmp_path):
+def test_a_run_starts_from_the_weights_of_another(whole, tiny, tmp_path, capsys):
     start = tiny(f"model_or_filename={whole / 'weights.npz'}", "total_steps=1", "warmup_steps=1")
     run(start, tmp_path)
+    assert f", from {whole / 'weights.npz'}, 10 classes" in capsys.readouterr().err
     before, after = load(whole).params, load(tmp_path).params
     assert not after["head"]["kernel"].any()  # A new head, and a first update of size 0.
     jax.tree.map(np.testing.assert_array_equal, before["Transformer"], after["Transformer"])
@@ -293,14 +330,14 @@ def test_weights_that_do_not_fit_the_pictures_or_the_fields_are_refused(whole, t
     with pytest.raises(UserError, match=r"config\.model\.num_layers is 2, but the weights in .* 1"):
         run(tiny(weights, "model.num_layers=2"), tmp_path / "a")
     with pytest.raises(UserError, match="take pictures of 1 channels, these have 3: add gray to"):
-        run(tiny(weights, "pp.train_ops=rgb", "pp.eval_ops=rgb"), tmp_path / "b")
+        run(tiny(weights, "pp.train=rgb", "pp.eval=rgb"), tmp_path / "b")
     with pytest.raises(UserError, match=r"no weights at none\.npz: give "):
         run(tiny("model_or_filename=none.npz"), tmp_path / "c")
 
 
 def test_training_and_evaluation_have_to_make_pictures_of_one_shape(tiny, tmp_path):
     with pytest.raises(UserError, match=r"shape \(4, 4, 1\) and evaluation of \(8, 8, 1\)"):
-        run(tiny("pp.train_ops=resize(4)"), tmp_path)
+        run(tiny("pp.train=resize(4)"), tmp_path)
 
 
 def test_bfloat16_trains_and_leaves_float32_weights(tiny, tmp_path):
@@ -341,3 +378,27 @@ def test_what_is_saved_is_the_state_at_the_save_though_the_next_steps_take_its_m
         checkpoints.wait()
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state), expected)
     checkpoints.close()
+
+
+def test_what_others_log_is_heard_again_after_a_run(tmp_path):
+    log = logging.getLogger("absl")
+    before = log.level
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert log.level == logging.CRITICAL
+    checkpoints.close()
+    assert log.level == before
+
+
+@pytest.mark.parametrize("moment", ["open_task", "make_network", "claim_workdir"])
+def test_a_stop_while_a_run_starts_is_heeded(moment, tiny, tmp_path, monkeypatch, capsys):
+    begin = getattr(trainer, moment)
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return begin(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, moment, interrupted)
+    result = run(tiny(), tmp_path)
+    assert (result.step, result.finished) == (0, False)
+    assert "stopped by SIGTERM at step 0 of 40, nothing to save yet: start" in result.summary
+    assert ", from scratch, 10 classes, " in capsys.readouterr().err

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
                 "add a folder of pictures or a known name"
             )
         config = read_config(args.weights)
-        dataset, split, seed, loss = config.dataset, config.pp.test, config.seed, config.loss
+        dataset, split, seed, loss = config.dataset, config.splits.test, config.seed, config.loss
         # A run of an earlier version has none of these fields.
         places = {k: config.get(f"tfds_{k}", "") for k in ("data_dir", "manual_dir")}
     source = data.open_source(dataset, args.split or split, seed=seed, **places)

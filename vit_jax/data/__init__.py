@@ -18,6 +18,8 @@ _HOMES = {
     "read": "pictures",
     "Preprocess": "preprocess",
     "parse": "preprocess",
+    "OPERATIONS": "preprocess",
+    "AUGREG": "augment",
     "train_batches": "pipeline",
     "eval_batches": "pipeline",
 }

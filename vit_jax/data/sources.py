@@ -163,6 +163,11 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
     return splits
 
 
+def is_known(dataset: str) -> bool:
+    """Whether a data set is known by this name, so that it isn't a folder."""
+    return dataset in _DATASETS
+
+
 def _folder(dataset: str, path: str, seed: int) -> Splits:
     """What lies in a folder: its files tell."""
     try:
@@ -196,11 +201,6 @@ def unknown_dataset(dataset: str, names: Sequence[str]) -> UserError:
     )
 
 
-def is_known(dataset: str) -> bool:
-    """Whether a data set comes with the package, so that its name isn't a folder's."""
-    return dataset in _DATASETS
-
-
 def data_fingerprint(source: Source) -> str:
     """16 hex digits that change with the class names, the pictures' names, order or labels.
 
@@ -224,7 +224,8 @@ _EVEN = re.compile(rf"\s*even_splits\(\s*({_SLICE})\s*,\s*(\d{{1,9}})\s*\)\s*\[(
 
 def _open_split(dataset: str, split: str, splits: Splits) -> Source:
     opened: dict[str, Source] = {}
-    chosen = [_open_part(dataset, split, text, splits, opened) for text in split.split("+")]
+    parts = split.split("+")
+    chosen = [_open_part(dataset, part, split, splits, opened) for part in parts]
     if len(chosen) == 1:
         return chosen[0]
     keys = [key for source in chosen for key in source.keys]
@@ -236,16 +237,18 @@ def _open_split(dataset: str, split: str, splits: Splits) -> Source:
 
 
 def _open_part(
-    dataset: str, split: str, text: str, splits: Splits, opened: dict[str, Source]
+    dataset: str, text: str, split: str, splits: Splits, opened: dict[str, Source]
 ) -> Source:
     even = _EVEN.fullmatch(text)
     part = _PART.fullmatch(even[1] if even else text)
     count, place = (int(even[7]), int(even[8])) if even else (1, 0)
     known, first = ", ".join(map(repr, splits)), next(iter(splits))
     if part and part[1] in ("train", "test") and part[1] not in splits:
+        is_folder = os.path.isdir(os.path.expanduser(dataset))
+        missing = f"the folder {os.path.join(dataset, part[1])}" if is_folder else "them"
         raise UserError(
-            f"{dataset} has no {part[1]!r} pictures, only {known}: add them, or choose splits of "
-            f"what is there, like '{first}[:80%]' to train on and '{first}[80%:]' to test on"
+            f"{dataset} has no {part[1]!r} pictures, only {known}: add {missing}, or choose splits "
+            f"of what is there, like '{first}[:80%]' to train on and '{first}[80%:]' to test on"
         )
     if part is None or part[1] not in splits or place >= count:
         raise UserError(
@@ -263,7 +266,7 @@ def _open_part(
     begin = place * share + min(place, more)
     indices = indices[begin : begin + share + (place < more)]
     # Of a folder with a picture or two a class there is nothing to hold out, nor to miss.
-    if not indices and (text == split or len(whole)):
+    if not indices and ("+" not in split or len(whole)):
         raise UserError(
             f"split {text.strip()!r} is empty: {part[1]!r} has {len(whole)} pictures; "
             "choose a larger part, or add pictures"

@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ LIMITS = {
     "base_lr": (0, math.inf),
     "grad_norm_clip": (0, math.inf),
     "label_smoothing": (0, 1),
+    "mixup": (0, math.inf),
+    "cutmix": (0, math.inf),
     "progress_every": (1, math.inf),
     "eval_every": (0, math.inf),
     "checkpoint_every": (0, math.inf),
@@ -101,17 +104,25 @@ def default_config() -> ConfigDict:
     config.corrupt = (
         "error"  # A picture that can't be read: stop ("error"), or warn and go on ("skip").
     )
+    config.splits = ConfigDict()
+    config.splits.train = "train"  # E.g. "train[:98%]".
+    config.splits.test = "test"
+
+    # What is done to a picture, e.g. "inception_crop(224)|flip|value_range(-1, 1)"; empty for what
+    # `crop`, `resize` and `augment` mean. A split in `pp.train` or `pp.test`, where the original
+    # has them, is taken as one.
     config.pp = ConfigDict()
-    config.pp.train = "train"  # The split, e.g. "train[:98%]".
-    config.pp.test = "test"
+    config.pp.train = ""
+    config.pp.eval = ""
     config.pp.crop = 224  # Height and width of what the model sees, in pixels.
     # 0: evaluation resizes the whole picture to `crop`, as the original. Else the size in pixels of
     # the shorter side, from whose centre `crop` is cut.
     config.pp.resize = 0
-    config.pp.train_ops = (
-        ""  # The operations themselves, in place of what `crop` and `resize` mean.
-    )
-    config.pp.eval_ops = ""
+    # RandAugment and mixup by a name of AugReg's: none, light1, light2, medium1, medium2, strong1,
+    # strong2.
+    config.augment = "none"
+    config.mixup = 0.0  # The parameter of its Beta distribution; 0 leaves it to `augment`.
+    config.cutmix = 0.0
 
     # How long and how much at once. `batch` counts the pictures of a step over all devices.
     config.total_steps = 10_000
@@ -153,8 +164,8 @@ def check_config(config: ConfigDict) -> ConfigDict:
     get their absolute paths, so that the same run can be named from any folder.
     """
     full = default_config()
-    _merge(full, config.to_dict(), "config")
-    for field, choices in CHOICES.items():
+    _merge(full, _with_splits(config.to_dict()), "config")
+    for field, choices in (CHOICES | {"augment": tuple(data.AUGREG)}).items():
         if full[field] not in choices:
             raise UserError(
                 f"config.{field} is {full[field]!r}, expected one of {', '.join(choices)}"
@@ -169,6 +180,11 @@ def check_config(config: ConfigDict) -> ConfigDict:
     if len(patch) != 2 or not all(type(size) is int and size > 0 for size in patch):
         raise UserError(
             f"config.model.patch_size is {patch}, expected height and width, e.g. (16, 16)"
+        )
+    if full.pp.train and full.augment != "none":
+        raise UserError(
+            f"config.augment {full.augment} and config.pp.train {full.pp.train!r} both say how to "
+            f"augment: leave one out, or write {data.AUGREG[full.augment][0]} into config.pp.train"
         )
     if full.batch % full.accum_steps:
         raise UserError(
@@ -221,6 +237,29 @@ def _local_weights(config: ConfigDict) -> list[str]:
     else:
         paths = [folder / f"{config.model.name}.npz"] if config.pretrained_dir else []
     return list(dict.fromkeys(map(str, paths)))
+
+
+_PART = r"\s*(even_splits\([^|]*\)|\w+)\s*(\[[^][|]*\]\s*)?"
+_SPLIT = re.compile(rf"{_PART}(\+{_PART})*")
+
+
+def original_split(field: str, value: Any) -> str | None:
+    """`config.splits.train` for `config.pp.train`, if it holds a split as in the original's
+    configurations, and so with `test`; else None."""
+    if field not in ("config.pp.train", "config.pp.test") or not isinstance(value, str):
+        return None
+    operation = value.strip() in data.OPERATIONS
+    return field.replace("pp", "splits") if _SPLIT.fullmatch(value) and not operation else None
+
+
+def _with_splits(values: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(values.get("pp"), dict):
+        pp = dict(values["pp"])
+        moved = {k: pp.pop(k) for k in list(pp) if original_split(f"config.pp.{k}", pp[k])}
+        if moved:
+            splits = dict(values.get("splits", {})) | moved
+            return values | {"pp": pp, "splits": splits}
+    return values
 
 
 def model_fields() -> dict[str, Any]:

@@ -66,7 +66,7 @@ def make_network(
         operation = "rgb" if vit.spec.channels == 3 else "gray"
         raise UserError(
             f"the weights in {path} take pictures of {vit.spec.channels} channels, these have "
-            f"{channels}: add {operation} to config.pp.train_ops and config.pp.eval_ops"
+            f"{channels}: add {operation} to config.pp.train and config.pp.eval"
         )
     return dataclasses.replace(vit, labels=labels, preprocess=preprocess)
 

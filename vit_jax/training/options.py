@@ -16,6 +16,7 @@ from vit_jax.training.config import (
     default_config,
     flatten,
     model_fields,
+    original_split,
     unknown_field,
 )
 
@@ -97,7 +98,7 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
     values = config.copy_and_resolve_references().to_dict()
     known = flatten(default_config())
     known |= {f"config.model.{field}": example for field, example in model_fields().items()}
-    changed = dict(_assignments(options))
+    changed = {original_split(name, text) or name: text for name, text in _assignments(options)}
     for name, text in changed.items():
         if name not in known:
             inside = [field for field in known if field.startswith(f"{name}.")]

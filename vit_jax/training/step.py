@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
 from vit_jax.parallel import make_mesh, replicated, split
+from vit_jax.training.mixing import mix
 from vit_jax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -26,6 +27,8 @@ def make_train_step(
     accum_steps: int = 1,
     loss: str = "softmax",
     label_smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
 ) -> Step:
     """Compiles one update of the weights over all devices of a mesh.
 
@@ -38,6 +41,7 @@ def make_train_step(
         memory. It has to divide the number of pictures a device.
       loss: "softmax" or "sigmoid" cross-entropy.
       label_smoothing: share of a label that is spread evenly over all classes.
+      mixup, cutmix: see `mix`; 0 for none.
 
     Returns:
       step(state, batch) -> (state, metrics). The batch holds "image" float32 (n, h, w, c) and
@@ -47,6 +51,9 @@ def make_train_step(
     """
     mesh = make_mesh() if mesh is None else mesh
     parts = mesh.size * accum_steps
+
+    def logits_of(params: Any, images: jax.Array) -> Any:
+        return model.apply({"params": params}, images)
 
     def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
@@ -58,8 +65,12 @@ def make_train_step(
                 f"the batch holds {len(batch['image'])} pictures, expected a multiple of {parts}: "
                 f"{mesh.size} devices x {accum_steps} accum_steps"
             )
+        key = state.dropout_key()
+        if mixup or cutmix:
+            classes = jax.eval_shape(logits_of, state.params, batch["image"]).shape[-1]
+            batch = mix(batch, key, classes, mixup=mixup, cutmix=cutmix)
         value, grads = _accumulate(
-            jax.value_and_grad(loss_fn), accum_steps, mesh, state.params, batch, state.dropout_key()
+            jax.value_and_grad(loss_fn), accum_steps, mesh, state.params, batch, key
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}

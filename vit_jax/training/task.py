@@ -69,16 +69,8 @@ def open_task(config: ConfigDict, sources: tuple[data.Source, data.Source] | Non
 
     Raises UserError if the data can't be opened, or training and evaluation don't fit together.
     """
-    crop, resize = config.pp.crop, config.pp.resize
-    if resize and resize < crop:
-        raise UserError(
-            f"config.pp.resize {resize} is less than config.pp.crop {crop}: raise it, or use 0"
-        )
-    train = config.pp.train_ops or f"inception_crop({crop})|flip|value_range(-1, 1)"
-    central = f"resize_small({resize})|central_crop({crop})|value_range(-1, 1)"
-    test = central if resize else original_preprocess((crop, crop))
-    train_ops, eval_ops = data.parse(train), data.parse(config.pp.eval_ops or test)
-
+    train_ops = data.parse(train_spec(config))
+    eval_ops = data.parse(eval_spec(config), train=False)
     train_source, test_source = sources or (
         data.open_source(
             config.dataset,
@@ -87,7 +79,7 @@ def open_task(config: ConfigDict, sources: tuple[data.Source, data.Source] | Non
             data_dir=config.tfds_data_dir,
             manual_dir=config.tfds_manual_dir,
         )
-        for split in (config.pp.train, config.pp.test)
+        for split in (config.splits.train, config.splits.test)
     )
     if train_source.labels != test_source.labels:
         raise UserError(
@@ -103,9 +95,38 @@ def open_task(config: ConfigDict, sources: tuple[data.Source, data.Source] | Non
     if shapes[0] != shapes[1]:
         raise UserError(
             f"training makes pictures of shape {shapes[0]} and evaluation of {shapes[1]}: "
-            "give config.pp.train_ops and config.pp.eval_ops the same size"
+            "give config.pp.train and config.pp.eval the same size"
         )
     return Task(config, train_source, test_source, train_ops, eval_ops)
+
+
+def train_spec(config: ConfigDict) -> str:
+    """What training does to a picture."""
+    augment, _ = data.AUGREG[config.augment]
+    parts = [f"inception_crop({config.pp.crop})", "flip", augment, "value_range(-1, 1)"]
+    return config.pp.train or "|".join(filter(None, parts))
+
+
+def eval_spec(config: ConfigDict) -> str:
+    """What evaluation does to a picture.
+
+    Raises UserError if it is to be cut larger than it was resized.
+    """
+    crop, resize = config.pp.crop, config.pp.resize
+    if config.pp.eval:
+        return config.pp.eval
+    if resize and resize < crop:
+        raise UserError(
+            f"config.pp.resize {resize} is less than config.pp.crop {crop}: raise it, or use 0"
+        )
+    if resize:
+        return f"resize_small({resize})|central_crop({crop})|value_range(-1, 1)"
+    return original_preprocess((crop, crop))
+
+
+def mixup(config: ConfigDict) -> float:
+    """The parameter of mixup's Beta distribution, 0 for none."""
+    return config.mixup or data.AUGREG[config.augment][1]
 
 
 def _shape(ops: data.Preprocess, source: data.Source) -> tuple[int, int, int]:

@@ -34,7 +34,7 @@ from vit_jax.training.progress import Progress
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import make_train_step
-from vit_jax.training.task import Task, open_task
+from vit_jax.training.task import Task, mixup, open_task
 from vit_jax.training.workdir import BEST_WEIGHTS, CHECKPOINTS, claim_workdir, open_workdir
 
 
@@ -95,6 +95,8 @@ def _train(
         accum_steps=config.accum_steps,
         loss=config.loss,
         label_smoothing=config.label_smoothing,
+        mixup=mixup(config),
+        cutmix=config.cutmix,
     )
     eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
     learning_rate = schedule_of(config, config.total_steps)
