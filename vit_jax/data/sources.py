@@ -163,6 +163,11 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
     return splits
 
 
+def is_known(dataset: str) -> bool:
+    """Whether a data set is known by this name, so that it isn't a folder."""
+    return dataset in _DATASETS
+
+
 def _folder(dataset: str, path: str, seed: int) -> Splits:
     """What lies in a folder: its files tell."""
     try:
