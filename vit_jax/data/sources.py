@@ -201,11 +201,6 @@ def unknown_dataset(dataset: str, names: Sequence[str]) -> UserError:
     )
 
 
-def is_known(dataset: str) -> bool:
-    """Whether a data set comes with the package, so that its name isn't a folder's."""
-    return dataset in _DATASETS
-
-
 def data_fingerprint(source: Source) -> str:
     """16 hex digits that change with the class names, the pictures' names, order or labels.
 
