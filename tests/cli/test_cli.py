@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from tests import published
 from tests.cli.conftest import write_pictures
 from tests.training.conftest import TINY
 from vit_jax import __version__, list_models, models
@@ -51,6 +52,8 @@ def test_the_examples_work_word_for_word(tmp_path, monkeypatch, capsys, weights)
     photos = write_pictures(tmp_path / "photos", 30)
     (tmp_path / "photo.jpg").write_bytes((photos / "dark" / "0.jpg").read_bytes())
     (tmp_path / "Ti_16.npz").write_bytes(weights.read_bytes())
+    two_towers, _ = published.siglip(published.arrays("ViT MAP"))
+    np.savez(tmp_path / "webli_en_b16.npz", **two_towers)
     # First what makes the runs that the others look at.
     for command in sorted(COMMANDS, key=lambda name: name != "train"):
         for example in examples_of(command, capsys):
@@ -58,9 +61,6 @@ def test_the_examples_work_word_for_word(tmp_path, monkeypatch, capsys, weights)
 
 
 def test_models_lists_the_official_ones(capsys):
-    assert main(["models"]) == 0
-    text = capsys.readouterr().out
-    assert all(name in text for name in list_models())
     assert main(["models", "--json"]) == 0
     names = [row["name"] for row in json.loads(capsys.readouterr().out)]
     assert names == [*list_models(), *models.LIT_VARIANTS]

@@ -12,7 +12,7 @@ def add_parser(subparsers) -> None:
         "convert",
         run,
         "write weights as another kind of file, or in another layout",
-        "vit-jax convert ViT-B_16.npz ViT-B_16.safetensors\n"
+        "vit-jax convert Ti_16.npz Ti_16.safetensors\n"
         "  vit-jax convert webli_en_b16.npz:img image_tower.npz --style=prelinen",
     )
     parser.add_argument(
