@@ -1,13 +1,16 @@
 """Batches: what training step t sees is a pure function of (seed, t).
 
-Grain gives the order, the random numbers and the reading threads. Nothing here remembers a
+Grain gives the order, an index shuffle, and the reading threads. Nothing here remembers a
 position: to resume at step t, start at step t.
 """
 
+import functools
+import itertools
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
@@ -73,19 +76,9 @@ def train_batches(
         raise UserError(f"seed is {seed}, expected 0 to {2**32 - 1}; choose another")
     if start_step < 0:
         raise UserError(f"start_step is {start_step}, expected 0 or more")
-    examples = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(reader.read_or_next)
-    )
-    rows_of_host = _ShardRows(examples, batch_size, first, rows)[start_step * rows :]
-    keys = ("image", "label")
-    if workers:
-        batches = _by_workers(rows_of_host, rows, reader, workers, prefetch)
-        return _closing(batches, keys, shared=True)
-    return _batches(rows_of_host, rows, reader, threads, prefetch, keys)
+    read = functools.partial(_training_row, reader, len(source), seed)
+    chunks = _Chunks(read, batch_size, first, rows, start_step)
+    return _batches(chunks, reader, ("image", "label"), prefetch, threads, workers)
 
 
 def eval_batches(
@@ -118,11 +111,23 @@ def eval_batches(
             f"preprocessing {preprocess.spec!r} is random, expected one that always gives the same "
             "result; remove the random operations from the evaluation's"
         )
-    total = -(-len(source) // batch_size) * batch_size
-    examples = grain.MapDataset.range(total).map(reader.read_or_blank)
-    rows_of_host = _ShardRows(examples, batch_size, first, rows)
-    keys = ("image", "label", "mask", "index")
-    return _batches(rows_of_host, rows, reader, threads, prefetch, keys)
+    steps = -(-len(source) // batch_size)
+    chunks = _Chunks(reader.read_or_blank, batch_size, first, rows, 0, steps)
+    return _batches(chunks, reader, ("image", "label", "mask", "index"), prefetch, threads)
+
+
+def _training_row(reader: "_Reader", count: int, seed: int, position: int) -> "_Row":
+    """The example at a position of the endless stream of shuffled epochs."""
+    epoch, place = divmod(position, count)
+    index = grain.experimental.index_shuffle(
+        place, max_index=count - 1, seed=_epoch_seed(seed, epoch), rounds=4
+    )
+    return reader.read_or_next(index, np.random.Generator(np.random.Philox(key=[seed, position])))
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 class _Reader:
@@ -201,42 +206,39 @@ class _Reader:
         return np.stack([none if label is None else label for label in labels])
 
 
-class _ShardRows(grain.MapDataset):
-    """The examples of one host, a contiguous part of each global batch.
+@dataclass(frozen=True)
+class _Chunks:
+    """One host's part of each batch, some rows at a time, so that they share what Grain costs.
 
-    Contiguous, so that a row's place in the global batch is the same for any number of hosts.
+    The part is contiguous: a row's place in the global batch is the same for any number of hosts.
+
+    Attributes:
+      read: the example at a position of the stream that all hosts share.
+      batch_size: rows of a whole batch; first, rows: where this host's part begins, and its length.
+      start_step, steps: the batches that there are.
     """
 
-    def __init__(self, parent: grain.MapDataset, batch_size: int, first: int, rows: int):
-        super().__init__(parent)
-        self._examples = parent
-        self._batch_size, self._first, self._rows = batch_size, first, rows
+    read: Callable[[int], _Row]
+    batch_size: int
+    first: int
+    rows: int
+    start_step: int
+    steps: int = 2**40  # No end.
+    together: int = 16
+
+    @property
+    def per_batch(self) -> int:
+        """How many chunks make a batch."""
+        return -(-self.rows // self.together)
 
     def __len__(self) -> int:
-        return len(self._examples) // self._batch_size * self._rows
+        return self.steps * self.per_batch
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        step, row = divmod(index, self._rows)
-        return self._examples[step * self._batch_size + self._first + row]
-
-
-class _WholeBatches(grain.MapDataset):
-    """The batches of one host, for workers that make every n-th of them."""
-
-    def __init__(self, rows: grain.MapDataset, size: int, reader: _Reader):
-        super().__init__(rows)
-        self._batch_rows, self._size, self._reader = rows, size, reader
-
-    def __len__(self) -> int:
-        return len(self._batch_rows) // self._size
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        start = index * self._size
-        return self._reader.stack([self._batch_rows[start + i] for i in range(self._size)])
+    def __getitem__(self, element: int) -> list[_Row]:
+        step, chunk = divmod(element, self.per_batch)
+        begin = (self.start_step + step) * self.batch_size + self.first
+        low, high = (c * self.rows // self.per_batch for c in (chunk, chunk + 1))
+        return [self.read(begin + i) for i in range(low, high)]
 
 
 def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
@@ -252,12 +254,12 @@ def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
 
 
 def _batches(
-    rows: grain.MapDataset,
-    size: int,
+    chunks: _Chunks,
     reader: _Reader,
-    threads: int | None,
-    prefetch: int,
     keys: tuple[str, ...],
+    prefetch: int,
+    threads: int | None,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     if threads is None:
         # A container or a job may have been given fewer CPUs than the machine has.
@@ -267,22 +269,25 @@ def _batches(
         raise UserError(
             f"threads is {threads} and prefetch is {prefetch}, expected 1 or more of each"
         )
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch * size)
-    stacked = rows.to_iter_dataset(options).batch(size, batch_fn=reader.stack)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain asks absl, which doesn't know our options.
+            flags.FLAGS.mark_as_parsed()
+        whole = replace(chunks, together=chunks.rows)  # Each worker makes every n-th batch.
+        stacked = (
+            grain.MapDataset.source(whole)
+            .map(reader.stack)
+            .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        )
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
+        return _closing(iter(stacked.mp_prefetch(options)), keys, shared=True)
+    read_ahead = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=prefetch * chunks.per_batch
+    )
+    some = grain.MapDataset.source(chunks).to_iter_dataset(read_ahead)
+    stacked = some.batch(chunks.per_batch, batch_fn=lambda c: reader.stack([*itertools.chain(*c)]))
     # One more thread keeps a finished batch at hand: stacking a large one takes a while.
     ready = grain.experimental.ThreadPrefetchIterDataset(stacked, prefetch_buffer_size=1)
     return _closing(iter(ready), keys)
-
-
-def _by_workers(
-    rows: grain.MapDataset, size: int, reader: _Reader, workers: int, prefetch: int
-) -> Any:
-    if not flags.FLAGS.is_parsed():  # Grain asks absl, which knows our options not.
-        flags.FLAGS.mark_as_parsed()
-    one_by_one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    batches = _WholeBatches(rows, size, reader).to_iter_dataset(one_by_one)
-    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-    return iter(batches.mp_prefetch(options))
 
 
 def _closing(batches: Any, keys: tuple[str, ...], *, shared: bool = False) -> Iterator[Batch]:

@@ -51,7 +51,7 @@ class Task:
             start_step=start_step,
             threads=self.config.threads or None,
             workers=self.config.workers,
-            prefetch=self.config.prefetch,
+            prefetch=1,  # As many as `config.prefetch` wait on the device.
             corrupt=self.config.corrupt,
         )
 
