@@ -3,7 +3,9 @@
     vit-jax train --data=DIR --weights=FILE.npz --workdir=WORKDIR
 
 DIR is laid out as DIR/{train,test}/<class>/*, or DIR/<class>/*, of which a fifth is kept for
-testing.
+testing; docs/data.md tells what else it may be. Of TFDS give the path of the prepared data set, or
+set TFDS_DATA_DIR, if it isn't in ~/tensorflow_datasets: its pictures are counted before
+--config.tfds_data_dir is looked at.
 """
 
 import math

@@ -18,7 +18,9 @@ def add_parser(subparsers) -> None:
         "weights", help="a file or name of weights, or the workdir of a finished run"
     )
     parser.add_argument(
-        "data", nargs="?", help="a folder of pictures or a known name; by default the run's own"
+        "data",
+        nargs="?",
+        help="a folder of pictures, a table, a TFDS name; by default the run's own",
     )
     parser.add_argument(
         "--split", help='"test", "train[:10%%]", ...; by default the run\'s own, or test'
@@ -50,18 +52,18 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.training.workdir import read_config
 
     vit = load(args.weights)
-    split, seed, loss = "test", 0, "softmax"
-    dataset, places = args.data, {}
-    if dataset is None:
-        if os.path.isfile(args.weights):
-            raise UserError(
-                f"on which pictures? {args.weights} doesn't tell, only a run does: "
-                "add a folder of pictures or a known name"
-            )
+    dataset, split, seed, loss, places = args.data, "test", 0, "softmax", {}
+    if os.path.isfile(os.path.join(args.weights, "config.json")):
         config = read_config(args.weights)
-        dataset, split, seed, loss = config.dataset, config.splits.test, config.seed, config.loss
-        # A run of an earlier version has none of these fields.
-        places = {k: config.get(f"tfds_{k}", "") for k in ("data_dir", "manual_dir")}
+        places = {"data_dir": config.tfds_data_dir, "manual_dir": config.tfds_manual_dir}
+        if dataset is None:
+            dataset, split = config.dataset, config.splits.test
+            seed, loss = config.seed, config.loss
+    elif dataset is None:
+        raise UserError(
+            f"on which pictures? {args.weights} doesn't tell, only a run does: "
+            "add a folder of pictures or a known name"
+        )
     source = data.open_source(dataset, args.split or split, seed=seed, **places)
     if isinstance(vit, PretrainedLiT):
         scores = zero_shot(vit, source, batch_size=args.batch, corrupt=args.corrupt)

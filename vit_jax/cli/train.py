@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a training run."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="a configuration file, or the name of one of the package's")
-    what.add_argument("--data", help="a folder of pictures, for the recipe finetune_folder")
+    what.add_argument("--data", help="a folder of pictures, a table, a TFDS name: fine-tune")
     parser.add_argument("--weights", help="the weights to start from, a file or a name")
     parser.add_argument("--workdir", required=True, help="the folder of this run")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
