@@ -13,7 +13,7 @@ from vit_jax.errors import UserError, full_disk_explained
 
 COMMANDS = (
     *("models", "info", "convert", "train", "evaluate", "predict", "data"),
-    *("doctor",),
+    *("plan", "doctor"),
 )
 
 EXIT_USER_ERROR = 2
