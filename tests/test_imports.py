@@ -30,7 +30,10 @@ ALLOWED = {
         *("models", "checkpoints", "data", "notes", "pretrained"),
         *("parallel", "evaluation", "explain"),
     },
-    "cli": {*("models", "checkpoints", "data", "pretrained", "evaluation", "explain", "training")},
+    "cli": {
+        *("models", "checkpoints", "data", "cache", "pretrained", "evaluation", "explain"),
+        "training",
+    },
     "main": {"cli"},
     "__main__": {"cli"},
 }

@@ -43,6 +43,12 @@ def test_a_plain_line_says_everything(clock):
     )
 
 
+def test_further_figures_stand_at_the_end_of_a_plain_line(clock):
+    more = {"grad": 1.23456, "mfu": 0.4, "weights": 1.5e-7}
+    (line,) = plain([(120, 18, {"more": more})], clock)
+    assert line.endswith("  eta 0:01:12  grad 1.23      mfu 0.4       weights 1.5e-07")
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -113,7 +119,7 @@ def on_terminal(columns, **environment):
             shown.update(120, **{VALUES})
             shown.message("saved [bold]checkpoints/120[/bold]")
             print("result")
-            shown.update(300, **{VALUES})
+            shown.update(300, **{VALUES}, more={{"grad": 1.25, "mfu": 0.5, "GiB": 7}})
     """)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -147,7 +153,10 @@ def test_a_terminal_gets_a_bar_and_the_numbers_whole(columns):
     bare = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", bare)]
     assert max(map(len, lines)) <= columns
-    assert "loss  0.4312  lr 9.2e-03    1,234 img/s  data wait   3%" in lines
+    numbers = "loss  0.4312  lr 9.2e-03    1,234 img/s  data wait   3%"
+    assert numbers in lines
+    further = f"{numbers}  grad 1.25      mfu 0.5       GiB 7"
+    assert (further in lines) == (columns == 120)
     assert any(re.fullmatch(r"300/600 ━.*  50%  eta \d:\d\d:\d\d", line) for line in lines)
     assert "saved [bold]checkpoints/120[/bold]" in lines
 

@@ -145,6 +145,15 @@ def test_grad_norm_is_the_norm_before_clipping():
     assert metrics["grad_norm"] == pytest.approx(np.sqrt(squares), rel=1e-4)
 
 
+def test_the_norms_of_the_update_and_of_the_new_weights_are_told():
+    metrics, changes = first_step(small_batch())
+    before = small_params(SmallModel())
+    after = jax.tree.map(lambda x, change: np.asarray(x, np.float64) - change, before, changes)
+    for name, tree in (("update_norm", changes), ("param_norm", after)):
+        squares = sum((x.astype(np.float64) ** 2).sum() for x in jax.tree.leaves(tree))
+        assert metrics[name] == pytest.approx(np.sqrt(squares), rel=1e-4)
+
+
 @pytest.mark.parametrize("slices", [2, 4, 16])
 def test_slices_give_the_loss_and_the_gradient_of_the_whole_batch(slices):
     whole, grads = first_step(small_batch())

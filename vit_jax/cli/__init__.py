@@ -11,7 +11,10 @@ from typing import NoReturn
 from vit_jax import __version__
 from vit_jax.errors import UserError, full_disk_explained
 
-COMMANDS = ("models", "info", "convert", "train", "evaluate", "predict", "data")
+COMMANDS = (
+    *("models", "info", "convert", "train", "evaluate", "predict", "data"),
+    *("plan", "doctor"),
+)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # "Try again": the run was stopped before its end and has saved its state.

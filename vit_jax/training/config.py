@@ -83,6 +83,7 @@ FREE_FIELDS = frozenset(
         "workers",
         "corrupt",
         "keep_checkpoints",
+        "profile",
         "tfds_data_dir",
         "tfds_manual_dir",
     }
@@ -160,6 +161,9 @@ def default_config() -> ConfigDict:
     config.checkpoint_every = 1_000
     config.keep_checkpoints = 2
     config.keep_best = False  # Also keep the weights of the best evaluation, as weights_best.npz.
+    # (start, stop): what host and devices do from the end of step `start` to that of step `stop` is
+    # written to WORKDIR/profile; () for never.
+    config.profile = ()
 
     # How the data get to the device.
     config.prefetch = 2  # Batches made ready ahead of the step.
@@ -204,6 +208,15 @@ def check_config(config: ConfigDict) -> ConfigDict:
         raise UserError(
             f"config.batch {full.batch} is not divisible by config.accum_steps {full.accum_steps}: "
             "change one of them"
+        )
+    if full.profile and not (
+        len(full.profile) == 2
+        and all(type(step) is int for step in full.profile)
+        and 0 <= full.profile[0] < full.profile[1]
+    ):
+        raise UserError(
+            f"config.profile is {full.profile}, expected the steps (start, stop), e.g. (10, 13), "
+            "or () for no trace"
         )
     if full.warmup_steps > full.total_steps:
         raise UserError(
@@ -348,6 +361,7 @@ def config_from_json(text: str) -> ConfigDict:
     values["model"] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()
     }
+    values["profile"] = tuple(values.get("profile", ()))
     return ConfigDict(values)
 
 

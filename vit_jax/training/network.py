@@ -11,7 +11,14 @@ from ml_collections import ConfigDict
 
 from vit_jax.checkpoints import read_spec
 from vit_jax.errors import UserError
-from vit_jax.models import POOLED, create_model, model_class, variant
+from vit_jax.models import (
+    POOLED,
+    MlpMixer,
+    VisionTransformer,
+    create_model,
+    model_class,
+    variant,
+)
 from vit_jax.pretrained import WEIGHTLESS, Pretrained, load
 from vit_jax.training.config import weights_source
 
@@ -34,8 +41,7 @@ def make_network(
     Raises UserError if there is no such model or file, or it doesn't fit the pictures.
     """
     height, width, channels = picture_shape
-    fields = dict(config.model) | {"dtype": jnp.dtype(config.dtype)}
-    name = fields.pop("name")
+    name, fields = _named(config)
     path = weights_source(config)
     if path is None:
         if not name:
@@ -43,7 +49,7 @@ def make_network(
                 "nothing to start from: give --weights (config.model_or_filename) a file or a "
                 "name such as augreg/Ti_16, or, to train from scratch, config.model.name a model"
             )
-        return _from_scratch(name, fields, config.seed, picture_shape, labels, preprocess)
+        return _from_scratch(config, picture_shape, labels, preprocess)
     vit = load(
         path,
         num_classes=len(labels),
@@ -71,27 +77,43 @@ def make_network(
     return dataclasses.replace(vit, labels=labels, preprocess=preprocess)
 
 
-def _from_scratch(
-    name: str,
-    fields: dict[str, Any],
-    seed: int,
-    picture_shape: tuple[int, int, int],
-    labels: tuple[str, ...],
-    preprocess: str,
-) -> Pretrained:
+def named_model(config: ConfigDict, num_classes: int) -> VisionTransformer | MlpMixer:
+    """The network of the name that a configuration gives, whatever weights it starts from.
+
+    Raises UserError if it isn't one for classes.
+    """
+    name, fields = _named(config)
     known = {f.name for f in dataclasses.fields(model_class(variant(name)))}
     # A rate of zero is no wish: a Mixer has no dropout, and needs none.
     fields = {k: v for k, v in fields.items() if v or k in known or k not in WEIGHTLESS}
-    model = create_model(name, num_classes=len(labels), **fields)
+    model = create_model(name, num_classes=num_classes, **fields)
     classifier = getattr(model, "classifier", None)
     if classifier is not None and classifier not in POOLED:
         raise UserError(
             f"config.model.classifier {classifier!r} gives no classes: use {', '.join(POOLED)}"
         )
+    return model
+
+
+def _named(config: ConfigDict) -> tuple[str, dict[str, Any]]:
+    """A model's name, and its fields that are to differ."""
+    fields = dict(config.model) | {"dtype": jnp.dtype(config.dtype)}
+    return fields.pop("name"), fields
+
+
+def _from_scratch(
+    config: ConfigDict,
+    picture_shape: tuple[int, int, int],
+    labels: tuple[str, ...],
+    preprocess: str,
+) -> Pretrained:
+    model = named_model(config, len(labels))
     images = jnp.zeros((1, *picture_shape))
-    params = jax.device_get(jax.jit(model.init)(jax.random.key(seed), images)["params"])
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed), images)["params"])
     spec = read_spec(
-        flatten_dict(params, sep="/"), classifier=classifier, image_size=picture_shape[:2]
+        flatten_dict(params, sep="/"),
+        classifier=getattr(model, "classifier", None),
+        image_size=picture_shape[:2],
     )
     params = jax.tree.map(np.asarray, params)
     return Pretrained(model=model, params=params, spec=spec, labels=labels, preprocess=preprocess)

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -22,6 +23,7 @@ class Progress:
         120/600 ━━━━━━━━━━━━━                   20%  eta 0:01:12
         loss  0.4312  lr 9.2e-03    1,234 img/s  data wait   3%
 
+    A wider one shows further figures, as many as fit.
     Elsewhere (a file, a pipe, a notebook) each update is one line of aligned columns. The time left
     comes from the steps done since `restart_clock`.
 
@@ -37,6 +39,7 @@ class Progress:
         self._step = start_step
         self._eta = "-:--:--"
         self._numbers = "the first step is being compiled"
+        self._more: list[str] = []
         self.restart_clock(start_step)
         self._live: Live | None = None
         if self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
@@ -55,6 +58,7 @@ class Progress:
         lr: float,
         images_per_s: float,
         wait_share: float,
+        more: Mapping[str, float] | None = None,
     ) -> None:
         """Shows the state after `step`.
 
@@ -64,6 +68,7 @@ class Progress:
             lr: learning rate of the last update.
             images_per_s: training images a second, all devices together; NaN if not measured yet.
             wait_share: share in [0, 1] of the time in which the devices waited for data, or NaN.
+            more: further figures by short names, the most important first.
         """
         self._step = step
         self._eta = self._time_left(step)
@@ -71,8 +76,10 @@ class Progress:
             f"loss {_loss(loss):>7}  lr {lr:.1e}  {_rate(images_per_s):>7} img/s  "
             f"data wait {'-' if math.isnan(wait_share) else f'{wait_share:.0%}':>4}"
         )
+        self._more = [f"  {name} {value:<8.3g}" for name, value in (more or {}).items()]
         if self._live is None:
-            self._print(f"step {self._counter()}  {self._numbers}  eta {self._eta}")
+            line = f"step {self._counter()}  {self._numbers}  eta {self._eta}"
+            self._print("".join([line, *self._more]).rstrip())
         else:
             self._live.refresh()
 
@@ -120,6 +127,11 @@ class Progress:
     def _bar(self) -> Group:
         """The two lines at the bottom of the terminal."""
         share = self._step / self._total if self._total else 1.0
+        numbers, width = self._numbers, self._live.console.width if self._live else 0
+        for text in self._more:
+            if len(numbers) + len(text.rstrip()) > width:
+                break
+            numbers += text
         line = Table.grid(padding=(0, 1), expand=True)
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
@@ -129,7 +141,7 @@ class Progress:
             ProgressBar(total=self._total, completed=self._step),
             f"{share:4.0%}  eta {self._eta}",
         )
-        return Group(line, Text(self._numbers, no_wrap=True, overflow="ellipsis"))
+        return Group(line, Text(numbers.rstrip(), no_wrap=True, overflow="ellipsis"))
 
 
 def _loss(loss: float) -> str:

@@ -50,8 +50,9 @@ def make_train_step(
       step(state, batch) -> (state, metrics). The batch holds "image", (n, h, w, c) of float32 or,
       not yet normalised, of uint8, and "label", either int32 (n,) or float32 (n, classes). The
       state passed in is donated: it can't be used again. Metrics are float32 scalars on the device:
-      "loss", the mean over the batch, and "grad_norm", the global norm of its gradient before
-      clipping.
+      "loss", the mean over the batch, and the global norms of its gradient before clipping,
+      "grad_norm", of what the optimizer made of it, "update_norm", and of the new weights,
+      "param_norm".
     """
     mesh = make_mesh() if mesh is None else mesh
     parts = mesh.size * accum_steps
@@ -84,8 +85,9 @@ def make_train_step(
         value_and_grad = jax.value_and_grad(functools.partial(loss_fn, levels=levels))
         value, grads = _accumulate(value_and_grad, accum_steps, mesh, state.params, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
         params = optax.apply_updates(state.params, updates)
+        norms = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
+        metrics = {"loss": value} | {name: optax.tree.norm(x) for name, x in norms.items()}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return jax.jit(

@@ -6,9 +6,12 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax.data import Source
@@ -19,6 +22,7 @@ from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.config import check_config, weights_source
 from vit_jax.training.feed import Feed, Figures
+from vit_jax.training.hardware import Usage
 from vit_jax.training.metrics import MetricsWriter
 from vit_jax.training.network import make_network
 from vit_jax.training.optimizer import make_optimizer, schedule_of
@@ -31,10 +35,11 @@ from vit_jax.training.outcome import (
     score_figures,
     score_text,
 )
+from vit_jax.training.profile import FOLDER, Profile
 from vit_jax.training.progress import Progress
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
-from vit_jax.training.step import make_train_step
+from vit_jax.training.step import Step, make_train_step
 from vit_jax.training.task import Task, mixup, open_task
 from vit_jax.training.workdir import BEST_WEIGHTS, CHECKPOINTS, claim_workdir, open_workdir
 
@@ -89,17 +94,8 @@ def _train(
     tx = make_optimizer(config, config.total_steps)
     state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, mesh=mesh)
     vit = dataclasses.replace(vit, params={})  # The host's memory is not needed any more.
-    train_step = make_train_step(
-        vit.model,
-        tx,
-        mesh=mesh,
-        accum_steps=config.accum_steps,
-        loss=config.loss,
-        label_smoothing=config.label_smoothing,
-        mixup=mixup(config),
-        cutmix=config.cutmix,
-        value_range=task.value_range,
-    )
+    train_step = step_of(task, vit.model, tx, mesh)
+    usage = Usage(vit.model, task.picture_shape)
     eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
     learning_rate = schedule_of(config, config.total_steps)
     claim_workdir(workdir, config, task.fingerprints)
@@ -117,6 +113,7 @@ def _train(
             contextlib.closing(Feed(task.train_batches(start), split(mesh), config.prefetch))
         )
         figures = Figures()
+        profile = stack.enter_context(Profile(config.profile, workdir / FOLDER))
         scores: Scores | None = None
         accuracies = {line["step"]: line["test/top1"] for line in read_tests(workdir)}
         progress.message(introduction)
@@ -124,6 +121,8 @@ def _train(
             progress.message(f"going on from step {start}, saved in {folder}")
 
         while True:
+            if profile.at(step, figures.wait):
+                progress.message(f"step {step}: a trace is in {workdir / FOLDER}")
             # What is due after a step, in an order that a kill at any moment does not disturb:
             # figures are written before the state is saved, and on resuming those after the saved
             # state go.
@@ -161,18 +160,29 @@ def _train(
                 progress.restart_clock(step)
             if _due(step, config.progress_every) or step == config.total_steps:
                 values, speed = figures.look(), feed.speed()
-                images_per_s = speed.batches_per_s * config.batch
+                times = usage.figures(speed.batches_per_s * config.batch)
                 lr = float(learning_rate(step - 1))
                 progress.update(
                     step,
                     loss=values["loss"],
                     lr=lr,
-                    images_per_s=images_per_s,
+                    images_per_s=times.get("time/images_per_s", math.nan),
                     wait_share=speed.wait_share,
+                    more={
+                        short: value
+                        for short, value in (
+                            ("grad", values["grad_norm"]),
+                            ("mfu", times.get("time/mfu")),
+                            ("GiB", times.get("time/memory_peak_gib")),
+                            ("update", values["update_norm"]),
+                            ("weights", values["param_norm"]),
+                        )
+                        if value is not None
+                    },
                 )
                 values = {f"train/{key}": value for key, value in values.items()}
-                times = {"time/images_per_s": images_per_s, "time/data_wait": speed.wait_share}
-                times = {key: value for key, value in times.items() if not math.isnan(value)}
+                if not math.isnan(speed.wait_share):
+                    times["time/data_wait"] = speed.wait_share
                 metrics.write(step, values | times | {"train/lr": lr})
 
     if scores is None or step < config.total_steps:
@@ -183,6 +193,23 @@ def _train(
         )
         return Result(step, False, summary, last_test(workdir))
     return finish(_with_params(vit, state), scores, task, workdir, config.total_steps)
+
+
+def step_of(
+    task: Task, model: Any, tx: optax.GradientTransformation, mesh: Mesh | None = None
+) -> Step:
+    """The compiled step of a run, as its configuration says; see `make_train_step`."""
+    return make_train_step(
+        model,
+        tx,
+        mesh=mesh,
+        accum_steps=task.config.accum_steps,
+        loss=task.config.loss,
+        label_smoothing=task.config.label_smoothing,
+        mixup=mixup(task.config),
+        cutmix=task.config.cutmix,
+        value_range=task.value_range,
+    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,0 +1,67 @@
+"""`vit-jax plan`: what it prints, and when it fails."""
+
+import json
+
+import pytest
+
+from tests.training.conftest import TINY
+from vit_jax.cli import main
+from vit_jax.cli.plan import _size, _verdict
+
+PLAN = ("plan", f"--config={TINY}", "--config.total_steps=3600", "--config.warmup_steps=1")
+
+
+def test_a_person_gets_a_table_a_verdict_time_and_cost(capsys):
+    assert main([*PLAN, "--devices=2", "--chip=v5e", "--price=2.5"]) == 0
+    text = capsys.readouterr().out
+    assert "16 pictures on 2 devices, 4 at once on each (2 accum_steps)" in text
+    for part in ("parameters", "optimizer", "gradients", "activations", "batches", "total"):
+        assert f"\n  {part} " in text
+    assert "fits        yes, into 16.0 GiB" in text
+    assert "if 40% of 197 TFLOP/s are made use of" in text
+    assert "\ncost " in text
+
+
+def test_json_says_it_all_and_what_does_not_fit_is_status_1(capsys):
+    assert main([*PLAN, "--memory=0.1MiB", "--peak-tflops=2", "--mfu=0.5", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["memory"] == 0.1 * 2**20
+    assert found["training"]["total"] > found["memory"]
+    assert found["seconds_per_step"] == pytest.approx(found["flops_per_step"] / 1e12)
+    assert found["hours"] == pytest.approx(found["seconds_per_step"])
+
+
+def test_a_verdict_names_what_would_make_it_fit():
+    state = {"parameters": 2**30, "optimizer": 2**30}
+    found = {
+        **dict(fits=False, memory=2**34, training=state, evaluation=state),
+        **dict(accum_steps=1, accum_steps_to_fit=4, batch_eval=512, batch_eval_to_fit=512),
+    }
+    assert _verdict(found) == "no, not into 16.0 GiB; it would with --config.accum_steps=4"
+    found["batch_eval_to_fit"] = 256
+    assert _verdict(found).endswith("--config.accum_steps=4 --config.batch_eval=256")
+    found["accum_steps_to_fit"] = None
+    assert "training does not fit into 16.0 GiB with any accum_steps (2.0 GiB" in _verdict(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--memory=lots"], "'lots' is no size such as 16GiB"),
+        (["--memory=0GB"], "'0GB' is no size"),
+        (["--mfu=40"], "--mfu is 40.0, expected a share of at most 1"),
+        (["--mfu=-1"], "no number above 0"),
+        (["--chip=abacus"], "unknown chip 'abacus': known are TPU v2"),
+        (["--price=2"], "add --chip or --peak-tflops"),
+        (["--devices=0"], "no whole number of at least 1"),
+        (["--config.bach=3"], "did you mean config.batch"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(fails, options, message):
+    assert message in fails(*PLAN, *options)
+
+
+def test_sizes_have_units():
+    assert _size("16GiB") == _size("16") == 16 * 2**30
+    assert (_size("80 GB"), _size("1.5mib")) == (80e9, 1.5 * 2**20)

@@ -1,0 +1,140 @@
+"""What a run will need, told beforehand, is what it needs."""
+
+import jax
+import pytest
+
+from tests.training.conftest import TINY
+from vit_jax.errors import UserError
+from vit_jax.parallel import make_mesh
+from vit_jax.training import TrainState, make_optimizer
+from vit_jax.training import plan as plan_module
+from vit_jax.training.network import make_network
+from vit_jax.training.options import load_config, override
+from vit_jax.training.plan import plan, plan_for
+from vit_jax.training.task import open_task
+from vit_jax.training.trainer import step_of
+
+
+def config_of(*fields):
+    return override(load_config(str(TINY)), [f"--config.{field}" for field in fields])
+
+
+CONFIGS = {
+    "AdamW in slices": config_of(),
+    "SGD, mixup, float32 pictures": config_of(
+        "optim=sgd", "optim_dtype=bfloat16", "accum_steps=1", "mixup=0.5", "image_dtype=float32",
+        "model.hidden_size=64", "model.num_layers=3", "pp.train=resize(32)|value_range(-1, 1)",
+        "pp.eval=resize(32)|value_range(-1, 1)",
+    ),
+}  # fmt: skip
+
+
+def real_step(config):
+    """The step that a run compiles, its state and its first batch."""
+    task = open_task(config)
+    vit = make_network(config, picture_shape=task.picture_shape, labels=task.labels, preprocess="")
+    mesh = make_mesh(config)
+    tx = make_optimizer(config, config.total_steps)
+    state = TrainState.create(params=vit.params, tx=tx, mesh=mesh)
+    batches = task.train_batches(0)
+    batch = jax.device_put(next(batches))
+    batches.close()
+    return step_of(task, vit.model, tx, mesh), state, batch
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_memory_is_that_of_the_real_step(name):
+    config = CONFIGS[name]
+    step, state, batch = real_step(config)
+    needed = step.lower(state, batch).compile().memory_analysis()
+    found = plan(config).training
+
+    assert found.parameters == nbytes(state.params)
+    assert found.optimizer == nbytes(state) - nbytes(state.params)
+    assert found.batches == nbytes(batch) * (2 + config.prefetch)
+    ahead = nbytes(batch) * (1 + config.prefetch)
+    compiled = (
+        needed.argument_size_in_bytes
+        + needed.temp_size_in_bytes
+        + needed.output_size_in_bytes
+        - needed.alias_size_in_bytes
+    )
+    assert found.total - ahead == pytest.approx(compiled, rel=0.01)
+
+
+def test_parameters_and_operations_are_those_of_the_compiler():
+    fields = ("mlp_dim=768", "hidden_size=192", "num_heads=3", "num_layers=12", "patch_size=(8,8)")
+    sizes = ("pp.train=resize(112)|value_range(-1, 1)", "pp.eval=resize(112)|value_range(-1, 1)")
+    config = config_of(
+        *(f"model.{field}" for field in fields), *sizes, "batch=2", "batch_eval=2", "accum_steps=1",
+        "model.dropout_rate=0.0",
+    )  # fmt: skip
+    step, state, batch = real_step(config)
+    found = plan_without_compiling(config)
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    counted = step.lower(state, batch).cost_analysis()["flops"]
+    # The compiler counts the optimizer too, a few operations a parameter, and knows that nobody
+    # wants the gradient of the pictures.
+    assert found.flops_per_step == pytest.approx(counted, rel=0.03)
+
+
+def plan_without_compiling(config, **options):
+    nothing = plan_module.Memory(0, 0, 0, 0, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_training", "_evaluation"):
+            patch.setattr(plan_module, name, lambda *_: nothing)
+        return plan(config, **options)
+
+
+@pytest.mark.slow
+def test_what_would_make_it_fit_does_and_nothing_less_would():
+    config = config_of("batch=64", "accum_steps=1", "batch_eval=512", "model.hidden_size=32")
+    whole = plan(config)
+    least = plan(override(config, ["--config.accum_steps=64", "--config.batch_eval=1"]))
+    middle = (whole.training.total + least.training.total) / 2
+
+    found = plan(config, memory=middle)
+    slices = found.accum_steps_to_fit
+    assert slices in (2, 4, 8, 16, 32, 64)
+    for accum_steps, fits in ((slices, True), (slices // 2, False)):
+        other = plan(override(config, [f"--config.accum_steps={accum_steps}"]))
+        assert (other.training.total <= middle) == fits
+    if found.evaluation.total <= middle:
+        assert found.batch_eval_to_fit == 512
+    else:
+        other = plan(override(config, [f"--config.batch_eval={found.batch_eval_to_fit}"]))
+        assert other.evaluation.total <= middle
+
+    assert plan(config, memory=whole.training.total * 9).accum_steps_to_fit == 1
+    assert plan(config, memory=1000).accum_steps_to_fit is None
+
+
+def test_on_several_devices_the_batch_is_split_and_the_weights_are_not():
+    one = plan(CONFIGS["AdamW in slices"])
+    four = plan_for(CONFIGS["AdamW in slices"], 4)
+    assert four.devices == 4
+    assert four.training.parameters == one.training.parameters
+    assert four.training.optimizer == one.training.optimizer
+    assert four.training.batches == one.training.batches / 4
+    assert four.training.activations < 0.6 * one.training.activations
+    assert four.flops_per_step == one.flops_per_step
+
+
+def test_mistakes_come_back_from_the_other_process():
+    with pytest.raises(UserError, match="batch 16 is not divisible by 3 devices x 2 accum_steps"):
+        plan_for(CONFIGS["AdamW in slices"], 3)
+
+
+def test_a_data_set_that_is_not_there_needs_the_number_of_classes_alone():
+    config = config_of("dataset=cifar10", "pp.train=resize(8)", "pp.eval=resize(8)")
+    with pytest.raises(UserError, match=r"classes of 'cifar10' is not known.*give --classes"):
+        plan(config)
+    found = plan_without_compiling(config, classes=100)
+    assert (found.classes, found.picture_shape) == (100, (8, 8, 3))
+    config = config_of("dataset=cifar10", "pp.train=flip", "pp.eval=value_range(-1, 1)")
+    with pytest.raises(UserError, match=r"size of the pictures of 'cifar10' is not known"):
+        plan(config, classes=10)

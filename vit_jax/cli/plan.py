@@ -1,0 +1,135 @@
+"""`vit-jax plan`: what a run will need, before it is started."""
+
+import argparse
+import json
+import re
+from typing import Any
+
+_UNITS = {"": 2**30, "G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command."""
+    from vit_jax.cli import add_command, positive
+
+    parser = add_command(
+        subparsers,
+        "plan",
+        run,
+        "say what a run will need: memory, operations, time, cost (exit status 1 if it won't fit)",
+        "vit-jax plan --config=digits\n"
+        "  vit-jax plan --config=vit:b16,cifar10 --classes=10 --devices=8 --chip=v5e --price=1.2",
+    )
+    parser.usage = (
+        "vit-jax plan --config=FILE[:ARG] [--classes=N] [--devices=N] [--chip=NAME] "
+        "[--memory=SIZE] [--price=P] [--json] [--config.FIELD=VALUE ...]"
+    )
+    parser.add_argument("--config", required=True, help="a configuration, as of vit-jax train")
+    parser.add_argument("--classes", type=positive, help="if the data set is not on this machine")
+    parser.add_argument("--devices", type=positive, default=1, help="their number (default: 1)")
+    parser.add_argument("--chip", help="what they are, e.g. h100, a100, v5e: gives memory and peak")
+    parser.add_argument("--memory", type=_size, help="of each device, e.g. 16GiB")
+    parser.add_argument("--peak-tflops", type=_number, help="of each device, in config.dtype")
+    parser.add_argument(
+        "--mfu", type=_number, default=0.4, help="share of it that is made use of (default: 0.4)"
+    )
+    parser.add_argument("--price", type=_number, help="of a device for an hour, in any currency")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(takes_fields=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan; 1 if it does not fit."""
+    from vit_jax.errors import UserError
+    from vit_jax.training.hardware import chip_named
+    from vit_jax.training.options import load_config, override
+    from vit_jax.training.plan import plan_for
+
+    if args.mfu > 1:
+        raise UserError(f"--mfu is {args.mfu}, expected a share of at most 1, e.g. 0.4")
+    chip = chip_named(args.chip) if args.chip else None
+    tflops = args.peak_tflops or (chip.tflops if chip else None)
+    memory = args.memory or (chip.memory * 2**30 if chip else None)
+    if args.price and tflops is None:
+        raise UserError("--price needs to know how fast a device is: add --chip or --peak-tflops")
+    config = override(load_config(args.config), args.fields)
+    plan = plan_for(config, args.devices, classes=args.classes, memory=memory)
+    found = _facts(plan, memory)
+    if tflops is not None:
+        seconds = plan.seconds_per_step(tflops, args.mfu)
+        hours = seconds * plan.total_steps / 3600
+        found |= {"seconds_per_step": seconds, "hours": hours}
+        if args.price:
+            found["cost"] = hours * plan.devices * args.price
+    print(json.dumps(found, indent=1) if args.json else _text(found, args.mfu, tflops))
+    return 1 if found["fits"] is False else 0
+
+
+def _facts(plan: Any, memory: float | None) -> dict[str, Any]:
+    import dataclasses
+
+    found = dataclasses.asdict(plan)
+    for phase in ("training", "evaluation"):
+        found[phase]["total"] = getattr(plan, phase).total
+    needed = max(plan.training.total, plan.evaluation.total)
+    return found | {"memory": memory, "fits": None if memory is None else needed <= memory}
+
+
+def _text(found: dict[str, Any], mfu: float, tflops: float | None) -> str:
+    at_once = found["batch"] // found["devices"] // found["accum_steps"]
+    lines = [
+        f"network     {found['parameters']:,} parameters, {found['classes']:,} classes, pictures "
+        f"of {'x'.join(map(str, found['picture_shape']))}",
+        f"step        {found['batch']:,} pictures on {found['devices']} devices, {at_once} at once "
+        f"on each ({found['accum_steps']} accum_steps), {found['flops_per_step'] / 1e12:,.3g} "
+        "TFLOPs",
+        "",
+        f"{'GiB on each device':<20} {'training':>10} {'evaluation':>10}",
+    ]
+    for part in ("parameters", "optimizer", "gradients", "activations", "batches", "total"):
+        sizes = [found[phase][part] / 2**30 for phase in ("training", "evaluation")]
+        lines.append(f"  {part:<18} {sizes[0]:>10.3f} {sizes[1]:>10.3f}")
+    lines += ["as XLA lays it out for CPUs; another kind of device may need more or less", ""]
+    if found["memory"] is not None:
+        lines += [f"fits        {_verdict(found)}"]
+    if tflops is not None:
+        seconds, hours = found["seconds_per_step"], found["hours"]
+        lines.append(
+            f"time        {seconds:,.3g} s a step, {hours:,.2f} h for {found['total_steps']:,} "
+            f"steps, if {mfu:.0%} of {tflops:g} TFLOP/s are made use of; evaluations not counted"
+        )
+    if "cost" in found:
+        lines.append(f"cost        {found['cost']:,.2f}")
+    return "\n".join(lines).rstrip()
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    size = f"{found['memory'] / 2**30:.1f} GiB"
+    if found["fits"]:
+        return f"yes, into {size}"
+    changes = []
+    for phase, field in (("training", "accum_steps"), ("evaluation", "batch_eval")):
+        best = found[f"{field}_to_fit"]
+        if best is None:
+            lasting = found[phase]["parameters"] + found[phase]["optimizer"]
+            return (
+                f"no, {phase} does not fit into {size} with any {field} ({lasting / 2**30:.1f} GiB "
+                "are the state alone): take a smaller model or picture, or a larger device"
+            )
+        if best != found[field]:
+            changes.append(f"--config.{field}={best}")
+    return f"no, not into {size}; it would with {' '.join(changes)}"
+
+
+def _size(text: str) -> float:
+    """Bytes of "16GiB", "80GB", "512MiB"; a bare number is GiB."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].upper() not in _UNITS or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 16GiB or 80GB")
+    return float(found[1]) * _UNITS[found[2].upper()]
+
+
+def _number(text: str) -> float:
+    if not re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return float(text)

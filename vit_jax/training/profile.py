@@ -1,0 +1,51 @@
+"""A trace of some steps, for TensorBoard's profiler or Perfetto."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import jax
+
+FOLDER = "profile"
+
+
+class Profile:
+    """Traces what host and devices do between two steps.
+
+    Args:
+      steps: (start, stop): from the end of step `start` to that of step `stop`; empty for none.
+      folder: gets plugins/profile/TIME/HOST.xplane.pb and a .trace.json.gz.
+    """
+
+    def __init__(self, steps: Sequence[int], folder: Path):
+        self._start, self._stop = steps or (0, 0)
+        self._folder = folder
+        self._running = False
+
+    def at(self, step: int, wait: Callable[[], None]) -> bool:
+        """Starts or stops where that is due after `step`; `wait` is called first, which waits until
+        the devices have done the steps so far. True if a trace was just written."""
+        due = self._start <= step < self._stop
+        if due == self._running:
+            return False
+        wait()
+        if due:
+            jax.profiler.start_trace(self._folder)
+        else:
+            jax.profiler.stop_trace()
+        self._running = due
+        return not due
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
