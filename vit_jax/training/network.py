@@ -89,9 +89,18 @@ def _from_scratch(
             f"config.model.classifier {classifier!r} gives no classes: use {', '.join(POOLED)}"
         )
     images = jnp.zeros((1, *picture_shape))
-    params = jax.device_get(jax.jit(model.init)(jax.random.key(seed), images)["params"])
+    with jax.default_device(_host()):  # One device may have no room for the whole of a network.
+        params = jax.device_get(jax.jit(model.init)(jax.random.key(seed), images)["params"])
     spec = read_spec(
         flatten_dict(params, sep="/"), classifier=classifier, image_size=picture_shape[:2]
     )
     params = jax.tree.map(np.asarray, params)
     return Pretrained(model=model, params=params, spec=spec, labels=labels, preprocess=preprocess)
+
+
+def _host() -> jax.Device | None:
+    """The processor; None if it is hidden from JAX."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
