@@ -1,25 +1,48 @@
-"""Over which devices the work is spread."""
+"""Over which devices, of how many processes, the work and the weights are spread."""
+
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
 
+SHARDINGS = ("replicate", "fsdp", "hybrid")
+# Arrays with fewer elements stay whole: moving them costs more than keeping them.
+LEAST_SPLIT = 2**14
+
 
 def make_mesh(config: ConfigDict | None = None) -> Mesh:
-    """A mesh of every device with one axis, "data", over which batches are split.
+    """A mesh of every device of every process, with the axes "copy" and "part".
 
-    Raises UserError if the configuration's batch is not divisible by the number of devices.
+    Batches are split over both. The state is the same along "copy" and split along "part":
+    `config.sharding` "replicate" has one part (so has no configuration), "fsdp" as many as there
+    are devices, "hybrid" as many as one process has.
+
+    Raises UserError if the processes have different numbers of devices, or the configuration's
+    batch is not divisible by the number of devices.
     """
-    devices = jax.device_count()
-    if config is not None and config.batch % (parts := devices * config.accum_steps):
-        slices = f" x {config.accum_steps} accum_steps" if config.accum_steps > 1 else ""
+    # In the order of the processes, so that each holds the rows of a batch that it has read.
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    count, local = len(devices), len(devices) // jax.process_count()
+    if any(d.process_index != i // local for i, d in enumerate(devices)):
         raise UserError(
-            f"config.batch {config.batch} is not divisible by {devices} devices{slices}: "
-            f"use a multiple of {parts}"
+            f"{count} devices are not spread evenly over {jax.process_count()} processes: start "
+            "each with the same number of devices"
         )
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    parts = 1
+    if config is not None:
+        if config.batch % (pieces := count * config.accum_steps):
+            slices = f" x {config.accum_steps} accum_steps" if config.accum_steps > 1 else ""
+            raise UserError(
+                f"config.batch {config.batch} is not divisible by {count} devices{slices}: "
+                f"use a multiple of {pieces}"
+            )
+        parts = {"replicate": 1, "fsdp": count, "hybrid": local}[config.sharding]
+    grid = np.array(devices).reshape(-1, parts)
+    return Mesh(grid, ("copy", "part"), axis_types=(AxisType.Auto,) * 2)
 
 
 def divisible(batch_size: int) -> int:
@@ -28,11 +51,76 @@ def divisible(batch_size: int) -> int:
     return -(-max(batch_size, 1) // devices) * devices
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def shard() -> tuple[int, int]:
+    """Which part of each batch this process reads: (its number, number of processes)."""
+    return jax.process_index(), jax.process_count()
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
+def split(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(("copy", "part")))
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Where the arrays of a state lie: each split along its largest axis that the parts of the mesh
+    divide, the last one of equals; whole if there is none, or it is small.
+
+    Args:
+      tree: arrays, or their shapes (`jax.eval_shape`).
+
+    Returns:
+      the same tree with a NamedSharding for each array.
+    """
+    parts = mesh.shape["part"]
+
+    def of(x: Any) -> NamedSharding:
+        fitting = [(size, axis) for axis, size in enumerate(x.shape) if size % parts == 0]
+        if parts == 1 or not fitting or np.prod(x.shape) < LEAST_SPLIT:
+            return replicated(mesh)
+        _, axis = max(fitting)
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "part"))
+
+    return jax.tree.map(of, tree)
+
+
+def spread(tree: Any, places: Any) -> Any:
+    """Arrays that every process has, as arrays over the devices; each device gets its part only.
+
+    Args:
+      tree: of NumPy or JAX arrays; they are copied.
+      places: the same tree of shardings.
+    """
+
+    def one(x: Any, place: NamedSharding) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(
+            host.shape, place, lambda index: np.array(host[index], copy=True)
+        )
+
+    return jax.tree.map(one, tree, places)
+
+
+def join(batch: Any, place: NamedSharding) -> Any:
+    """The batch over all devices, of the rows that each process has read (see `shard`)."""
+    return jax.make_array_from_process_local_data(place, batch)
+
+
+def to_host(tree: Any) -> Any:
+    """The whole of arrays that lie in parts, as NumPy arrays on every process.
+
+    All processes have to call it together.
+    """
+
+    def one(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        from jax.experimental.multihost_utils import process_allgather
+
+        return process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)

@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--data", help="a folder of pictures, a table, a TFDS name: fine-tune")
     parser.add_argument("--weights", help="the weights to start from, a file or a name")
     parser.add_argument("--workdir", required=True, help="the folder of this run")
+    for name, kind, meaning in (
+        ("--coordinator", str, "host:port of process 0, if several processes train together"),
+        ("--num-processes", int, "their number"),
+        ("--process-id", int, "the number of this one, from 0"),
+    ):
+        parser.add_argument(name, type=kind, help=meaning)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run, takes_fields=True)
 
@@ -42,14 +48,17 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax.cli import EXIT_INTERRUPTED
     from vit_jax.errors import UserError
     from vit_jax.training.options import load_config, override
+    from vit_jax.training.processes import connect, is_first
 
     if not args.workdir:
         raise UserError("--workdir is empty: name the folder of this run")
+    connect(args.coordinator, args.num_processes, args.process_id)
     recipe = args.config if args.data is None else f"finetune_folder:{args.data}"
     config = load_config(recipe)
     fields = list(args.fields)
     if args.weights:
         fields.append(f"--config.model_or_filename={args.weights}")
     result = training.run(override(config, fields), args.workdir)
-    print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
+    if is_first():
+        print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
     return 0 if result.finished else EXIT_INTERRUPTED

@@ -89,16 +89,16 @@ def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep
     Returns:
       step(params, batch) -> {"loss", "rank", "truth", "prediction", "probability"}, each (n,): the
       rank is the number of classes that come before the true one. The batch holds "image", and
-      "label" int32 (n,) or, of several classes an example, float32 (n, classes) of 0 and 1.
+      "label" int32 (n,) or, of several classes an example, float32 (n, classes) of 0 and 1. What
+      else it holds is passed through. The parameters may lie in parts.
     """
 
     def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         logits = model.apply({"params": params}, batch["image"])
-        return _figures(logits, batch["label"], loss)
+        rest = {k: v for k, v in batch.items() if k not in ("image", "label")}
+        return rest | _figures(logits, batch["label"], loss)
 
-    return jax.jit(
-        step, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh)
-    )
+    return jax.jit(step, in_shardings=(None, split(mesh)), out_shardings=replicated(mesh))
 
 
 def _figures(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.Array]:
@@ -142,20 +142,17 @@ def evaluate(
     Raises UserError if there is no example that counts.
     """
     kept: list[dict[str, np.ndarray]] = []
-    waiting: list[tuple[Mapping[str, np.ndarray], dict[str, jax.Array]]] = []
+    waiting: list[dict[str, jax.Array]] = []
+    examples = 0
 
     def collect():
-        batch, figures = waiting.pop(0)
-        mask = batch["mask"]
-        rows = {k: np.asarray(v)[mask] for k, v in figures.items()}
-        kept.append(rows | {"index": batch["index"][mask]})
+        nonlocal examples
+        rows = jax.device_get(waiting.pop(0))
+        examples = max(examples, int(rows["index"].max()) + 1)
+        kept.append({k: v[rows["mask"]] for k, v in rows.items()})
 
-    examples = 0
     for batch in batches:
-        examples = max(examples, int(batch["index"].max()) + 1)
-        inputs = {"image": batch["image"], "label": batch["label"]}
-        small = {k: batch[k] for k in ("mask", "index")}
-        waiting.append((small, eval_step(params, inputs)))
+        waiting.append(eval_step(params, batch))
         if len(waiting) > 2:  # The device works on two batches while the host reads the next.
             collect()
     while waiting:

@@ -16,6 +16,7 @@ from vit_jax import data
 from vit_jax.checkpoints import ENDINGS, split_tower
 from vit_jax.errors import UserError
 from vit_jax.models import MlpMixer, VisionTransformer, variant
+from vit_jax.parallel import SHARDINGS
 
 CHOICES = {
     "decay_type": ("cosine", "linear", "constant", "rsqrt"),
@@ -25,6 +26,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "corrupt": ("error", "skip"),
     "image_dtype": ("uint8", "float32"),
+    "sharding": SHARDINGS,
 }
 # least <= value < bound.
 LIMITS = {
@@ -84,6 +86,7 @@ FREE_FIELDS = frozenset(
         "corrupt",
         "keep_checkpoints",
         "profile",
+        "sharding",
         "tfds_data_dir",
         "tfds_manual_dir",
     }
@@ -140,6 +143,10 @@ def default_config() -> ConfigDict:
     config.batch = 512
     config.batch_eval = 512
     config.accum_steps = 8  # A step's batch is computed in this many slices, to save memory.
+
+    # Where weights and optimizer lie: "replicate": whole on every device; "fsdp": in parts over all
+    # devices; "hybrid": in parts over the devices of each process. See docs/scaling.md.
+    config.sharding = "replicate"
 
     # How.
     config.optim = "sgd"

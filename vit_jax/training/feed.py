@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 
 from vit_jax.errors import UserError
+from vit_jax.parallel import join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,14 @@ class Speed:
 
 
 class Feed:
-    """Batches on the device; a thread fetches `ahead` of them before they are asked for."""
+    """Batches on the device; a thread fetches `ahead` of them before they are asked for.
 
-    def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], sharding: Sharding, ahead: int):
+    Each process gives the rows of its `parallel.shard`.
+    """
+
+    def __init__(
+        self, batches: Iterator[Mapping[str, np.ndarray]], sharding: NamedSharding, ahead: int
+    ):
         self._batches = batches
         self._sharding = sharding
         self._thread = futures.ThreadPoolExecutor(1)
@@ -37,7 +43,7 @@ class Feed:
         self.restart_clock()
 
     def _fetch(self) -> Any:
-        return jax.block_until_ready(jax.device_put(next(self._batches), self._sharding))
+        return jax.block_until_ready(join(next(self._batches), self._sharding))
 
     def take(self, drain: Callable[[], None]) -> Mapping[str, jax.Array]:
         """The next batch.

@@ -109,7 +109,8 @@ def _from_scratch(
 ) -> Pretrained:
     model = named_model(config, len(labels))
     images = jnp.zeros((1, *picture_shape))
-    params = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed), images)["params"])
+    with jax.default_device(_host()):  # One device may have no room for the whole of a network.
+        params = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed), images)["params"])
     spec = read_spec(
         flatten_dict(params, sep="/"),
         classifier=getattr(model, "classifier", None),
@@ -117,3 +118,11 @@ def _from_scratch(
     )
     params = jax.tree.map(np.asarray, params)
     return Pretrained(model=model, params=params, spec=spec, labels=labels, preprocess=preprocess)
+
+
+def _host() -> jax.Device | None:
+    """The processor; None if it is hidden from JAX."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

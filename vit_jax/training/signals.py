@@ -27,7 +27,8 @@ class StopRequest:
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # None is not Python's: that of jax.distributed, which only notes the signal.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name == "SIGINT" and number == signal.SIGINT:

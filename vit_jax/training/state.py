@@ -5,11 +5,11 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vit_jax.parallel import make_mesh, replicated
+from vit_jax.parallel import make_mesh, shardings, spread
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -36,19 +36,20 @@ class TrainState(flax.struct.PyTreeNode):
         seed: int = 0,
         mesh: Mesh | None = None,
     ) -> "TrainState":
-        """The state before the first update, on every device of a mesh (by default of all devices).
+        """The state before the first update, over the devices of a mesh (by default of all devices)
+        as `shardings` says; no device holds more than its part at any time.
 
         The parameters are copied: a step donates its state.
         """
-        params = jax.tree.map(lambda x: jnp.array(x, copy=True), dict(params))
-        state = cls(
-            step=jnp.zeros((), jnp.int32),
+        mesh = make_mesh() if mesh is None else mesh
+        params = spread(dict(params), shardings(dict(params), mesh))
+        places = shardings(jax.eval_shape(tx.init, params), mesh)
+        small = {"step": np.zeros((), np.int32), "seed": np.asarray(seed, np.uint32)}
+        return cls(
             params=params,
-            opt_state=tx.init(params),
-            seed=jnp.asarray(seed, jnp.uint32),
+            opt_state=jax.jit(tx.init, out_shardings=places)(params),
+            **spread(small, shardings(small, mesh)),
         )
-        # Where the step leaves it: a state from elsewhere would have the step compiled twice.
-        return jax.device_put(state, replicated(make_mesh() if mesh is None else mesh))
 
     def dropout_key(self) -> jax.Array:
         """The random key of the next update, a pure function of (seed, step)."""

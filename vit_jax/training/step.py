@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
-from vit_jax.parallel import make_mesh, replicated, split
+from vit_jax.parallel import make_mesh, replicated, shardings, split
 from vit_jax.training.mixing import mix
 from vit_jax.training.state import TrainState
 
@@ -38,7 +38,8 @@ def make_train_step(
       model: a network that maps (n, h, w, c) pictures to (n, classes) logits.
       tx: see `make_optimizer`.
       mesh: see `make_mesh`, by default of all devices. The batch is split over it, the state
-        copied.
+        lies where `shardings` says. Each weight that is split is gathered where it is used, once
+        forwards and once backwards, and its gradient is at once split again.
       accum_steps: the batch is computed in this many slices one after the other, which saves
         memory. It has to divide the number of pictures a device.
       loss: "softmax" or "sigmoid" cross-entropy.
@@ -65,6 +66,7 @@ def make_train_step(
     def loss_fn(
         params: Any, images: jax.Array, labels: jax.Array, key: jax.Array, *, levels: bool
     ) -> jax.Array:
+        params = jax.tree.map(functools.partial(_gathered, mesh=mesh), params)
         if levels:  # As the operation value_range does; mixed ones are no integers any more.
             images = (images.astype(jnp.float32) - 127.5) / 127.5
             images = images * ((high - low) / 2) + (high + low) / 2
@@ -82,20 +84,46 @@ def make_train_step(
         if mixup or cutmix:
             classes = jax.eval_shape(logits_of, state.params, batch["image"]).shape[-1]
             batch = mix(batch, key, classes, mixup=mixup, cutmix=cutmix)
-        value_and_grad = jax.value_and_grad(functools.partial(loss_fn, levels=levels))
+        forward: Callable = functools.partial(loss_fn, levels=levels)
+        if mesh.shape["part"] > 1:  # Gathered weights are not kept until they are used backwards.
+            forward = jax.checkpoint(forward, policy=_all_but_gathered)
+        value_and_grad = jax.value_and_grad(forward)
         value, grads = _accumulate(value_and_grad, accum_steps, mesh, state.params, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norms = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
         metrics = {"loss": value} | {name: optax.tree.norm(x) for name, x in norms.items()}
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(replicated(mesh), split(mesh)),
-        out_shardings=(replicated(mesh), replicated(mesh)),
+        in_shardings=(None, split(mesh)),
+        out_shardings=(None, replicated(mesh)),
     )
+
+
+def _gathered(x: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """A weight that lies in parts, whole; its gradient is summed in the same parts."""
+    place = shardings(x, mesh)
+    if place.is_fully_replicated:
+        return x
+
+    @jax.custom_vjp
+    def gather(x):
+        return jax.lax.with_sharding_constraint(x, replicated(mesh))
+
+    gather.defvjp(
+        lambda x: (gather(x), None),
+        lambda _, grad: (jax.lax.with_sharding_constraint(grad, place),),
+    )
+    return gather(x)
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What is kept on the way forwards for the way back."""
+    return primitive.name != "sharding_constraint"
 
 
 def _accumulate(
@@ -106,10 +134,9 @@ def _accumulate(
         return value_and_grad(params, batch["image"], batch["label"], key)
 
     def cut(x: jax.Array) -> jax.Array:
-        # (n, ...) -> (slices, n / slices, ...): each device cuts its own part into contiguous
-        # slices, so that no picture changes its device.
-        x = x.reshape(mesh.size, slices, -1, *x.shape[1:])
-        return x.swapaxes(0, 1).reshape(slices, -1, *x.shape[3:])
+        # (n, ...) -> (slices, n / slices, ...): every so many pictures belong to one slice, so that
+        # none changes its device, and the slices are the same on any number of devices.
+        return x.reshape(-1, slices, *x.shape[1:]).swapaxes(0, 1)
 
     def body(total, slice_):
         images, labels, index = slice_

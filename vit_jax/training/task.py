@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.notes import original_preprocess
-from vit_jax.parallel import divisible
+from vit_jax.parallel import divisible, shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,15 @@ class Task:
         return _shape(self.eval_ops, self.train)
 
     def train_batches(self, start_step: int) -> Iterator[Mapping[str, np.ndarray]]:
-        """Endless batches: "image" uint8 or float32 (n, h, w, c) and "label" int32 (n,)."""
+        """Endless batches, this process's rows of them: "image" uint8 or float32 (n, h, w, c) and
+        "label" int32 (n,)."""
         return data.train_batches(
             self.train,
             self.train_ops,
             batch_size=self.config.batch,
             seed=self.config.seed,
             start_step=start_step,
+            shard=shard(),
             threads=self.config.threads or None,
             workers=self.config.workers,
             prefetch=1,  # As many as `config.prefetch` wait on the device.
@@ -61,6 +63,7 @@ class Task:
             self.test,
             self.eval_ops,
             batch_size=divisible(self.config.batch_eval),
+            shard=shard(),
             threads=self.config.threads or None,
             corrupt=self.config.corrupt,
         )

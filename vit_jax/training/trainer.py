@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from vit_jax.data import Source
 from vit_jax.errors import full_disk_explained
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
-from vit_jax.parallel import make_mesh, split
+from vit_jax.parallel import join, make_mesh, split, to_host
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.config import check_config, weights_source
+from vit_jax.training.config import FREE_FIELDS, check_config, flatten, weights_source
 from vit_jax.training.feed import Feed, Figures
 from vit_jax.training.hardware import Usage
 from vit_jax.training.metrics import MetricsWriter
@@ -35,6 +35,7 @@ from vit_jax.training.outcome import (
     score_figures,
     score_text,
 )
+from vit_jax.training.processes import SharedStop, check_same, gather, is_first, together
 from vit_jax.training.profile import FOLDER, Profile
 from vit_jax.training.progress import Progress
 from vit_jax.training.signals import StopRequest
@@ -54,7 +55,8 @@ def run(
 
     The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, and at the end
     weights.npz with its weights.json (`vit_jax.load(workdir)`) and report.png. SIGTERM and Ctrl-C
-    save and return.
+    save and return. Of several processes (see `training.processes`) the first writes; the others
+    return the same.
 
     Args:
       config: fields of `default_config`; what is not given has its default.
@@ -65,32 +67,43 @@ def run(
     Raises UserError for a bad configuration, bad data, a workdir in use, a loss that is not finite,
     or a disk that can't be written. What was saved before stays good.
     """
-    config = check_config(config)
-    if sources:
-        config.dataset = sources[0].name
-    with (
-        StopRequest() as stop,
-        full_disk_explained(f"the workdir {workdir}"),
-        open_workdir(workdir, config) as folder,
-    ):
-        return finished(folder, config.total_steps) or _train(config, folder, stop, sources)
+    folder, explained = Path(workdir), full_disk_explained(f"the workdir {workdir}")
+    done: Result | None = None
+    with StopRequest() as stop, explained, contextlib.ExitStack() as stack:
+        with together():
+            config = check_config(config)
+            if sources:
+                config.dataset = sources[0].name
+            if is_first():
+                stack.enter_context(open_workdir(folder, config))
+                done = finished(folder, config.total_steps)
+        return _of_first(done) or _train(config, folder, stop, sources)
+
+
+def _of_first(result: Result | None) -> Result | None:
+    """The first process's result, in all of them."""
+    fields = gather(result and dataclasses.asdict(result))[0]
+    return fields and Result(**fields)
 
 
 def _train(
     config: ConfigDict,
     workdir: Path,
-    stop: StopRequest,
+    own_stop: StopRequest,
     sources: tuple[Source, Source] | None,
 ) -> Result:
-    mesh = make_mesh(config)
-    task = open_task(config, sources)
-    vit = make_network(
-        config,
-        picture_shape=task.picture_shape,
-        labels=task.labels,
-        preprocess=task.eval_ops.spec,
-    )
-    introduction = _introduction(config, vit, task)
+    with together():
+        mesh = make_mesh(config)
+        task = open_task(config, sources)
+        vit = make_network(
+            config,
+            picture_shape=task.picture_shape,
+            labels=task.labels,
+            preprocess=task.eval_ops.spec,
+        )
+        introduction = _introduction(config, vit, task)
+        fingerprints = task.fingerprints
+    check_same(_what_matters(config, fingerprints))
     tx = make_optimizer(config, config.total_steps)
     state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, mesh=mesh)
     vit = dataclasses.replace(vit, params={})  # The host's memory is not needed any more.
@@ -98,24 +111,34 @@ def _train(
     usage = Usage(vit.model, task.picture_shape)
     eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
     learning_rate = schedule_of(config, config.total_steps)
-    claim_workdir(workdir, config, task.fingerprints)
+    with together():
+        if is_first():
+            claim_workdir(workdir, config, fingerprints)
 
     with contextlib.ExitStack() as stack:
         folder = workdir / CHECKPOINTS
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints))
         )
+        check_same({"checkpoint": checkpoints.latest})
         state = checkpoints.restore(state)
         start = step = int(state.step)
-        metrics = stack.enter_context(MetricsWriter(workdir, resume_step=start))
-        progress = stack.enter_context(Progress(config.total_steps, start))
+        metrics: MetricsWriter | None = None
+        accuracies: dict[int, float] = {}
+        with together():
+            if is_first():
+                metrics = stack.enter_context(MetricsWriter(workdir, resume_step=start))
+                accuracies = {line["step"]: line["test/top1"] for line in read_tests(workdir)}
+        accuracies = dict(gather([*accuracies.items()])[0])
+        console = None if is_first() else stack.enter_context(open(os.devnull, "w"))
+        progress = stack.enter_context(Progress(config.total_steps, start, stream=console))
         feed = stack.enter_context(
             contextlib.closing(Feed(task.train_batches(start), split(mesh), config.prefetch))
         )
         figures = Figures()
         profile = stack.enter_context(Profile(config.profile, workdir / FOLDER))
         scores: Scores | None = None
-        accuracies = {line["step"]: line["test/top1"] for line in read_tests(workdir)}
+        stop = SharedStop(own_stop, mesh)
         progress.message(introduction)
         if start:
             progress.message(f"going on from step {start}, saved in {folder}")
@@ -130,21 +153,26 @@ def _train(
             if last or _due(step, config.eval_every):
                 figures.look()
                 if last or step not in accuracies:  # It was in, if a run goes on from this step.
-                    scores = _evaluate(eval_step, state, task, stop)
+                    scores = _evaluate(eval_step, state, task, stop, mesh)
                 if scores is not None and step not in accuracies:
                     if config.keep_best and scores.top1 > max(accuracies.values(), default=-1.0):
-                        _with_params(vit, state).save(workdir / BEST_WEIGHTS)
+                        best = _with_params(vit, state)
+                        if is_first():
+                            best.save(workdir / BEST_WEIGHTS)
                     accuracies[step] = scores.top1
-                    metrics.write(step, score_figures(scores))
+                    if metrics:
+                        metrics.write(step, score_figures(scores))
                     progress.message(f"step {step}: {score_text(scores)}")
                 feed.restart_clock()
-            if last or stop or _due(step, config.checkpoint_every):
+            stopping = stop.check(wait=step == start)
+            if last or stopping or _due(step, config.checkpoint_every):
                 figures.look()
                 if step and checkpoints.latest != step:
-                    metrics.sync()
+                    if metrics:
+                        metrics.sync()
                     checkpoints.save(step, state)
                 feed.restart_clock()
-            if last or stop:
+            if last or stopping:
                 break
 
             # JAX would send off any number of steps, each with its batch in the device's memory:
@@ -183,7 +211,8 @@ def _train(
                 values = {f"train/{key}": value for key, value in values.items()}
                 if not math.isnan(speed.wait_share):
                     times["time/data_wait"] = speed.wait_share
-                metrics.write(step, values | times | {"train/lr": lr})
+                if metrics:
+                    metrics.write(step, values | times | {"train/lr": lr})
 
     if scores is None or step < config.total_steps:
         saved = f"saved in {folder}" if step else "nothing to save yet"
@@ -191,8 +220,26 @@ def _train(
             f"stopped by {stop.signal_name} at step {step:,} of {config.total_steps:,}, {saved}: "
             "start the same command again to go on"
         )
-        return Result(step, False, summary, last_test(workdir))
-    return finish(_with_params(vit, state), scores, task, workdir, config.total_steps)
+        result = Result(step, False, summary, last_test(workdir)) if is_first() else None
+    else:
+        vit, result = _with_params(vit, state), None
+        with together(), full_disk_explained(f"the workdir {workdir}"):
+            if is_first():
+                result = finish(vit, scores, task, workdir, config.total_steps)
+    result = _of_first(result)
+    assert result is not None
+    return result
+
+
+def _what_matters(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What all processes of a run must have the same."""
+    free = {f"config.{field}" for field in FREE_FIELDS - {"sharding"}}
+    fields = {k: v for k, v in flatten(config).items() if k not in free}
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(file.read_bytes())
+    versions = {"the code of vit_jax": code.hexdigest()[:12], "jax": jax.__version__}
+    return fields | versions | {f"the {k} pictures": v for k, v in fingerprints.items()}
 
 
 def step_of(
@@ -221,15 +268,15 @@ class _StoppedError(Exception):
 
 
 def _evaluate(
-    eval_step: EvalStep, state: TrainState, task: Task, stop: StopRequest
+    eval_step: EvalStep, state: TrainState, task: Task, stop: SharedStop, mesh: Mesh
 ) -> Scores | None:
     """Scores on the test pictures; None if the run is to end before all were seen."""
 
-    def until_stopped() -> Iterator[Mapping[str, np.ndarray]]:
+    def until_stopped() -> Iterator[Mapping[str, Any]]:
         for batch in task.eval_batches():
-            if stop:
+            if stop.check():
                 raise _StoppedError
-            yield batch
+            yield join(batch, split(mesh))
 
     try:
         return evaluate(eval_step, state.params, until_stopped(), len(task.labels))
@@ -238,7 +285,7 @@ def _evaluate(
 
 
 def _with_params(vit: Pretrained, state: TrainState) -> Pretrained:
-    return dataclasses.replace(vit, params=jax.device_get(state.params))
+    return dataclasses.replace(vit, params=to_host(state.params))
 
 
 def _introduction(config: ConfigDict, vit: Pretrained, task: Task) -> str:
