@@ -79,3 +79,24 @@ def test_mistakes_in_arrays_are_named(tmp_path):
     fails("can't be read", open_source, path, "train")
     (tmp_path / "x.npz").write_bytes(b"no zip")
     fails("can't be read", open_source, path, "train")
+
+
+def test_damaged_files_and_impossible_shapes_are_one_line(tmp_path):
+    path = str(tmp_path / "x.npz")
+    np.savez_compressed(path, images=IMAGES, labels=LABELS)
+    whole = (tmp_path / "x.npz").read_bytes()
+    for damaged in (whole[:-30], whole[: len(whole) // 2], whole[:200] + b"xxx" + whole[203:]):
+        (tmp_path / "x.npz").write_bytes(damaged)
+        fails(r"x\.npz: can't be read \(.+\), expected an .npz", open_source, path, "train")
+    for images, labels, message in (
+        (IMAGES.reshape(10, -1), LABELS, "expected uint8 .n, h, w"),
+        (IMAGES[:0], LABELS[:0], "0 pictures and 0 labels"),
+        (IMAGES[:, :0], LABELS, "expected uint8 .n, h, w"),
+        (IMAGES[..., None], LABELS, "expected uint8 .n, h, w"),
+        (IMAGES, np.zeros((10, 2, 2), int), r"labels of shape \(10, 2, 2\), expected"),
+        (IMAGES, LABELS[:, None][:, :0], r"labels of shape \(10, 0\), expected"),
+        (IMAGES, np.array(3), r"labels of shape \(\), expected"),
+        (np.array(3), LABELS, "and n pictures"),
+    ):
+        np.savez(path, images=images, labels=labels)
+        fails(message, open_source, path, "train")

@@ -215,6 +215,15 @@ def test_the_report_names_all_pictures_and_is_drawn(dirty, tmp_path, capsys):
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 100
 
 
+def test_nothing_is_written_unasked(clean, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    status, printed = run(capsys, clean)
+    assert status == 0
+    assert "Written" not in printed.out
+    assert os.listdir() == []
+
+
 def test_the_terminal_shows_a_few_of_many_and_the_file_all(clean, tmp_path, capsys):
     for i in range(20):
         (clean / "train" / "a" / f"empty{i}.jpg").touch()

@@ -186,6 +186,13 @@ def test_links_that_lead_in_a_circle_are_named(tmp_path, target):
     fails("data/(loop|other): a link that leads (in a circle|nowhere)", root)
 
 
+def test_only_files_and_links_to_them_are_pictures(tmp_path):
+    make(tmp_path / "data", count=5)
+    before = keys(tmp_path / "data")
+    os.mkfifo(tmp_path / "data" / "a" / "pipe.png")  # Opening it would wait for ever.
+    assert keys(tmp_path / "data") == before
+
+
 def test_links_in_a_circle_below_a_class_are_not_followed(tmp_path):
     root = make(tmp_path / "data")
     (root / "a" / "up").symlink_to("..")

@@ -159,6 +159,14 @@ def test_arbitrary_bytes_give_one_line_errors(data, start):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG2000", "PPM"])
+def test_other_kinds_are_refused_though_opencv_knows_them(kind):
+    data = encoded(PICTURE, kind)
+    assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) is not None
+    with pytest.raises(UserError, match=r"not a picture .* expected JPEG, PNG"):
+        pictures.decode(data)
+
+
 def test_unreadable_files_are_named_with_the_reason(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("hello, I am a text")

@@ -118,7 +118,14 @@ def test_the_same_of_many_more_cases(**case):
     check_order(**case)
 
 
-def check_order(*, pictures, rows, seed, killed_at, hosts, threads, prefetch):
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "hosts"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_the_same_of_worker_processes(workers, hosts):
+    case = {"pictures": 25, "rows": 3, "seed": 7, "killed_at": 4, "threads": 1, "prefetch": 2}
+    check_order(**case, hosts=hosts, workers=workers)
+
+
+def check_order(*, pictures, rows, seed, killed_at, hosts, threads, prefetch, workers=0):
     # Labels that number the pictures, and so tell their order; augmentation in the images.
     source = replace(DIGITS.take(range(pictures)), label_ids=np.arange(pictures, dtype=np.int32))
     options = {"source": source, "batch_size": 4 * rows, "seed": seed}
@@ -131,7 +138,7 @@ def check_order(*, pictures, rows, seed, killed_at, hosts, threads, prefetch):
     if pictures > 20 and len(epochs) > 1:
         assert not np.array_equal(epochs[0][: len(epochs[1])], epochs[1])
 
-    others = {"threads": threads, "prefetch": prefetch, **options}
+    others = {"threads": threads, "prefetch": prefetch, "workers": workers, **options}
     before = joined(hosts, killed_at, **others) if killed_at else []
     after = joined(hosts, 9 - killed_at, start_step=killed_at, **others)
     assert_same(whole, before + after)

@@ -93,6 +93,26 @@ def test_a_damaged_picture_stops_it_or_is_left_out(tmp_path, caplog):
     assert "001.jpg" in caplog.text
 
 
+def test_empty_splits_are_left_out(photos, tmp_path):
+    # Two pictures a class: none is held out.
+    for cls in ("a", "b"):
+        write = tmp_path / "few" / cls
+        write.mkdir(parents=True)
+        for i in range(2):
+            (write / f"{i}.jpg").write_bytes(listed(photos, "train")[i].read_bytes())
+    assert prepare_tfds(str(tmp_path / "few"), str(tmp_path / "p")) == {"train": 4}
+    root = write_photos(tmp_path / "photos", train=3, test=1)
+    for file in listed(root, "test"):
+        file.write_bytes(b"no picture")
+    options = {"corrupt": "skip"}
+    assert prepare_tfds(str(root), str(tmp_path / "q"), **options) == {"train": 9}
+    for file in listed(root, "train"):
+        file.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no picture that can be read") as error:
+        prepare_tfds(str(root), str(tmp_path / "r"), **options)
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_there_is_not_touched(photos, tmp_path):
     with pytest.raises(UserError, match="is there already; remove it or choose another folder"):
         prepare_tfds(str(photos), str(tmp_path))

@@ -83,6 +83,12 @@ def test_resize_small_keeps_the_aspect():
     assert parse("resize_small(20)")(PICTURE.swapaxes(0, 1)).shape == (30, 20, 3)
 
 
+def test_resize_small_refuses_what_would_become_huge():
+    thin = np.zeros((200_000, 3, 3), np.uint8)
+    with pytest.raises(UserError, match="would become 14,933,333 x 224, expected 178,956,970 at"):
+        parse("resize_small(224)")(thin)
+
+
 def test_central_crop_takes_the_middle_and_refuses_small_pictures():
     result = parse("central_crop((20, 30))")(PICTURE)
     np.testing.assert_array_equal(result, PICTURE[20:40, 30:60])

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
-from vit_jax.data import open_source, parse
+from vit_jax.data import from_arrays, open_source, parse
 from vit_jax.data.show import draw_page
 from vit_jax.errors import UserError
 
@@ -63,3 +64,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/page\.png can't be written \("):
         draw_page(tmp_path / "file" / "page.png", open_source("digits", "test"), parse("flip"))
+
+
+def test_large_photos_are_shrunk_before_they_are_drawn(tmp_path, monkeypatch):
+    drawn = []
+    imshow = Axes.imshow
+    monkeypatch.setattr(
+        Axes, "imshow", lambda self, x, **k: drawn.append(x.shape) or imshow(self, x, **k)
+    )
+    pixels = np.full((2, 900, 1200, 3), 200, np.uint8)
+    draw_page(tmp_path / "page.png", from_arrays(pixels, [0, 1]), parse("flip"), count=1, draws=1)
+    assert drawn == [(384, 512, 3)] * 2

@@ -165,12 +165,17 @@ def test_mistakes_are_named_with_their_line(photos, tmp_path):
     )
     fails("t.csv line 3: no split", split(f"{a},dog,train", f"{b},cat,"))
     fails("can't be read", table("path,label", '"never ends,x'))
+    fails("line 2 has 3 cells and the first 2: put quotes", table("path,label", f"{a},x,y"))
+    assert len(open_source(table("path,label", f"{a},x,", f"{b},y, ,"), "train")) == 2
     (tmp_path / "latin.csv").write_bytes(b"path,label\n\xe9.jpg,x\n")
     fails("latin.csv: can't be read .*UTF-8", str(tmp_path / "latin.csv"))
     fails("x.jsonl line 1: no path", table("{broken", name="x.jsonl"))
     fails("x.jsonl line 1: no path", table("[1, 2]", name="x.jsonl"))
     row = json.dumps({"path": str(a), "labels": [{"not": "text"}]})
     fails("x.jsonl line 1: labels are", table(row, name="x.jsonl"))
+    for path in ("p\0/a.jpg", "a\0.jpg", "\ud800/a.jpg"):
+        row = json.dumps({"path": path, "label": "x"})
+        fails("x.jsonl line 1: there is no ", table(row, name="x.jsonl"))
     fails("there is no such folder or file", str(tmp_path / "nowhere.csv"))
 
 

@@ -193,6 +193,11 @@ def test_tiny_pictures_are_magnified_without_smoothing_and_gray_ones_are_gray(dr
     assert ax.images[0].get_clim() == (0, 255)
 
 
+def test_large_photos_are_shrunk_before_they_are_drawn(drawn):
+    (ax,) = axes_titled(drawn(pictures=pictures_of(3, n=1, shape=(900, 1200, 1))), "class 0 (50%)")
+    assert ax.images[0].get_array().shape == (384, 512)
+
+
 def test_no_more_than_twelve_pictures_are_drawn(drawn):
     figure = drawn(pictures=pictures_of(3, n=40))
     assert sum("(50%)" in t or ", not" in t for t in texts_of(figure)) == 12

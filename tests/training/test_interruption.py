@@ -43,6 +43,7 @@ class Training:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
+            start_new_session=True,
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment},
         )
@@ -141,6 +142,17 @@ def test_a_run_that_is_asked_to_stop_saves_says_how_to_go_on_and_exits_with_75(n
         f"stopped by {number.name} at step {saved:,} of 1,000,000, saved in "
         f"{workdir / 'checkpoints'}: start the same command again to go on\n"
     )
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_worker_processes_too_and_they_say_nothing(tmp_path):
+    fields = ("total_steps=1000000", "eval_every=0", "checkpoint_every=0", "workers=2")
+    training = Training(tmp_path / "run", *fields)
+    assert training.wait_until(at_step(5))
+    os.killpg(training.pid, signal.SIGINT)  # As a terminal does.
+    assert not training.wait_until(lambda t: False)
+    assert training.end(signal.SIGINT)[0] == 75
+    assert "Traceback" not in Path(training.log.name).read_text()
 
 
 def test_a_run_that_is_asked_to_stop_while_it_starts_ends_before_its_first_step(tmp_path):

@@ -1,5 +1,6 @@
 """The same pictures train alike, wherever they come from."""
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -16,6 +17,7 @@ from vit_jax.errors import UserError
 from vit_jax.training import outcome as outcome_module
 from vit_jax.training import run
 from vit_jax.training.options import load_config, override
+from vit_jax.training.task import open_task
 
 FIELDS = (
     *("total_steps=6", "warmup_steps=1", "progress_every=1", "eval_every=3", "checkpoint_every=6"),
@@ -129,6 +131,23 @@ def test_so_are_those_of_arrays_in_memory(photos, from_folder, tiny, tmp_path, o
     )
     assert run(tiny(*FIELDS), tmp_path / "run", sources=(train, test)).finished
     assert outcome(tmp_path / "run") == outcome(from_folder)
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation"),
+    [
+        ("random_crop(28)|flip|value_range(-1, 1)", "central_crop(28)|value_range(-1, 1)"),
+        ("random_crop((36, 20))|resize(16)|gray", "resize_small(20)|central_crop((20, 30))"),
+        ("rgb", "central_crop((40, 60))"),
+    ],
+)
+def test_crops_need_no_resize_before_them(train, evaluation, tiny):
+    evaluation += "|resize(16)|gray" if "gray" in train else ""
+    source = data.from_arrays(np.zeros((4, 40, 60, 3), np.uint8), [0, 1, 0, 1])
+    task = open_task(tiny(f"pp.train={train}", f"pp.eval={evaluation}"), (source, source))
+    for batches in (task.train_batches(0), task.eval_batches()):
+        with contextlib.closing(batches):
+            assert next(batches)["image"].shape[1:] == task.picture_shape
 
 
 def several(photos, tmp_path):

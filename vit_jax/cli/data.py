@@ -65,9 +65,8 @@ def _add_check(commands) -> None:
     _add_seed_and_places(parser)
     parser.add_argument(
         "--out",
-        default=".",
         metavar="DIR",
-        help="where to write check.txt and check.png (default: here)",
+        help="where to write check.txt and check.png, if anywhere",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -146,14 +145,15 @@ def check(args: argparse.Namespace) -> int:
         sources = {name: source for name, source in opened.items() if len(source)}
     with _progress() as progress:
         result = check_sources(sources, progress=progress)
-    written = check_report.write_report(result, args.out, args.source)
+    written = check_report.write_report(result, args.out, args.source) if args.out else []
     if args.json:
         print(json.dumps(check_report.as_dict(result), indent=1))
     else:
         print(check_report.summary(result))
         if listed := check_report.details(result, limit=5):
             print(f"\n{listed}")
-        print(f"\nWritten: {', '.join(written)}")
+        if written:
+            print(f"\nWritten: {', '.join(written)}")
     return 1 if result.problems else 0
 
 

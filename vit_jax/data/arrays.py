@@ -47,8 +47,8 @@ def array_splits(dataset: str, seed: int) -> Splits:
     try:
         with np.load(os.path.expanduser(dataset), allow_pickle=False) as file:
             arrays = dict(file)
-    except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0][:80]
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds for what is damaged
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(
             f"{dataset}: can't be read ({reason}), expected an .npz of arrays"
         ) from None
@@ -66,7 +66,7 @@ def array_splits(dataset: str, seed: int) -> Splits:
             raise UserError(f"{dataset}: no {key} beside {key[:-6]}images; add them")
         labels[split] = arrays[key]
     names = arrays.get("names")
-    if names is None:
+    if names is None and labels[found[0]].size:
         names = _class_names(dataset, labels[found[0]])
     parts = [(split or "", arrays[f"{split}_images" if split else "images"]) for split in found]
     sources = {
@@ -83,6 +83,11 @@ def _source(
 ) -> Source:
     """The source of one of several parts, whose keys go on where those of the last part end."""
     images = parts[place][1]
+    shape = np.shape(labels)
+    if len(shape) not in (1, 2) or 0 in shape[1:] or not np.iterable(images):
+        raise UserError(
+            f"{name}: labels of shape {shape}, expected (n,) or (n, classes), and n pictures"
+        )
     if len(images) != len(labels) or not len(images):
         raise UserError(
             f"{name}: {len(images)} pictures and {len(labels)} labels, expected one for each"
@@ -106,7 +111,10 @@ def _source(
 
 def _channels(name: str, images: Pictures) -> int:
     examples = images[:1] if isinstance(images, np.ndarray) else images
-    shapes = {image.shape[2:] or (1,) for image in examples}
+    shapes: set[tuple] = {
+        (image.shape[2:] or (1,)) if image.ndim > 1 and image.size else ("none",)
+        for image in examples
+    }
     kinds = {image.dtype for image in examples}
     if kinds != {np.dtype(np.uint8)} or len(shapes) != 1 or not shapes <= {(1,), (3,)}:
         raise UserError(

@@ -174,6 +174,8 @@ def _list(path: str) -> _Entries:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.name)
+            elif not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
+                continue  # Opening a named pipe would wait for ever.
             elif entry.name.lower().endswith(EXTENSIONS):
                 pictures.append(entry.name)
             elif entry.is_symlink():

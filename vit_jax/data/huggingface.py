@@ -22,8 +22,12 @@ def from_huggingface(
       image, label: names of these columns.
       name: what errors call the source.
 
-    Raises UserError if it has no such columns.
+    Raises UserError if it has no such columns, or pictures without a label.
     """
+    return _part(_whole(dataset, image, label, name), range(len(dataset)))
+
+
+def _whole(dataset: Any, image: str, label: str, name: str) -> Source:
     features = getattr(dataset, "features", None) or {}
     kind: Any = features.get(image)
     column_kind: Any = features.get(label)
@@ -37,12 +41,11 @@ def from_huggingface(
         )
     column = dataset[label][:]
     if multi_label:
-        width = max(map(len, column), default=0)
-        ids = np.array([[*row, *[-1] * (width - len(row))] for row in column], np.int32)
+        rows = [row or [] for row in column]
+        width = max(map(len, rows), default=0)
+        ids = np.array([[*row, *[-1] * (width - len(row))] for row in rows], np.int32)
     else:
-        ids = np.array(column, np.int32)
-        if (ids < 0).any():
-            raise UserError(f"{name}: {(ids < 0).sum():,} pictures have no label; leave them out")
+        ids = np.array([-1 if id_ is None else id_ for id_ in column], np.int32)
     undecoded = dataset.cast_column(image, type(kind)(decode=False))
     return Source(
         name=name,
@@ -55,6 +58,15 @@ def from_huggingface(
         multi_label=multi_label,
         identity=partial(getattr, dataset, "_fingerprint", ""),
     )
+
+
+def _part(whole: Source, part: range) -> Source:
+    """Some of the pictures, which need labels: those of a competition's test aren't told."""
+    assert whole.label_ids is not None
+    missing = int((whole.label_ids[part] < 0).sum())
+    if missing and not whole.multi_label:
+        raise UserError(f"{whole.name}: {missing:,} pictures have no label; leave them out")
+    return whole.take(part)
 
 
 def saved_splits(path: str, seed: int) -> Splits:
@@ -74,10 +86,11 @@ def saved_splits(path: str, seed: int) -> Splits:
     if not isinstance(found, dict):
         return held_out_splits(partial(from_huggingface, found, name=path), seed)
     # One source for all, so that parts can be added up.
-    whole = from_huggingface(datasets.concatenate_datasets(list(found.values())), name=path)
+    together = datasets.concatenate_datasets(list(found.values()))
+    whole = _whole(together, "image", "label", path)
     stops = np.cumsum([0, *map(len, found.values())]).tolist()
     return {
-        split: partial(whole.take, range(start, stop))
+        split: partial(_part, whole, range(start, stop))
         for split, start, stop in zip(found, stops, stops[1:], strict=False)
     }
 

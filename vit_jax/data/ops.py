@@ -134,7 +134,13 @@ def resize_small(size: Pixels, antialias: bool = False) -> Step:
     def apply(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
         height, width = image.shape[:2]
         scale = size / min(height, width)
-        return _resized(image, (round(height * scale), round(width * scale)), antialias)
+        result = round(height * scale), round(width * scale)
+        if result[0] * result[1] > pictures.MAX_PIXELS:
+            raise UserError(
+                f"resize_small: {height} x {width} pixels would become {result[0]:,} x "
+                f"{result[1]:,}, expected {pictures.MAX_PIXELS:,} at most; remove the picture"
+            )
+        return _resized(image, result, antialias)
 
     return Step(apply, None)
 

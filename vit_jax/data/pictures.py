@@ -54,6 +54,11 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
     if not data:
         raise UserError(f"{name}: empty file, expected a picture; replace or remove it")
     kind = next((k for start, k in _SIGNATURES.items() if data.startswith(start)), None)
+    if kind is None:  # Nor are others decoded that OpenCV knows: their size can't be told before.
+        raise UserError(
+            f"{name}: not a picture (starts with {data[:8]!r}), expected JPEG, PNG, WebP, BMP or "
+            "GIF; replace or remove it"
+        )
     image = None
     # Zeros in place of a JPEG's second half are, to a decoder, a picture.
     if kind == "JPEG" and not _jpeg_ends(data):
@@ -71,17 +76,12 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
             image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         except cv2.error:  # e.g. absurd dimensions in the header
             image = None
-    if image is None and kind is None:
-        raise UserError(
-            f"{name}: not a picture (starts with {data[:8]!r}), expected JPEG, PNG, WebP, BMP or "
-            "GIF; replace or remove it"
-        )
     if image is None:
         raise UserError(f"{name}: truncated or damaged {kind} file; replace or remove it")
     return image.reshape(*image.shape[:2], channels)
 
 
-def _announced_size(data: bytes, kind: str | None) -> tuple[int, int]:
+def _announced_size(data: bytes, kind: str) -> tuple[int, int]:
     """(height, width) that a file's header tells, (0, 0) if it tells none."""
 
     def number(start: int, count: int = 2, order: Literal["little", "big"] = "little") -> int:
@@ -168,6 +168,16 @@ def content(path: str | os.PathLike) -> bytes:
         raise UserError(
             f"{os.fspath(path)}: can't be read ({error.strerror}); expected a picture file"
         ) from None
+
+
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """The uint8 picture (h, w, c) averaged to `side` pixels on its longer side, to be looked at."""
+    scale = side / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    height, width = (max(round(length * scale), 1) for length in image.shape[:2])
+    smaller = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    return smaller.reshape(height, width, image.shape[2])
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

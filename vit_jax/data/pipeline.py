@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import os
+import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -279,7 +280,8 @@ def _batches(
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         )
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-        return _closing(iter(stacked.mp_prefetch(options)), keys, shared=True)
+        made = stacked.mp_prefetch(options, worker_init_fn=_leave_ctrl_c_to_the_run)
+        return _closing(iter(made), keys, shared=True)
     read_ahead = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=prefetch * chunks.per_batch
     )
@@ -288,6 +290,12 @@ def _batches(
     # One more thread keeps a finished batch at hand: stacking a large one takes a while.
     ready = grain.experimental.ThreadPrefetchIterDataset(stacked, prefetch_buffer_size=1)
     return _closing(iter(ready), keys)
+
+
+def _leave_ctrl_c_to_the_run(worker: int, workers: int) -> None:
+    """A terminal sends it to all processes, but only the run knows what to save first."""
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _closing(batches: Any, keys: tuple[str, ...], *, shared: bool = False) -> Iterator[Batch]:

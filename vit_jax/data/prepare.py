@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ def prepare_tfds(
     manual_dir: str = "",
     corrupt: str = "error",
 ) -> dict[str, int]:
-    """Writes all splits of a data set into a folder, all at once or not at all.
+    """Writes all splits that aren't empty into a folder, all at once or not at all.
 
     Pictures that are files stay what they are, byte by byte (each is decoded once to see that it
     can be); pixels become PNG. Classes, splits and the order of the pictures are kept.
@@ -96,7 +97,10 @@ def _dataset_name(target: str) -> str:
 
 def _builder(sources: dict[str, Source], name: str, data_dir: str, corrupt: str) -> Any:
     import tensorflow_datasets as tfds
+    from rich.console import Console
+    from rich.progress import track
 
+    screen = Console(stderr=True)
     one = next(iter(sources.values()))
     classes = tfds.features.ClassLabel(names=list(one.labels))
     label = "labels" if one.multi_label else "label"
@@ -118,25 +122,32 @@ def _builder(sources: dict[str, Source], name: str, data_dir: str, corrupt: str)
             )
 
         def _split_generators(self, dl_manager):
-            return {
-                split: self._generate_examples(source, split) for split, source in sources.items()
+            # TFDS takes no empty split: each has to give a first example.
+            started = {s: self._generate_examples(source) for s, source in sources.items()}
+            found = {
+                split: track(
+                    itertools.chain([first], rest),
+                    split,
+                    total=len(sources[split]),
+                    console=screen,
+                    disable=not screen.is_terminal,
+                )
+                for split, rest in started.items()
+                if (first := next(rest, None))
             }
+            if not found:
+                raise UserError(f"{one.name}: no picture that can be read; add some")
+            return found
 
-        def _generate_examples(self, source, split):
-            return _examples(source, split, label, corrupt)
+        def _generate_examples(self, source):
+            return _examples(source, label, corrupt)
 
     Builder.name = name
     return Builder(data_dir=data_dir, file_format="array_record")
 
 
-def _examples(
-    source: Source, split: str, label: str, corrupt: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    screen = Console(stderr=True)
-    for index in track(range(len(source)), split, console=screen, disable=not screen.is_terminal):
+def _examples(source: Source, label: str, corrupt: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for index in range(len(source)):
         try:
             stored, ids = source.stored(index)
             pixels = source.decode(stored, index)

@@ -96,7 +96,10 @@ def draw_page(
 
 
 def _draw(ax: "Axes", image: np.ndarray, title: str) -> None:
-    pixels = image[..., 0] if image.shape[2] == 1 else image
+    from vit_jax.data.pictures import shrink
+
+    pixels = shrink(image, 512)  # matplotlib makes floats of all that it gets
+    pixels = pixels[..., 0] if image.shape[2] == 1 else pixels
     smooth = "nearest" if max(image.shape[:2]) < TINY else "antialiased"
     ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
     ax.set_title(title, fontsize=8, parse_math=False)

@@ -135,6 +135,11 @@ def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
             f"its first line names the columns {', '.join(columns)[:80]!r}, not path and label"
         )
     for cells in reader:
+        if any(map(str.strip, cells[len(columns) :])):
+            raise csv.Error(
+                f"line {reader.line_num} has {len(cells)} cells and the first {len(columns)}: put "
+                "quotes around what has a comma in it"
+            )
         if cells:
             yield reader.line_num, dict(zip(columns, cells, strict=False))
 
@@ -180,7 +185,7 @@ def _check_pictures(root: str, rows: list[_Row]) -> None:
     for folder, members in folders.items():
         try:
             there = set(os.listdir(os.path.join(root, folder) or "."))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no path at all
             there = set()
         missing += [row for row in members if os.path.basename(row.path) not in there]
     if missing:

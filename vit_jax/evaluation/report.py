@@ -235,12 +235,15 @@ def _write_counts(ax: "Axes", confusion: np.ndarray, share: np.ndarray) -> None:
 def _draw_pictures(
     figure: "SubFigure", pictures: Sequence[Picture], names: list[str], rows: int
 ) -> None:
+    from vit_jax.data.pictures import shrink
+
     axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for ax in axes[len(pictures) :]:
         ax.axis("off")
     for ax, (image, truth, predicted, probability) in zip(axes, pictures, strict=False):
-        gray = image.ndim == 2 or image.shape[-1] == 1
-        pixels = image.reshape(image.shape[:2]) if gray else image
+        gray = image.shape[-1] == 1
+        small = shrink(image, 512)  # matplotlib makes floats of all that it gets
+        pixels = small[..., 0] if gray else small
         smooth = "nearest" if max(image.shape[:2]) < TINY else "antialiased"
         ax.imshow(pixels, cmap="gray" if gray else None, vmin=0, vmax=255, interpolation=smooth)
         color = RIGHT if truth == predicted else WRONG

@@ -138,7 +138,9 @@ def mixup(config: ConfigDict) -> float:
 
 
 def _shape(ops: data.Preprocess, source: data.Source) -> tuple[int, int, int]:
-    blank = np.zeros((8, 8, source.channels), np.uint8)
+    # Not smaller than a crop wants it, nor of a worse aspect.
+    size = np.max([step.size or (1, 1) for step in ops.steps], axis=0).clip(1)
+    blank = np.zeros((*size, source.channels), np.uint8)
     if ops.output_size is None:  # The pictures keep their size: look at one.
         blank = source[0]["image"]
     return ops(blank, np.random.default_rng(0)).shape
