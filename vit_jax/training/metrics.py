@@ -18,6 +18,8 @@ from typing import Any, Self
 from vit_jax.errors import UserError
 from vit_jax.training.workdir import METRICS
 
+FLUSH_SECONDS = 5  # After which TensorBoard sees what was written.
+
 
 class MetricsWriter:
     """Appends scalars to workdir/metrics.jsonl and to TensorBoard events in workdir.
@@ -35,20 +37,21 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, resume_step: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS
         if path.exists():
             _drop_after(path, resume_step)
         self._file = path.open("ab")
-        # The library names files by the second, and would empty one started in the same second.
-        self._events = SummaryWriter(
-            logdir=str(workdir),
-            purge_step=resume_step + 1,
-            flush_secs=2,
-            filename_suffix=f".{time.time_ns()}",
-        )
+        # Not the SummaryWriter: its thread dies on a full disk, and the run then waits for
+        # ever. Files are named by the second, and one of the same second would be emptied.
+        self._events = EventsWriter(str(workdir / "events"), f".{time.time_ns()}")
+        # What an interrupted run wrote from this step on is not to be shown.
+        self._flushed = time.monotonic()
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(session_log=start, step=resume_step + 1))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one line; once this returns, killing the process cannot lose it.
@@ -57,20 +60,31 @@ class MetricsWriter:
             step: number of updates done.
             values: scalars by name, such as {"train/loss": 2.25}; anything float() takes.
         """
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         scalars = {key: float(values[key]) for key in sorted(values)}
         finite = {key: x if math.isfinite(x) else None for key, x in scalars.items()}
         line = json.dumps({"step": int(step), **finite}, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         for key, value in scalars.items():
-            self._events.add_scalar(key, value, int(step))
+            summary = scalar(key, value)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() > self._flushed + FLUSH_SECONDS:
+            self._flush_events()
 
     def sync(self) -> None:
         """Once this returns, a power cut cannot lose the lines so far either."""
         os.fsync(self._file.fileno())
+        self._flush_events()
+
+    def _flush_events(self) -> None:
+        self._events.flush()  # To the disk, which takes a while.
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Writes out what TensorBoard events still wait and closes both files."""
+        """Closes both files."""
         self._file.close()
         self._events.close()
 

@@ -16,7 +16,7 @@ from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import make_eval_step
 from vit_jax.models.cost import training_flops
-from vit_jax.parallel import divisible, make_mesh, replicated, split
+from vit_jax.parallel import divisible, make_mesh, shardings, split
 from vit_jax.training.config import config_from_json, config_to_json
 from vit_jax.training.network import make_network, named_model
 from vit_jax.training.optimizer import make_optimizer
@@ -210,8 +210,10 @@ def _state(config: ConfigDict, params: Any) -> tuple[Any, TrainState]:
         opt_state=jax.eval_shape(tx.init, params),
         seed=jax.ShapeDtypeStruct((), jnp.uint32),  # type: ignore[arg-type]
     )
-    place = replicated(make_mesh(config))
-    return tx, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    places = shardings(state, make_mesh(config))
+    return tx, jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )
 
 
 def _training(task: Task, model: Any, params: Any, accum_steps: int) -> Memory:
