@@ -72,6 +72,22 @@ def test_predict_says_which_weights_take_labels(saved, tmp_path, capsys):
     assert "vit-jax predict --labels" in second
 
 
+def test_pictures_may_stand_behind_the_labels(saved, tmp_path, capsys, monkeypatch):
+    path = saved("LiT")
+    picture = write_pictures(tmp_path / "photos", 1) / "dark" / "0.jpg"
+    monkeypatch.chdir(picture.parent)
+
+    assert main(["predict", str(path), "0.jpg", "--labels", "a cat", "a dog"]) == 0
+    first = capsys.readouterr().out
+    assert main(["predict", str(path), "--labels", "a cat", "a dog", "0.jpg"]) == 0
+    assert capsys.readouterr().out == first
+    assert main(["predict", str(path), "--labels", "a cat", "--top=5", "0.jpg"]) == 0
+    assert "a cat" in capsys.readouterr().out
+    for wrong in (["--labels", "a cat", "none.jpg"], ["--labels", "0.jpg"], []):
+        assert main(["predict", str(path), *wrong]) == 2
+        assert "no picture was named" in capsys.readouterr().err
+
+
 def test_evaluate_compares_a_lit_bundle_with_the_names_of_the_folders(saved, tmp_path, capsys):
     path = saved("LiT")
     photos = write_pictures(tmp_path / "photos", 4)
