@@ -214,6 +214,37 @@ def test_a_lit_bundle_has_no_classes_of_its_own(lit):
         lit.embed_images(images(1, 20))
 
 
+def test_a_vocabulary_of_other_weights_is_refused(saved):
+    path = saved("LiT")
+    path.with_suffix(".txt").write_text("\n".join([*WORDS, "zebra"]))
+
+    assert np.isfinite(load(path).embed_texts(["a cat"])).all()
+    with pytest.raises(UserError, match=r"w\.txt has a piece number 14, but .* know 14 pieces"):
+        load(path).embed_texts(["a zebra"])
+
+
+@pytest.mark.parametrize(("family", "ending"), [("LiT", ".model"), ("LiT of BERT", ".txt")])
+def test_the_vocabulary_is_of_the_kind_that_the_text_tower_needs(family, ending, saved):
+    path = saved(family)
+    path.with_suffix(".model").write_bytes(b"")
+
+    assert load(path).vocabulary == path.with_suffix(ending)
+
+
+def test_saving_leaves_a_file_alone_that_has_the_name_of_the_vocabulary(tmp_path):
+    vit = make("LiT", tmp_path)
+    (tmp_path / "w.txt").write_text("my notes")
+
+    with pytest.raises(UserError, match=r"w\.txt is there already"):
+        vit.save(tmp_path / "w.npz")
+
+    assert (tmp_path / "w.txt").read_text() == "my notes"
+    assert not (tmp_path / "w.npz").exists()
+    (tmp_path / "w.txt").write_bytes(vit.vocabulary.read_bytes())
+    vit.save(tmp_path / "w.npz")
+    assert load(tmp_path / "w.npz").vocabulary == tmp_path / "w.txt"
+
+
 def test_a_missing_vocabulary_is_asked_for_when_it_is_needed(saved):
     path = saved("LiT")
     path.with_suffix(".txt").unlink()

@@ -231,11 +231,17 @@ class PretrainedLiT(Pretrained):
         Returns:
           float32 (n, d), of length 1.
 
-        Raises UserError if the vocabulary is not there.
+        Raises UserError if the vocabulary is not there, or has more pieces than the weights.
         """
         if isinstance(texts, str):
             raise UserError("embed_texts takes a list of texts: write embed_texts([text])")
         tokens = self._tokenizer(texts)
+        known = dict(self.spec.text)["vocab_size"]
+        if tokens.max(initial=0) >= known:  # The network would answer with NaN.
+            raise UserError(
+                f"{self.vocabulary} has a piece number {tokens.max()}, but these weights know "
+                f"{known:,} pieces: put the vocabulary that was published with them beside them"
+            )
         embeddings = []
         for start in range(0, len(tokens), _BATCH):
             rows = tokens[start : start + _BATCH]
@@ -245,13 +251,23 @@ class PretrainedLiT(Pretrained):
         return np.concatenate([none, *(np.asarray(x) for x in embeddings)])
 
     def save(self, path: str | os.PathLike, *, style: str = "linen") -> None:
-        """As `Pretrained.save`, with the vocabulary copied beside the weights."""
+        """As `Pretrained.save`, with the vocabulary copied beside the weights.
+
+        Raises UserError too if another file has the vocabulary's name.
+        """
+        if self.vocabulary is None:
+            super().save(path, style=style)
+            return
+        copy, content = Path(path).with_suffix(self.vocabulary.suffix), self.vocabulary.read_bytes()
+        if copy.exists() and not (copy.is_file() and copy.read_bytes() == content):
+            raise UserError(
+                f"{copy} is there already and is not the vocabulary that belongs beside {path}: "
+                "choose another name"
+            )
         super().save(path, style=style)
-        if self.vocabulary is not None:
-            copy = Path(path).with_suffix(self.vocabulary.suffix)
-            if copy != self.vocabulary:
-                with checkpoints.atomic_file(copy) as file:
-                    file.write(self.vocabulary.read_bytes())
+        if not copy.exists():
+            with checkpoints.atomic_file(copy) as file:
+                file.write(content)
 
     @functools.cached_property
     def _embed_tokens(self) -> Callable:
@@ -269,9 +285,10 @@ class PretrainedLiT(Pretrained):
         return open_tokenizer(self.vocabulary)
 
 
-def _vocabulary(path: Path) -> Path | None:
-    """The tokenizer's file beside a file of weights."""
-    candidates = [path.with_suffix(suffix) for suffix in (".txt", ".model")]
+def _vocabulary(path: Path, text_model: str) -> Path | None:
+    """The tokenizer's file beside a file of weights, first of the kind that its texts need."""
+    suffixes = (".txt", ".model") if text_model == "bert" else (".model", ".txt")
+    candidates = map(path.with_suffix, suffixes)
     return next((file for file in candidates if file.is_file()), None)
 
 
@@ -358,7 +375,7 @@ def load(
         "preprocess": preprocess,
     }
     if isinstance(new, LiTSpec):
-        return PretrainedLiT(**bundle, vocabulary=_vocabulary(path))
+        return PretrainedLiT(**bundle, vocabulary=_vocabulary(path, new.text_model))
     return Pretrained(**bundle)
 
 
