@@ -7,6 +7,7 @@ import pytest
 
 from tests.cli.conftest import write_pictures
 from tests.families import SPECS, make
+from vit_jax.checkpoints.lazy import LazyArray
 from vit_jax.cli import main
 from vit_jax.evaluation import classify
 from vit_jax.pretrained import load
@@ -39,6 +40,24 @@ def test_info_says_what_a_file_of_any_family_is(family, texts, saved, capsys):
     assert f"{SPECS[family].num_parameters:,}" in text
     assert facts["parameters"] == SPECS[family].num_parameters
     assert facts["architecture"] is None
+
+
+def test_info_reads_no_values(saved, capsys, monkeypatch):
+    path = saved("MAP")
+    monkeypatch.setattr(LazyArray, "__array__", lambda *args, **kwargs: pytest.fail("read"))
+
+    assert main(["info", str(path)]) == 0
+
+
+def test_info_of_a_tower_is_about_the_tower(saved, capsys):
+    path = saved("LiT")
+
+    assert main(["info", f"{path}:img", "--json"]) == 0
+
+    facts = json.loads(capsys.readouterr().out)
+    shapes = SPECS["LiT"].image.shapes()
+    assert (facts["arrays"], facts["key_style"]) == (len(shapes), "towers")
+    assert facts["num_layers"] == 2
 
 
 def test_predict_ranks_descriptions_by_a_lit_bundle(saved, tmp_path, capsys):
