@@ -242,9 +242,8 @@ class LiTSpec:
         self.model()  # Raises UserError if the towers end with unequal widths.
         text = dict(self.text)
         tokens = jax.ShapeDtypeStruct((1, text["max_len"]), jnp.int32)
-        tower = functools.partial(
-            TEXT_MODELS[self.text_model], **(text | {"num_classes": self.text_classes})
-        )
+        fields: dict[str, Any] = text | {"num_classes": self.text_classes}
+        tower = functools.partial(TEXT_MODELS[self.text_model], **fields)
         shapes = {f"img/{key}": shape for key, shape in self.image.shapes().items()}
         for key, shape in _init_shapes(tower, text["num_layers"], tokens).items():
             shapes[f"txt/{key}"] = shape
