@@ -39,21 +39,38 @@ _MODELS = {
         text=_TEXT,
         out_dim=(None, 16),
     ),
+    "LiT of BERT": LiT(
+        image=dict(_SIZES, patch_size=(8, 8)),
+        text_model="bert",
+        text=dict(_TEXT, hidden_size=64, num_heads=1),
+        out_dim=(64, None),
+    ),
+    "sincos2d": VisionTransformer(position_embedding="sincos2d", classifier="gap", **_VIT),
 }
 
 
 @functools.cache
-def shapes(family: str) -> Mapping[str, tuple[int, ...]]:
+def shapes(family: str, num_layers: int = 3) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of a family's small network, for pictures of 32x32 pixels."""
-    inputs = [jnp.zeros((1, 32, 32, 3))] + [jnp.zeros((1, 16), int)] * (family == "LiT")
-    variables = jax.eval_shape(_MODELS[family].init, jax.random.key(0), *inputs)
+    model = _MODELS[family]
+    if family.startswith("LiT"):
+        towers = {
+            name: dict(getattr(model, name), num_layers=num_layers) for name in ("image", "text")
+        }
+        model = model.clone(**towers)
+    else:
+        model = model.clone(num_layers=num_layers)
+    inputs = [jnp.zeros((1, 32, 32, 3))] + [jnp.zeros((1, 16), int)] * family.startswith("LiT")
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     return {k: leaf.shape for k, leaf in flatten_dict(variables["params"], sep="/").items()}
 
 
-def arrays(family: str) -> Arrays:
+def arrays(family: str, num_layers: int = 3) -> Arrays:
     """Seeded random arrays of a family, float32, under today's names."""
     rng = np.random.default_rng(len(family))
-    return {key: rng.normal(size=s).astype(np.float32) for key, s in shapes(family).items()}
+    return {
+        key: rng.normal(size=s).astype(np.float32) for key, s in shapes(family, num_layers).items()
+    }
 
 
 def official_shapes(name: str, num_classes: int = 1000) -> dict[str, tuple[int, ...]]:

@@ -1,10 +1,14 @@
 """Files of every family are loaded, used and adapted to another task."""
 
 import dataclasses
+import tempfile
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import reference
 from tests.families import LABELS, LITS, OTHERS, SPECS, WORDS, make
@@ -57,6 +61,41 @@ def test_without_notes_the_arrays_tell_nearly_everything(family, saved):
     size = found.image_size[0]
     rounding = "uint8|" if family in LITS else ""
     assert found.preprocess == f"resize({size})|{rounding}value_range(-1, 1)"
+
+
+@st.composite
+def networks(draw) -> tuple[str, dict]:
+    """(family, changes of its spec): another head, size and representation layer."""
+    family = draw(st.sampled_from(OTHERS))
+    spec = SPECS[family]
+    changes = {"num_classes": draw(st.none() | st.integers(1, 9))}
+    stride = spec.model().stride
+    grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    changes["image_size"] = tuple(a * b for a, b in zip(stride, grid, strict=True))
+    if family != "Mixer":
+        changes["representation_size"] = draw(st.none() | st.integers(1, 9))
+    return family, changes
+
+
+@settings(max_examples=8, deadline=None)
+@given(network=networks(), style=st.sampled_from(checkpoints.STYLES), data=st.data())
+def test_any_network_comes_back_and_gives_the_papers_logits(network, style, data):
+    family, changes = network
+    ending = data.draw(st.sampled_from([".npz", ".safetensors"]))
+    with tempfile.TemporaryDirectory() as folder:
+        vit = make(family, Path(folder), **changes)
+        path = Path(folder) / f"w{ending}"
+        vit.save(path, style=style)
+        found = load(path)
+    assert found.spec == vit.spec
+    x = np.random.default_rng(0).uniform(-1, 1, (2, *found.image_size, 3)).astype(np.float32)
+    arrays = reference.make_params(found.spec.shapes(), seed=2)
+
+    if family == "Mixer":
+        expected = reference.mixer_forward(arrays, x)
+    else:
+        expected = reference.forward(arrays, x, classifier=found.spec.classifier)
+    np.testing.assert_allclose(found(x), expected, atol=1e-4)
 
 
 def test_fixed_positions_without_notes_are_taken_for_the_usual_size_with_a_warning(saved, caplog):
@@ -212,6 +251,37 @@ def test_a_lit_bundle_has_no_classes_of_its_own(lit):
         lit.embed_texts("a cat")
     with pytest.raises(UserError, match=r"expected \(n, 16, 16, 3\)"):
         lit.embed_images(images(1, 20))
+
+
+def test_a_vocabulary_of_other_weights_is_refused(saved):
+    path = saved("LiT")
+    path.with_suffix(".txt").write_text("\n".join([*WORDS, "zebra"]))
+
+    assert np.isfinite(load(path).embed_texts(["a cat"])).all()
+    with pytest.raises(UserError, match=r"w\.txt has a piece number 14, but .* know 14 pieces"):
+        load(path).embed_texts(["a zebra"])
+
+
+@pytest.mark.parametrize(("family", "ending"), [("LiT", ".model"), ("LiT of BERT", ".txt")])
+def test_the_vocabulary_is_of_the_kind_that_the_text_tower_needs(family, ending, saved):
+    path = saved(family)
+    path.with_suffix(".model").write_bytes(b"")
+
+    assert load(path).vocabulary == path.with_suffix(ending)
+
+
+def test_saving_leaves_a_file_alone_that_has_the_name_of_the_vocabulary(tmp_path):
+    vit = make("LiT", tmp_path)
+    (tmp_path / "w.txt").write_text("my notes")
+
+    with pytest.raises(UserError, match=r"w\.txt is there already"):
+        vit.save(tmp_path / "w.npz")
+
+    assert (tmp_path / "w.txt").read_text() == "my notes"
+    assert not (tmp_path / "w.npz").exists()
+    (tmp_path / "w.txt").write_bytes(vit.vocabulary.read_bytes())
+    vit.save(tmp_path / "w.npz")
+    assert load(tmp_path / "w.npz").vocabulary == tmp_path / "w.txt"
 
 
 def test_a_missing_vocabulary_is_asked_for_when_it_is_needed(saved):

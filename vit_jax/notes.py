@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from vit_jax import data
-from vit_jax.checkpoints.spec import LiTSpec
+from vit_jax.checkpoints.labels import class_names
+from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
 from vit_jax.models import CLASSIFIERS
 
@@ -69,11 +70,33 @@ def original_preprocess(image_size: tuple[int, int]) -> str:
     return f"resize({size})|value_range(-1, 1)"
 
 
-def preprocess_at(image_size: tuple[int, int], recorded: str) -> str:
-    """The original preprocessing for a new size, but with the recorded range of values."""
-    resize, value_range = original_preprocess(image_size).split("|")
-    recorded_ranges = re.findall(r"(?:uint8\|)?value_range\([^)]*\)", recorded)
-    return f"{resize}|{recorded_ranges[-1] if recorded_ranges else value_range}"
+def preprocess_for(notes: Notes | None, stored: AnySpec, new: AnySpec) -> str:
+    """How pictures are made ready for stored weights, perhaps resampled for `new.image_size`.
+
+    Without notes it is the original's preprocessing; for another size too, but with the recorded
+    range of values.
+    """
+    if notes and new.image_size == stored.image_size:
+        return notes.preprocess
+    resize, value_range = original_preprocess(new.image_size).split("|")
+    if isinstance(new, LiTSpec):  # Its towers saw whole grey levels.
+        value_range = f"uint8|{value_range}"
+    recorded = re.findall(r"(?:uint8\|)?value_range\([^)]*\)", notes.preprocess if notes else "")
+    return f"{resize}|{recorded[-1] if recorded else value_range}"
+
+
+def class_labels(weights: Path, notes: Notes | None, spec: AnySpec) -> tuple[str, ...] | None:
+    """The names of the classes: those noted, without notes those of the published heads.
+
+    Raises UserError if they are not as many as the head has.
+    """
+    labels = notes.labels if notes else class_names(spec.num_classes)
+    if labels is not None and len(labels) != spec.num_classes:
+        raise UserError(
+            f"{weights.with_suffix('.json')} names {len(labels)} classes, but the head has "
+            f"{spec.num_classes}: mend or remove that file"
+        )
+    return labels
 
 
 def height_width(image_size: Any) -> tuple[int, int]:

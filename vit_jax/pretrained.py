@@ -14,16 +14,15 @@ import numpy as np
 
 from vit_jax import checkpoints, data
 from vit_jax.checkpoints import hub
-from vit_jax.checkpoints.labels import class_names
 from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
 from vit_jax.models import POOLED, LiT
 from vit_jax.notes import (
     Notes,
+    class_labels,
     height_width,
     is_count,
-    original_preprocess,
-    preprocess_at,
+    preprocess_for,
     read_notes,
 )
 
@@ -231,11 +230,17 @@ class PretrainedLiT(Pretrained):
         Returns:
           float32 (n, d), of length 1.
 
-        Raises UserError if the vocabulary is not there.
+        Raises UserError if the vocabulary is not there, or has more pieces than the weights.
         """
         if isinstance(texts, str):
             raise UserError("embed_texts takes a list of texts: write embed_texts([text])")
         tokens = self._tokenizer(texts)
+        known = dict(self.spec.text)["vocab_size"]
+        if tokens.max(initial=0) >= known:  # The network would answer with NaN.
+            raise UserError(
+                f"{self.vocabulary} has a piece number {tokens.max()}, but these weights know "
+                f"{known:,} pieces: put the vocabulary that was published with them beside them"
+            )
         embeddings = []
         for start in range(0, len(tokens), _BATCH):
             rows = tokens[start : start + _BATCH]
@@ -245,13 +250,23 @@ class PretrainedLiT(Pretrained):
         return np.concatenate([none, *(np.asarray(x) for x in embeddings)])
 
     def save(self, path: str | os.PathLike, *, style: str = "linen") -> None:
-        """As `Pretrained.save`, with the vocabulary copied beside the weights."""
+        """As `Pretrained.save`, with the vocabulary copied beside the weights.
+
+        Raises UserError too if another file has that name.
+        """
+        if self.vocabulary is None:
+            super().save(path, style=style)
+            return
+        copy, content = Path(path).with_suffix(self.vocabulary.suffix), self.vocabulary.read_bytes()
+        if copy.exists() and not (copy.is_file() and copy.read_bytes() == content):
+            raise UserError(
+                f"{copy} is there already and is not the vocabulary that belongs beside {path}: "
+                "choose another name"
+            )
         super().save(path, style=style)
-        if self.vocabulary is not None:
-            copy = Path(path).with_suffix(self.vocabulary.suffix)
-            if copy != self.vocabulary:
-                with checkpoints.atomic_file(copy) as file:
-                    file.write(self.vocabulary.read_bytes())
+        if not copy.exists():
+            with checkpoints.atomic_file(copy) as file:
+                file.write(content)
 
     @functools.cached_property
     def _embed_tokens(self) -> Callable:
@@ -269,9 +284,10 @@ class PretrainedLiT(Pretrained):
         return open_tokenizer(self.vocabulary)
 
 
-def _vocabulary(path: Path) -> Path | None:
-    """The tokenizer's file beside a file of weights."""
-    candidates = [path.with_suffix(suffix) for suffix in (".txt", ".model")]
+def _vocabulary(path: Path, text_model: str) -> Path | None:
+    """The tokenizer's file beside a file of weights, first of the kind that its texts need."""
+    suffixes = (".txt", ".model") if text_model == "bert" else (".model", ".txt")
+    candidates = map(path.with_suffix, suffixes)
     return next((file for file in candidates if file.is_file()), None)
 
 
@@ -309,21 +325,7 @@ def load(
         raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
-    notes = read_notes(path)
-    # The notes are those of the whole file: of LiT they don't tell how its tower pools.
-    classifier = notes.classifier if notes and not tower else None
-    arrays, spec = checkpoints.load_weights(
-        path,
-        tower=tower,
-        classifier=None if classifier == LiTSpec.classifier else classifier,
-        image_size=notes.image_size if notes else None,
-        likely_size=size,
-    )
-    if classifier and (classifier == LiTSpec.classifier) != isinstance(spec, LiTSpec):
-        raise UserError(
-            f"{path.with_suffix('.json')} is about other weights than {path}, which are "
-            f"{spec.description}: mend or remove it"
-        )
+    arrays, spec, notes = read_weights(path, tower, likely_size=size)
     arrays, new = checkpoints.adapt(
         arrays,
         spec,
@@ -331,22 +333,6 @@ def load(
         image_size=size,
         pre_logits=pre_logits,
     )
-    labels = None
-    if num_classes is None:
-        labels = notes.labels if notes else class_names(new.num_classes)
-    if labels is not None and len(labels) != new.num_classes:
-        raise UserError(
-            f"{path.with_suffix('.json')} names {len(labels)} classes, but the head has "
-            f"{new.num_classes}: mend or remove that file"
-        )
-    if notes is None:
-        preprocess = original_preprocess(new.image_size)
-        if isinstance(new, LiTSpec):  # Its towers saw whole grey levels.
-            preprocess = preprocess.replace("|", "|uint8|", 1)
-    elif new.image_size != spec.image_size:
-        preprocess = preprocess_at(new.image_size, notes.preprocess)
-    else:
-        preprocess = notes.preprocess
     known = {f.name for f in dataclasses.fields(type(new.model()))}
     for field in overrides.keys() - known:
         raise UserError(f"{new.name or 'this network'} has no {field}: leave it out")
@@ -354,11 +340,11 @@ def load(
         "model": new.model(**overrides),
         "params": checkpoints.to_tree(arrays),
         "spec": new,
-        "labels": labels,
-        "preprocess": preprocess,
+        "labels": class_labels(path, notes, new) if num_classes is None else None,
+        "preprocess": preprocess_for(notes, spec, new),
     }
     if isinstance(new, LiTSpec):
-        return PretrainedLiT(**bundle, vocabulary=_vocabulary(path))
+        return PretrainedLiT(**bundle, vocabulary=_vocabulary(path, new.text_model))
     return Pretrained(**bundle)
 
 
@@ -379,3 +365,33 @@ def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
         raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
     return path, tower
+
+
+def read_weights(
+    path: Path,
+    tower: str | None,
+    *,
+    likely_size: tuple[int, int] | None = None,
+    values: bool = True,
+) -> tuple[dict[str, np.ndarray], AnySpec, Notes | None]:
+    """(arrays, spec, notes) of what `find_weights` gave; see `checkpoints.load_weights`.
+
+    Raises UserError if the file can't be read, or the notes are about other weights.
+    """
+    notes = read_notes(path)
+    # The notes are those of the whole file: of LiT they don't tell how its tower pools.
+    classifier = notes.classifier if notes and not tower else None
+    arrays, spec = checkpoints.load_weights(
+        path,
+        tower=tower,
+        classifier=None if classifier == LiTSpec.classifier else classifier,
+        image_size=notes.image_size if notes else None,
+        likely_size=likely_size,
+        values=values,
+    )
+    if classifier and (classifier == LiTSpec.classifier) != isinstance(spec, LiTSpec):
+        raise UserError(
+            f"{path.with_suffix('.json')} is about other weights than {path}, which are "
+            f"{spec.description}: mend or remove it"
+        )
+    return arrays, spec, notes

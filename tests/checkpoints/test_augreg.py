@@ -138,6 +138,9 @@ def test_queries_choose_what_python_would(rows, text):
         ("wd == None", True),
         ("adapt_ds != 'cifar100'", True),
         ("'x' in adapt_ds", False),
+        ("adapt_ds in 'cifar100'", False),
+        ("adapt_ds not in 'cifar100'", True),
+        ("adapt_ds in (None, 'x')", True),
         ("'x' not in adapt_ds", True),
     ],
 )

@@ -77,6 +77,16 @@ def test_a_tower_is_taken_by_its_name(tmp_path):
     assert set(read(tmp_path / "b.npz")) == {k[4:] for k in lit if k.startswith("img/")}
 
 
+def test_a_tower_is_not_put_beside_the_notes_of_the_whole(tmp_path):
+    write_arrays(tmp_path / "w.npz", published.arrays("LiT"))
+    (tmp_path / "w.json").write_text(json.dumps(NOTES | {"classifier": "lit"}))
+
+    with pytest.raises(UserError, match=r"would share .*w\.json, which is about all of"):
+        convert(f"{tmp_path}/w.npz:img", tmp_path / "w.safetensors", force=True)
+
+    assert not (tmp_path / "w.safetensors").exists()
+
+
 def test_numbers_are_rounded_to_the_nearest_if_asked(source, tmp_path):
     convert(source, tmp_path / "half.npz", dtype="bfloat16")
     convert(tmp_path / "half.npz", tmp_path / "whole.npz", dtype="float32")

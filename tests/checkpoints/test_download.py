@@ -26,6 +26,14 @@ def left_over(path: Path) -> list[str]:
     return sorted(p.name for p in path.parent.iterdir() if p != path)
 
 
+def test_a_name_that_is_the_folder_of_another_download_is_refused(site, tmp_path):
+    (tmp_path / "a").mkdir()
+
+    with pytest.raises(UserError, match="another download occupies that name"):
+        download(site.url, tmp_path / "a")
+    assert not site.requests
+
+
 def test_a_file_comes_whole_and_nothing_else_is_left(site, tmp_path):
     path = tmp_path / "deep" / "er" / "x.npz"
     download(site.url, path)

@@ -226,7 +226,9 @@ def test_no_address_leaves_the_cache_or_makes_odd_names(url, cache):
     assert path.suffix in (".npz", "")
 
 
-@pytest.mark.parametrize("url", ["https://host/../x", "https://host/%2e%2e/x", "https://host/"])
+@pytest.mark.parametrize(
+    "url", ["https://host/../x", "https://[bad/x.npz", "https://host/%2e%2e/x", "https://host/"]
+)
 def test_addresses_that_name_no_file_are_refused(url):
     with pytest.raises(UserError, match="names no file"):
         cache_path(url)

@@ -12,9 +12,9 @@ from tests import published, reference
 from vit_jax.checkpoints import (
     ENDINGS,
     STYLES,
-    key_style,
     load_weights,
     open_arrays,
+    read_layout,
     read_spec,
     save_weights,
     to_linen,
@@ -108,10 +108,10 @@ def test_a_style_leads_back_to_todays_names_and_shapes(name, style):
 
 def test_the_style_of_a_file_is_told():
     hybrid = published.arrays("hybrid")
-    assert key_style(hybrid) == "linen"
-    assert key_style(to_style(hybrid, "prelinen")) == "prelinen"
-    assert key_style(to_style(hybrid, "2020")) == "prelinen, 2020"
-    assert key_style(published.siglip(published.arrays("ViT MAP"))[0]) == (
+    assert read_layout(hybrid).style == "linen"
+    assert read_layout(to_style(hybrid, "prelinen")).style == "prelinen"
+    assert read_layout(to_style(hybrid, "2020")).style == "prelinen, 2020"
+    assert read_layout(published.siglip(published.arrays("ViT MAP"))[0]).style == (
         "optimizer, towers, top-level positions"
     )
 
@@ -144,7 +144,7 @@ def test_only_group_norms_have_four_axes_in_the_first_hybrids():
 def test_the_names_of_a_published_file_are_known(shared):
     (path,) = (shared / "checkpoints").glob("Ti_16-*.npz")
     with open_arrays(path) as arrays:
-        assert key_style(arrays) == "prelinen"
+        assert read_layout(arrays).style == "prelinen"
         assert set(arrays) == set(
             to_style(published.empty(reference.official_shapes("ViT-Ti_16")), "prelinen")
         )

@@ -7,6 +7,7 @@ import pytest
 
 from tests.cli.conftest import write_pictures
 from tests.families import SPECS, make
+from vit_jax.checkpoints.lazy import LazyArray
 from vit_jax.cli import main
 from vit_jax.evaluation import classify
 from vit_jax.pretrained import load
@@ -41,6 +42,24 @@ def test_info_says_what_a_file_of_any_family_is(family, texts, saved, capsys):
     assert facts["architecture"] is None
 
 
+def test_info_reads_no_values(saved, capsys, monkeypatch):
+    path = saved("MAP")
+    monkeypatch.setattr(LazyArray, "__array__", lambda *args, **kwargs: pytest.fail("read"))
+
+    assert main(["info", str(path)]) == 0
+
+
+def test_info_of_a_tower_is_about_the_tower(saved, capsys):
+    path = saved("LiT")
+
+    assert main(["info", f"{path}:img", "--json"]) == 0
+
+    facts = json.loads(capsys.readouterr().out)
+    shapes = SPECS["LiT"].image.shapes()
+    assert (facts["arrays"], facts["key_style"]) == (len(shapes), "towers")
+    assert facts["num_layers"] == 2
+
+
 def test_predict_ranks_descriptions_by_a_lit_bundle(saved, tmp_path, capsys):
     path = saved("LiT")
     photos = write_pictures(tmp_path / "photos", 2)
@@ -70,6 +89,22 @@ def test_predict_says_which_weights_take_labels(saved, tmp_path, capsys):
     assert "--labels is for LiT weights, these have classes of their own" in first
     assert "classifies by words: give labels" in second
     assert "vit-jax predict --labels" in second
+
+
+def test_pictures_may_stand_behind_the_labels(saved, tmp_path, capsys, monkeypatch):
+    path = saved("LiT")
+    picture = write_pictures(tmp_path / "photos", 1) / "dark" / "0.jpg"
+    monkeypatch.chdir(picture.parent)
+
+    assert main(["predict", str(path), "0.jpg", "--labels", "a cat", "a dog"]) == 0
+    first = capsys.readouterr().out
+    assert main(["predict", str(path), "--labels", "a cat", "a dog", "0.jpg"]) == 0
+    assert capsys.readouterr().out == first
+    assert main(["predict", str(path), "--labels", "a cat", "--top=5", "0.jpg"]) == 0
+    assert "a cat" in capsys.readouterr().out
+    for wrong in (["--labels", "a cat", "none.jpg"], ["--labels", "0.jpg"], []):
+        assert main(["predict", str(path), *wrong]) == 2
+        assert "no picture was named" in capsys.readouterr().err
 
 
 def test_evaluate_compares_a_lit_bundle_with_the_names_of_the_folders(saved, tmp_path, capsys):

@@ -21,7 +21,7 @@ def of_the_whole(model, image_size, channels=3):
 
 
 @pytest.mark.parametrize("name", ["ViT-Ti_16", "ViT-S_32", "ViT-S_16-gap-norep", "Mixer-B_32"])
-def test_two_blocks_tell_the_cost_of_all(name):
+def test_none_and_one_block_tell_the_cost_of_all(name):
     model = create_model(name, num_classes=1000)
     parameters, operations = of_the_whole(model, (224, 224))
     found = cost(model, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))

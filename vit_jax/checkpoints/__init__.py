@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.checkpoints.adapt import adapt
 from vit_jax.checkpoints.architecture import check_arrays, read_spec
 from vit_jax.checkpoints.files import ENDINGS, check_ending, open_arrays, split_tower, write_arrays
-from vit_jax.checkpoints.layouts import STYLES, key_style, to_linen, to_style
+from vit_jax.checkpoints.layouts import STYLES, read_layout, to_linen, to_style
 from vit_jax.checkpoints.npz import atomic_file, read_npz, write_npz
 from vit_jax.checkpoints.orbax import is_orbax
 from vit_jax.checkpoints.positions import resample
@@ -26,9 +26,9 @@ __all__ = [
     "check_arrays",
     "check_ending",
     "is_orbax",
-    "key_style",
     "load_weights",
     "open_arrays",
+    "read_layout",
     "read_npz",
     "read_spec",
     "resample",
@@ -49,6 +49,7 @@ def load_weights(
     classifier: str | None = None,
     image_size: tuple[int, int] | None = None,
     likely_size: tuple[int, int] | None = None,
+    values: bool = True,
 ) -> tuple[dict[str, np.ndarray], AnySpec]:
     """Reads a file of weights of any kind, in any layout that was published.
 
@@ -57,6 +58,7 @@ def load_weights(
       tower: of a file with several networks the one to take, see `layouts.read_layout`.
       classifier, image_size, likely_size: what the arrays can't tell, see
         `architecture.read_spec`.
+      values: False for the architecture alone: no value is read, and there are no arrays.
 
     Returns:
       (arrays, spec): float32 arrays under today's names, and the architecture they belong to.
@@ -73,7 +75,7 @@ def load_weights(
             likely_size=likely_size,
             where=str(path),
         )
-        return {k: np.asarray(v, np.float32) for k, v in arrays.items()}, spec
+        return {k: np.asarray(v, np.float32) for k, v in arrays.items() if values}, spec
 
 
 def save_weights(

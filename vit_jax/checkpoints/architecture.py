@@ -45,7 +45,7 @@ def read_spec(
         it the most nearly square grid is assumed, lying, with a warning.
       where: the file's name, for messages.
 
-    Raises UserError that names every missing, unexpected and mis-shaped array.
+    Raises UserError that names missing, unexpected and mis-shaped arrays, the first twenty of each.
     """
     shapes = {key: tuple(array.shape) for key, array in arrays.items()}
     spec: AnySpec
@@ -62,9 +62,12 @@ def read_spec(
 def check_arrays(arrays: Mapping[str, Any], spec: AnySpec, *, where: str) -> None:
     """Compares arrays with what an architecture needs.
 
-    Raises UserError naming all that are missing, unexpected, of another shape or not floating.
+    Raises UserError naming what is missing, unexpected, of another shape or not floating.
     """
-    expected = spec.shapes()
+    try:
+        expected = spec.shapes()
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
     problems = [
         _listing(
             "missing", [f"{k} {expected[k]}" for k in sorted(expected.keys() - arrays.keys())]
@@ -106,12 +109,12 @@ def _vit(
         POSITIONS in shapes or ("cls" in shapes and known is None)
     )
     anchors = {"embedding/kernel": 4} | ({} if fixed_positions else {POSITIONS: 3})
+    anchors |= {"conv_root/kernel": 4} if "conv_root/kernel" in shapes else {}
     _check_anchors(shapes, anchors, [] if heads and mlp_dim else [f"{blocks.prefix}0/..."], where)
     assert heads
     assert mlp_dim
     ph, pw, channels, hidden_size = shapes["embedding/kernel"]
-    if hidden_size % heads:
-        raise UserError(f"{where}: {heads} attention heads do not divide the width {hidden_size}")
+    _check_heads(heads, hidden_size, where)
     resnet = _resnet(shapes)
     if resnet is not None:
         channels = shapes["conv_root/kernel"][2]
@@ -207,6 +210,7 @@ def _lit(shapes: _Shapes, known: _Size | None, likely: _Size | None, where: str)
         f"{where} (txt/)",
     )
     assert mlp_dim
+    _check_heads(heads, text[vocabulary][1], f"{where} (txt/)")
     fields = {
         "hidden_size": text[vocabulary][1],
         "num_layers": blocks.depth,
@@ -241,8 +245,7 @@ class _Blocks:
 
         A missing block is so named as missing, and a stray one with a huge number as unexpected.
         """
-        indices = sorted({index for index, _ in self._shapes})
-        return 1 + max((i for count, i in enumerate(indices, 1) if i + 1 <= 2 * count), default=0)
+        return _last({index + 1 for index, _ in self._shapes})
 
     def vote(self, ending: str, rank: int, axis: int) -> int | None:
         """The size that most blocks agree on, so that one bad block is the one that is named."""
@@ -254,16 +257,27 @@ class _Blocks:
         return sizes.most_common(1)[0][0] if sizes else None
 
 
+def _last(numbers: Iterable[int]) -> int:
+    """The last of numbers from 1 up to which at least half are there; at least 1."""
+    return max((n for count, n in enumerate(sorted(numbers), 1) if n <= 2 * count), default=1)
+
+
 def _resnet(shapes: _Shapes) -> tuple[int, ...] | None:
     """Units in each stage of a hybrid's ResNet; None if there is none."""
-    if len(shapes.get("conv_root/kernel", ())) != 4:
+    if "conv_root/kernel" not in shapes:
         return None
-    units: dict[int, int] = {}
+    units: dict[int, set[int]] = {}
     for key in shapes:
-        if match := re.match(r"block([0-9]{1,2})/unit([0-9]{1,3})/", key):
-            stage, unit = int(match[1]), int(match[2])
-            units[stage] = max(units.get(stage, 0), unit)
-    return tuple(units.get(stage, 1) for stage in range(1, max(units, default=0) + 1))
+        # Published networks have up to four stages and 36 units.
+        if match := re.match(r"block([1-8])/unit([1-9][0-9]?)/", key):
+            units.setdefault(int(match[1]), set()).add(int(match[2]))
+    stages = _last(units) if units else 0
+    return tuple(_last(units.get(stage, ())) for stage in range(1, stages + 1))
+
+
+def _check_heads(heads: int, width: int, where: str) -> None:
+    if width % heads:
+        raise UserError(f"{where}: {heads} attention heads do not divide the width {width}")
 
 
 def _check_anchors(
@@ -280,16 +294,17 @@ def _check_anchors(
     if problems:
         raise UserError(
             f"{where} is no ViT checkpoint: {'; '.join(problems)}; "
-            f"it holds {len(shapes)} arrays: {_first(sorted(shapes))}"
+            f"it holds {len(shapes)} arrays: {_first(sorted(shapes), 5)}"
         )
 
 
-def _first(names: list[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+def _first(names: list[str], count: int) -> str:
+    shown = [name if len(name) <= 200 else f"{name[:200]}..." for name in names[:count]]
+    return ", ".join(shown) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _listing(title: str, items: list[str]) -> str:
-    return f"{title} ({len(items)}): {', '.join(items)}" if items else ""
+    return f"{title} ({len(items)}): {_first(items, 20)}" if items else ""
 
 
 def _outputs(shapes: _Shapes, layer: str) -> int | None:

@@ -71,7 +71,6 @@ def read_index(path: str | os.PathLike) -> list[Row]:
                 f"{path}: line {number} has {len(line)} cells, expected {len(header)}: remove the "
                 "file, and it is fetched again"
             )
-    # A table without rows has columns all the same, for a query to name.
     columns = [_column([line[i] for line in lines]) for i in range(len(header))]
     named = [i for i, name in enumerate(header) if name]
     return [{header[i]: columns[i][n] for i in named} for n in range(len(lines))]
@@ -142,7 +141,7 @@ def query(rows: Sequence[Row], expression: str) -> list[Row]:
         lists of those, joined by and, or, not and parentheses, in Python's notation:
         "name == 'B/16' and ds in ('i21k', 'i1k') and wd <= 0.03". `in` before a column looks for a
         part of its text: "'medium' in aug". What is not there (None) is neither above nor below
-        anything, and has no parts.
+        anything, and has no parts and is part of no text.
 
     Raises UserError for anything else, for an unknown column with the nearest names, and if a text
     is compared in size with a number.
@@ -171,9 +170,14 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.LtE: lambda a, b: a is not None and b is not None and a <= b,
     ast.Gt: lambda a, b: a is not None and b is not None and a > b,
     ast.GtE: lambda a, b: a is not None and b is not None and a >= b,
-    ast.In: lambda a, b: b is not None and a in b,
-    ast.NotIn: lambda a, b: b is None or a not in b,
+    ast.In: lambda a, b: _is_in(a, b),
+    ast.NotIn: lambda a, b: not _is_in(a, b),
 }
+
+
+def _is_in(a: Any, b: Any) -> bool:
+    nothing = b is None or (a is None and isinstance(b, str))
+    return not nothing and a in b
 
 
 def _compile(node: ast.expr, columns: Row, text: str) -> Callable[[Row], Any]:

@@ -52,7 +52,8 @@ def convert(
       dtype: "float32" or "bfloat16", what to store numbers as; None for what they are.
       force: whether files that are there may be replaced.
 
-    Raises UserError if the source is not understood, or the target is there already.
+    Raises UserError if the source is not understood, the target is there already, or the notes of
+    the whole source would be taken for those of one tower.
     """
     check_ending(target)
     to_style({}, style)  # An unknown style is refused before anything is read.
@@ -60,6 +61,12 @@ def convert(
         raise UserError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     path, tower = split_tower(source)
     path, target = Path(path), Path(target)
+    notes = path.with_suffix(".json")
+    if tower and notes.is_file() and notes.resolve() == target.with_suffix(".json").resolve():
+        raise UserError(
+            f"{target} would share {notes}, which is about all of {path}: choose a "
+            "name with another beginning"
+        )
     with open_arrays(path) as stored:
         arrays = to_linen(stored, tower=tower, where=str(path))
         spec = read_spec(arrays, image_size=_noted_size(path), where=str(path))

@@ -58,6 +58,11 @@ def download(
     Raises UserError saying what went wrong and where to put the file by hand. What has arrived
     stays, and the next call goes on from there.
     """
+    if path.is_dir():
+        raise UserError(
+            f"can't download {url}: another download occupies that name, {path} is a folder: "
+            "remove it, or set VIT_JAX_CACHE to another folder"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked_part(path) as part:

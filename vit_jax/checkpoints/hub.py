@@ -212,7 +212,10 @@ def cache_path(url: str, cache_dir: str | os.PathLike | None = None) -> Path:
 
     Raises UserError if the address names no file.
     """
-    address = urllib.parse.urlsplit(url)
+    try:
+        address = urllib.parse.urlsplit(url)
+    except ValueError as e:
+        raise UserError(f"{url} names no file ({e}): expected https://HOST/FILE") from e
     host = address.netloc if address.scheme == "https" else f"{address.scheme}:{address.netloc}"
     parts = [urllib.parse.unquote(part) for part in address.path.split("/") if part]
     if not address.netloc or not parts or address.path.endswith("/"):

@@ -39,6 +39,11 @@ class Layout(NamedTuple):
     steps: tuple[str, ...]
     left_out: tuple[str, ...]
 
+    @property
+    def style(self) -> str:
+        """The layout in words: "linen", or which of STEPS it needs."""
+        return ", ".join(self.steps) or "linen"
+
 
 def read_layout(arrays: Arrays, *, tower: str | None = None) -> Layout:
     """Undoes every known layout.
@@ -85,11 +90,6 @@ def to_linen(
             *(where, len(arrays) - len(layout.left_out), len(arrays), ", ".join(groups)),
         )
     return layout.arrays
-
-
-def key_style(arrays: Arrays) -> str:
-    """The layout of a file in words: "linen", or which of STEPS it needs."""
-    return ", ".join(read_layout(arrays).steps) or "linen"
 
 
 def to_style(arrays: Arrays, style: str) -> dict[str, Any]:

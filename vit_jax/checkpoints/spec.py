@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from vit_jax.models import VARIANTS, MlpMixer, VisionTransformer
-from vit_jax.models.lit import LIT_VARIANTS, LiT
+from vit_jax.models.lit import LIT_VARIANTS, TEXT_MODELS, LiT
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,7 +34,6 @@ class _ImageSpec:
 
     module: ClassVar[type[nn.Module]]
     kind: ClassVar[str]  # What a person calls such a network.
-    block: ClassVar[str]  # The name of a block, without its number.
 
     @property
     def name(self) -> str | None:
@@ -80,6 +79,14 @@ class _ImageSpec:
             "pictures": f"{h}x{w} pixels, {self.channels} channels",
         }
 
+    @property
+    def traced_size(self) -> tuple[int, int]:
+        """(height, width) of pictures that tell all shapes: one patch where positions are fixed."""
+        if getattr(self, "position_embedding", "learned") == "learned":
+            return self.image_size
+        (h, w), stride = self.image_size, self.model().stride
+        return min(h, stride[0]), min(w, stride[1])
+
     def fields(self) -> dict[str, Any]:
         """The fields of the module that depend on the architecture."""
         names = {f.name for f in dataclasses.fields(self.module)}
@@ -91,18 +98,8 @@ class _ImageSpec:
 
     def shapes(self) -> Shapes:
         """Name and shape of every parameter, {"a/b/c": shape}."""
-        # All blocks have the same shapes, so that tracing one of them is enough.
-        model = self.model(num_layers=1)
-        images = jax.ShapeDtypeStruct((1, *self.image_size, self.channels), jnp.float32)
-        shapes = {}
-        first = re.compile(rf"(.*\b{self.block})0(/.+)")
-        for key, shape in _init_shapes(model, images).items():
-            if match := first.fullmatch(key):
-                for i in range(self.num_layers):
-                    shapes[f"{match[1]}{i}{match[2]}"] = shape
-            else:
-                shapes[key] = shape
-        return shapes
+        images = jax.ShapeDtypeStruct((1, *self.traced_size, self.channels), jnp.float32)
+        return _init_shapes(self.model, self.num_layers, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +115,6 @@ class Spec(_ImageSpec):
 
     module = VisionTransformer
     kind = "ViT"
-    block = "encoderblock_"
 
     @property
     def num_tokens(self) -> int:
@@ -158,7 +154,6 @@ class MixerSpec(_ImageSpec):
         lines["blocks"] += f" and {self.channels_mlp_dim} over channels"
         return lines
 
-    block = "MixerBlock_"
     classifier: ClassVar[str] = "gap"
     representation_size: ClassVar[None] = None
 
@@ -244,14 +239,31 @@ class LiTSpec:
 
     def shapes(self) -> Shapes:
         """Name and shape of every parameter, {"img/...": shape, "txt/...": shape, "t": shape}."""
-        images = jax.ShapeDtypeStruct((1, *self.image_size, self.channels), jnp.float32)
-        tokens = jax.ShapeDtypeStruct((1, dict(self.text)["max_len"]), jnp.int32)
-        return _init_shapes(self.model(), images, tokens)
+        self.model()  # Raises UserError if the towers end with unequal widths.
+        text = dict(self.text)
+        tokens = jax.ShapeDtypeStruct((1, text["max_len"]), jnp.int32)
+        fields: dict[str, Any] = text | {"num_classes": self.text_classes}
+        tower = functools.partial(TEXT_MODELS[self.text_model], **fields)
+        shapes = {f"img/{key}": shape for key, shape in self.image.shapes().items()}
+        for key, shape in _init_shapes(tower, text["num_layers"], tokens).items():
+            shapes[f"txt/{key}"] = shape
+        return shapes | {"t": (1,)}
 
 
 AnySpec = Spec | MixerSpec | LiTSpec
 
 
-def _init_shapes(model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Shapes:
-    variables: Mapping = jax.eval_shape(functools.partial(model.init), jax.random.key(0), *inputs)
-    return {k: v.shape for k, v in flatten_dict(variables["params"], sep="/").items()}
+def _init_shapes(
+    make: Callable[..., nn.Module], num_layers: int, inputs: jax.ShapeDtypeStruct
+) -> Shapes:
+    # All blocks have the same shapes, so that tracing one of them is enough.
+    variables: Mapping = jax.eval_shape(make(num_layers=1).init, jax.random.key(0), inputs)
+    shapes = {}
+    first = re.compile(r"(.*\b(?:encoderblock_|MixerBlock_|layers_))0(/.+)")
+    for key, leaf in flatten_dict(variables["params"], sep="/").items():
+        if match := first.fullmatch(key):
+            for i in range(num_layers):
+                shapes[f"{match[1]}{i}{match[2]}"] = leaf.shape
+        else:
+            shapes[key] = leaf.shape
+    return shapes

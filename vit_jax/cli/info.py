@@ -21,16 +21,17 @@ def run(args: argparse.Namespace) -> None:
     """Prints what the arrays and the notes beside them tell."""
     import dataclasses
 
-    from vit_jax.checkpoints import key_style, open_arrays
+    from vit_jax.checkpoints import open_arrays, read_layout
     from vit_jax.checkpoints.spec import LiTSpec
-    from vit_jax.pretrained import find_weights, load
+    from vit_jax.pretrained import class_labels, find_weights, preprocess_for, read_weights
 
-    path, _ = find_weights(args.weights)
-    vit = load(args.weights)
-    spec = vit.spec
+    path, asked = find_weights(args.weights)
+    _, spec, notes = read_weights(path, asked, values=False)
+    labels, preprocess = class_labels(path, notes, spec), preprocess_for(notes, spec, spec)
     with open_arrays(path) as stored:
-        count, style = len(stored), key_style(stored)
-        types = sorted({str(a.dtype) for a in stored.values()})
+        layout = read_layout(stored, tower=asked)
+        count = len(stored) - len(layout.left_out)
+        types = sorted({str(a.dtype) for a in layout.arrays.values()})
     size = sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
     tower = spec.image if isinstance(spec, LiTSpec) else spec
     if args.json:
@@ -43,22 +44,22 @@ def run(args: argparse.Namespace) -> None:
             "tokens": tower.num_tokens,
             "arrays": count,
             "stored_types": types,
-            "key_style": style,
+            "key_style": layout.style,
             "bytes": size,
-            "labels": vit.labels,
-            "preprocess": vit.preprocess,
+            "labels": labels,
+            "preprocess": preprocess,
         }
         print(json.dumps(facts, indent=1))
         return
     head = "none" if spec.num_classes is None else f"{spec.num_classes:,} classes"
-    if vit.labels:
-        head += f": {'; '.join(vit.labels[:5])}{'; ...' if len(vit.labels) > 5 else ''}"
+    if labels:
+        head += f": {'; '.join(labels[:5])}{'; ...' if len(labels) > 5 else ''}"
     lines = {
         "file": path,
         **spec.summary(),
         "head": head,
-        "preprocessing": vit.preprocess,
-        "stored as": f"{', '.join(types)}; {count} arrays, {style} keys",
+        "preprocessing": preprocess,
+        "stored as": f"{', '.join(types)}; {count} arrays, {layout.style} keys",
         "size": f"{size / 2**20:,.1f} MiB",
     }
     for title, text in lines.items():

@@ -18,7 +18,10 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "weights", help="a file or name of weights, or the workdir of a finished run"
     )
-    parser.add_argument("pictures", nargs="+", metavar="picture", help="picture files")
+    pictures = parser.add_argument(
+        "pictures", nargs="+", metavar="picture", help="picture files; they may stand last, too"
+    )
+    pictures.required = False  # --labels takes all that follows it, see `_split`.
     parser.add_argument(
         "--labels",
         nargs="+",
@@ -40,16 +43,17 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax.evaluation.zero_shot import classify
     from vit_jax.pretrained import PretrainedLiT, load
 
+    labels, pictures = _split(args.labels, args.pictures)
     vit = load(args.weights)
-    if args.labels is None:
+    if labels is None:
         look = functools.partial(vit.predict, top=args.top)
     elif isinstance(vit, PretrainedLiT):
-        look = functools.partial(classify, vit, labels=args.labels, top=args.top)
+        look = functools.partial(classify, vit, labels=labels, top=args.top)
     else:
         raise UserError(
             "--labels is for LiT weights, these have classes of their own: leave it out"
         )
-    answers, mistakes = _each(look, args.pictures)
+    answers, mistakes = _each(look, pictures)
     # One mistake in all pictures is none of theirs, but e.g. of weights that give no classes.
     if not answers and len(set(mistakes)) == 1:
         raise UserError(mistakes[0])
@@ -67,6 +71,28 @@ def run(args: argparse.Namespace) -> int:
     for mistake in mistakes:
         print(f"vit-jax: {mistake}", file=sys.stderr)
     return EXIT_USER_ERROR if mistakes else 0
+
+
+def _split(
+    labels: list[str] | None, pictures: list[str] | None
+) -> tuple[list[str] | None, list[str]]:
+    """(labels, pictures): without pictures before them, the files at the end of the labels."""
+    import os
+
+    from vit_jax.errors import UserError
+
+    if pictures:
+        return labels, pictures
+    words = list(labels or ())
+    while words and os.path.isfile(words[-1]):
+        words.pop()
+    if not words or len(words) == len(labels or ()):
+        last = f" ({words[-1]!r} is no file)" if words else ""
+        raise UserError(
+            f"no picture was named{last}: write vit-jax predict WEIGHTS PICTURE ..., "
+            "and of LiT weights --labels WORDS ... behind that"
+        )
+    return words, (labels or [])[len(words) :]
 
 
 def _each(look: Callable[[list[str]], list], pictures: list[str]) -> tuple[list, list[str]]:

@@ -1,5 +1,6 @@
 """What a model costs, counted from the model itself without running or compiling it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -33,21 +34,21 @@ def training_flops(model: Any, image_size: tuple[int, int], *, channels: int = 3
 def cost(model: Any, inputs: jax.ShapeDtypeStruct) -> Cost:
     """What a model costs.
 
-    The operations are counted in the lowered program. All blocks cost the same, so that only one
-    and two of them are lowered.
+    The operations are counted in the lowered program. All blocks cost the same, so that only none
+    and one of them are lowered.
 
     Args:
       model: a Linen module with `num_layers` equal blocks, e.g. of `create_model`.
       inputs: shape and type of one example: a picture (1, h, w, c), or the tokens (1, t) of a text.
     """
-    one, two = (_whole_cost(model.clone(num_layers=n), inputs) for n in (1, 2))
-    further = model.num_layers - 1
+    none, one = (_whole_cost(model.clone(num_layers=n), inputs) for n in (0, 1))
     return Cost(
-        one.parameters + (two.parameters - one.parameters) * further,
-        one.flops + (two.flops - one.flops) * further,
+        none.parameters + (one.parameters - none.parameters) * model.num_layers,
+        none.flops + (one.flops - none.flops) * model.num_layers,
     )
 
 
+@functools.lru_cache(100)  # Of families with a common tower.
 def _whole_cost(model: Any, inputs: jax.ShapeDtypeStruct) -> Cost:
     variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
     program: Any = jax.jit(model.apply).lower(variables, inputs)
