@@ -144,11 +144,18 @@ def test_a_run_that_is_asked_to_stop_saves_says_how_to_go_on_and_exits_with_75(n
     )
 
 
+def workers_start(training):
+    """Whether there are processes of its own, which then still import what they need."""
+    children = Path(f"/proc/{training.pid}/task").glob("*/children")
+    return sum(len(file.read_text().split()) for file in children) > 1
+
+
 @pytest.mark.slow
-def test_ctrl_c_reaches_worker_processes_too_and_they_say_nothing(tmp_path):
+@pytest.mark.parametrize("moment", [at_step(5), workers_start])
+def test_ctrl_c_reaches_worker_processes_too_and_they_say_nothing(moment, tmp_path):
     fields = ("total_steps=1000000", "eval_every=0", "checkpoint_every=0", "workers=2")
     training = Training(tmp_path / "run", *fields)
-    assert training.wait_until(at_step(5))
+    assert training.wait_until(moment)
     os.killpg(training.pid, signal.SIGINT)  # As a terminal does.
     assert not training.wait_until(lambda t: False)
     assert training.end(signal.SIGINT)[0] == 75

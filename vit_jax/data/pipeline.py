@@ -12,6 +12,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -280,8 +281,7 @@ def _batches(
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         )
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-        made = stacked.mp_prefetch(options, worker_init_fn=_leave_ctrl_c_to_the_run)
-        return _closing(iter(made), keys, shared=True)
+        return _closing(iter(stacked.mp_prefetch(options)), keys, shared=True)
     read_ahead = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=prefetch * chunks.per_batch
     )
@@ -292,14 +292,23 @@ def _batches(
     return _closing(iter(ready), keys)
 
 
-def _leave_ctrl_c_to_the_run(worker: int, workers: int) -> None:
-    """A terminal sends it to all processes, but only the run knows what to save first."""
-    del worker, workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _next_of_workers(batches: Any) -> Any:
+    """The next batch; processes that are started for it never see Ctrl-C.
+
+    A terminal sends it to all, but only the run knows what to save first. Threads and processes
+    inherit what is blocked.
+    """
+    resource_tracker.ensure_running()  # Starting it later would unblock.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return next(batches, None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _closing(batches: Any, keys: tuple[str, ...], *, shared: bool = False) -> Iterator[Batch]:
     """Passes batches on, and stops their threads when the consumer is gone."""
+    following = _next_of_workers if shared else lambda batches: next(batches, None)
     running = [batches]
     del batches  # `stop` must drop the last reference
 
@@ -309,7 +318,7 @@ def _closing(batches: Any, keys: tuple[str, ...], *, shared: bool = False) -> It
 
     def stream() -> Iterator[Batch]:
         try:
-            while running and (batch := next(running[0], None)) is not None:
+            while running and (batch := following(running[0])) is not None:
                 # Copied where workers share memory, which goes back to them so.
                 yield {key: np.array(batch[key]) if shared else batch[key] for key in keys}
         finally:
