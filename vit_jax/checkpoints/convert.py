@@ -38,7 +38,7 @@ def convert(
     """Writes weights again as another kind of file, or in another layout.
 
     No more than one array is in memory at a time, two where its type changes; Orbax, on
-    either side, holds four to five times the largest. Without `dtype` every value keeps its bits.
+    either side, holds two to five times the largest. Without `dtype` every value keeps its bits.
     Of a file that holds more than the network (an optimizer, a second tower) only the network is
     taken.
 

@@ -103,7 +103,10 @@ def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
     work = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
     new, old = work / "new", work / "old"
     try:
-        with _explained(path, "written", "make room or mend the cause, then do it again"):
+        # Weights hardly shrink when compressed, and that takes another copy of them in memory.
+        plain = ocp.options.ArrayOptions.Saving(use_compression=False)
+        context = ocp.Context(array_options=ocp.options.ArrayOptions(saving=plain))
+        with _explained(path, "written", "make room or mend the cause, then do it again"), context:
             for batch in batches:
                 part = {keys[i]: np.asarray(arrays[keys[i]]) for i in batch}
                 ocp.partial.save(new, unflatten_dict(part, sep="/"))
