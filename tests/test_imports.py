@@ -21,7 +21,7 @@ ALLOWED = {
     "checkpoints": {"models", "cache"},
     "data": {"models", "cache"},
     "tokenizers": set(),
-    "parallel": set(),
+    "parallel": {"models"},
     "notes": {"models", "checkpoints", "data"},
     "pretrained": {"models", "checkpoints", "data", "notes", "tokenizers"},
     "evaluation": {"models", "checkpoints", "data", "pretrained", "parallel"},
