@@ -28,7 +28,7 @@ ALLOWED = {
     "explain": {"models", "checkpoints", "data", "pretrained"},
     "training": {
         *("models", "checkpoints", "data", "notes", "pretrained"),
-        *("parallel", "evaluation", "explain"),
+        *("parallel", "evaluation", "explain", "cache"),
     },
     "cli": {
         *("models", "checkpoints", "data", "cache", "pretrained", "evaluation", "explain"),

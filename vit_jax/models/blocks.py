@@ -118,9 +118,11 @@ def run_blocks(
 def stack_blocks(params: Any) -> Any:
     """A network's weights with those of all blocks in one tree, as `BlockLoop.scan` has them.
 
-    Each "NAME_0/a", "NAME_1/a", ... becomes one NumPy array "NAME/a" with an axis of blocks first.
+    Each "NAME_0/a", "NAME_1/a", ... becomes one array "NAME/a" with an axis of blocks first, of
+    NumPy unless they are JAX's.
     """
-    flat, blocks = {}, {}
+    flat: dict[tuple[str, ...], Any] = {}
+    blocks: dict[tuple[str, ...], dict[int, Any]] = {}
     for path, array in flatten_dict(params).items():
         for at, key in enumerate(path):
             if found := _BLOCK.fullmatch(key):
@@ -129,7 +131,9 @@ def stack_blocks(params: Any) -> Any:
                 break
         else:
             flat[path] = array
-    flat |= {path: np.stack([of[i] for i in range(len(of))]) for path, of in blocks.items()}
+    for path, of in blocks.items():
+        stack: Any = jnp.stack if isinstance(of[0], jax.Array) else np.stack
+        flat[path] = stack([of[i] for i in range(len(of))])
     return unflatten_dict(flat)
 
 

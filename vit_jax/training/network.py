@@ -97,7 +97,7 @@ def named_model(config: ConfigDict, num_classes: int) -> VisionTransformer | Mlp
 
 
 def as_trained(config: ConfigDict, model: Any, params: Any) -> tuple[Any, Any]:
-    """A network and its weights (or their shapes) in the form in which they are trained.
+    """A network and its weights in the form in which they are trained.
 
     `unstack_blocks` gives the weights their official names back.
     """

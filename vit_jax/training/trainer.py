@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax.cache import keep_compiled
 from vit_jax.data import Source
 from vit_jax.errors import full_disk_explained
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
@@ -94,6 +95,7 @@ def _train(
     sources: tuple[Source, Source] | None,
 ) -> Result:
     with together():
+        compiled = keep_compiled(config.compile_cache)
         mesh = make_mesh(config)
         task = open_task(config, sources)
         vit = make_network(
@@ -142,7 +144,7 @@ def _train(
         profile = stack.enter_context(Profile(config.profile, workdir / FOLDER))
         scores: Scores | None = None
         stop = SharedStop(own_stop, mesh)
-        progress.message(introduction)
+        progress.message(f"{introduction}; {compiled}")
         if start:
             progress.message(f"going on from step {start}, saved in {folder}")
 
