@@ -58,17 +58,13 @@ def test_a_second_process_finds_the_programs_of_the_first_and_says_nothing_else(
 def test_a_cache_that_cannot_be_written_is_said_and_nothing_is_kept(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    said = kept(file / "compiled")
-    assert said[0].startswith(
-        f"compiled programs are not kept: {file / 'compiled'} can't be written"
-    )
+    said = kept(file / "compiled")[0]
+    assert said.startswith(f"compiled programs are not kept: {file}/compiled can't be written")
     assert kept("off", VIT_JAX_CACHE=tmp_path / "new")[0] == "compiled programs are not kept"
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_jax_s_own_setting_is_kept_unless_a_place_is_named(tmp_path):
-    own = tmp_path / "own"
-    assert kept(JAX_COMPILATION_CACHE_DIR=own)[0] == f"compiled programs are in {own}"
-    assert (
-        kept(tmp_path, JAX_COMPILATION_CACHE_DIR=own)[0] == f"compiled programs are in {tmp_path}"
-    )
+    own = {"JAX_COMPILATION_CACHE_DIR": tmp_path / "own"}
+    assert kept(**own)[0] == f"compiled programs are in {tmp_path}/own"
+    assert kept(tmp_path, **own)[0] == f"compiled programs are in {tmp_path}"
