@@ -44,5 +44,6 @@ for _ in $(seq "${ATTEMPTS:-50}"); do
       ;;
     2) exit 2 ;; # A mistake, which starting again does not mend. The TPU stays, and costs.
   esac
+  sleep "${PAUSE:-30}"
 done
 exit "$status"

@@ -75,7 +75,8 @@ def _scripts_found(monkeypatch):
 
 
 def test_each_process_is_told_its_number_and_gpu_and_is_told_apart():
-    child = "print(others, os.environ['CUDA_VISIBLE_DEVICES'], file=sys.stderr); print('result')"
+    child = "print(others, os.environ['CUDA_VISIBLE_DEVICES'], file=sys.stderr); "
+    child += "sys.stdout.write('result\\n')"
     text = output(*launcher(2, child))
     addresses = re.findall(r"--coordinator=127.0.0.1:(\d+)', '--num-processes=2'\]", text)
     assert len(addresses) == 2
