@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models.attention import attention_weights
 from vit_jax.models.vit import Encoder
 
 # Those of Devlin et al. (arXiv:1810.04805), with which BERT's published weights were trained.
@@ -232,17 +233,11 @@ class _Attention(nn.Module):
         n, t, d = x.shape
         heads = (n, t, self.num_heads, d // self.num_heads)
         query, key, value = (
-            _dense(d, self.dtype, name)(x).reshape(heads) for name in ("query", "key", "value")
+            _dense(d, self.dtype, name)(x).reshape(heads).swapaxes(1, 2)
+            for name in ("query", "key", "value")
         )
-        y = nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=mask[:, None, None, :],
-            dtype=self.dtype,
-            force_fp32_for_softmax=True,
-        )
-        return y.reshape(n, t, d)
+        weights = attention_weights(query, key, mask[:, None, None, :])
+        return jnp.einsum("nhts,nhsd->nthd", weights, value).reshape(n, t, d)
 
 
 class _MlpBlock(nn.Module):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.models.attention import ATTENTION_NAME, MultiHeadAttention
 from vit_jax.models.blocks import BlockLoop, DropPath, run_blocks
 from vit_jax.models.resnet import resnet_features, resnet_output_size, resnet_stride
 
@@ -101,15 +102,9 @@ class EncoderBlock(nn.Module):
             return DropPath(name=name)(branch, drop_path_rate, deterministic=deterministic)
 
         y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
-        y = nn.MultiHeadDotProductAttention(
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            broadcast_dropout=False,
-            dropout_rate=self.attention_dropout_rate,
-            deterministic=deterministic,
-            force_fp32_for_softmax=True,
-        )(y, y)
+        y = MultiHeadAttention(
+            self.num_heads, self.attention_dropout_rate, self.dtype, name=ATTENTION_NAME
+        )(y, y, deterministic=deterministic)
         y = nn.Dropout(self.dropout_rate, deterministic=deterministic)(y)
         x = x + drop_path(y, "Dropout_1")
 
@@ -132,12 +127,9 @@ class MAPHead(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         n, _, d = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
-        y = nn.MultiHeadDotProductAttention(
-            num_heads=self.num_heads,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            force_fp32_for_softmax=True,
-        )(jnp.tile(probe.astype(x.dtype), (n, 1, 1)), x)
+        y = MultiHeadAttention(self.num_heads, dtype=self.dtype, name=ATTENTION_NAME)(
+            jnp.tile(probe.astype(x.dtype), (n, 1, 1)), x
+        )
         z = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(y)
         y = y + MlpBlock(self.mlp_dim, dtype=self.dtype)(z, deterministic=True)
         return y[:, 0]
