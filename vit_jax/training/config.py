@@ -27,6 +27,7 @@ CHOICES = {
     "corrupt": ("error", "skip"),
     "image_dtype": ("uint8", "float32"),
     "sharding": SHARDINGS,
+    "on_bad_step": ("stop", "skip", "rollback"),
 }
 # least <= value < bound.
 LIMITS = {
@@ -52,6 +53,8 @@ LIMITS = {
     "checkpoint_every": (0, math.inf),
     "keep_checkpoints": (1, math.inf),
     "prefetch": (1, math.inf),
+    "silence_timeout": (1, 600),
+    "spike": (0, math.inf),
     "threads": (0, math.inf),
     "workers": (0, math.inf),
     "model.dropout_rate": (0, 1),
@@ -87,6 +90,7 @@ FREE_FIELDS = frozenset(
         "keep_checkpoints",
         "profile",
         "sharding",
+        "silence_timeout",
         "tfds_data_dir",
         "tfds_manual_dir",
     }
@@ -179,6 +183,15 @@ def default_config() -> ConfigDict:
     # As what training's pictures cross to the device: "uint8" rounds to whole grey levels, which
     # are normalised there; "float32" keeps fractions, as evaluation and the original do.
     config.image_dtype = "uint8"
+
+    # When something goes wrong.
+    # A step whose loss, gradient or new weights are not finite, or whose gradient's norm is more
+    # than `spike` times its running mean (0: never mind): "stop" there, "skip" its update, or
+    # "rollback" to the state of the last checkpoint; with both the run goes on with the next batch.
+    config.on_bad_step = "stop"
+    config.spike = 0.0
+    # Of several processes: seconds without a sign of life after which one is given up.
+    config.silence_timeout = 60.0
     return config
 
 

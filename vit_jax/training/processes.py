@@ -20,6 +20,7 @@ from vit_jax.parallel import join, replicated, split
 from vit_jax.training.signals import StopRequest
 
 PATIENCE = 300.0  # Seconds until a process that has not come is missed.
+LIFE = 600  # Seconds of silence after which JAX aborts all; before that the `Watch` ends them.
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -35,7 +36,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     given = [coordinator, processes, process]
     if given == [None] * 3:
         if _in_a_group():
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=LIFE)
         return
     if coordinator is None or processes is None or process is None:
         raise UserError(
@@ -56,7 +57,11 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         # Gloo prints on standard output, which is for the result: that goes to standard error.
         sys.stdout = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        jax.distributed.initialize(coordinator, processes, process, shutdown_timeout_seconds=30)
+        jax.distributed.initialize(
+            *(coordinator, processes, process),
+            heartbeat_timeout_seconds=LIFE,
+            shutdown_timeout_seconds=30,
+        )
 
 
 def _in_a_group() -> bool:

@@ -42,6 +42,7 @@ from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import Step, make_train_step
 from vit_jax.training.task import Task, mixup, open_task
+from vit_jax.training.watch import Watch
 from vit_jax.training.workdir import BEST_WEIGHTS, CHECKPOINTS, claim_workdir, open_workdir
 
 
@@ -69,15 +70,17 @@ def run(
     """
     folder, explained = Path(workdir), full_disk_explained(f"the workdir {workdir}")
     done: Result | None = None
-    with StopRequest() as stop, explained, contextlib.ExitStack() as stack:
+    with StopRequest() as stop:
         with together():
             config = check_config(config)
             if sources:
                 config.dataset = sources[0].name
-            if is_first():
-                stack.enter_context(open_workdir(folder, config))
-                done = finished(folder, config.total_steps)
-        return _of_first(done) or _train(config, folder, stop, sources)
+        with Watch(config.silence_timeout) as watch, explained, contextlib.ExitStack() as stack:
+            with together():
+                if is_first():
+                    stack.enter_context(open_workdir(folder, config))
+                    done = finished(folder, config.total_steps)
+            return _of_first(done) or _train(config, folder, stop, watch, sources)
 
 
 def _of_first(result: Result | None) -> Result | None:
@@ -90,6 +93,7 @@ def _train(
     config: ConfigDict,
     workdir: Path,
     own_stop: StopRequest,
+    watch: Watch,
     sources: tuple[Source, Source] | None,
 ) -> Result:
     with together():
@@ -139,6 +143,7 @@ def _train(
         profile = stack.enter_context(Profile(config.profile, workdir / FOLDER))
         scores: Scores | None = None
         stop = SharedStop(own_stop, mesh)
+        stack.push(watch.fail)
         progress.message(introduction)
         if start:
             progress.message(f"going on from step {start}, saved in {folder}")
