@@ -93,8 +93,12 @@ FREE_FIELDS = frozenset(
         "silence_timeout",
         "tfds_data_dir",
         "tfds_manual_dir",
+        "on_bad_step",
+        "spike",
     }
 )
+# But all processes of a run must have the same of these.
+CHANGING = {"sharding", "on_bad_step", "spike", "silence_timeout"}
 
 
 def default_config() -> ConfigDict:
