@@ -28,9 +28,9 @@ class Checkpoints:
     dies meanwhile leaves the checkpoints before it as they were.
     """
 
-    def __init__(self, folder: Path, *, keep: int, every: int = 0):
-        """Opens or makes the folder. The last `keep` checkpoints are kept, and the last one of a
-        step that is a multiple of `every`, or 0; older ones are deleted."""
+    def __init__(self, folder: Path, *, keep: int, every: int | None = None):
+        """Opens or makes the folder. The last `keep` checkpoints are kept, and with `every`, the
+        last one to go back to (see `restore_scheduled`); older ones are deleted."""
         # Orbax reports all its doings, and each error by several threads; a run says what matters.
         self._levels = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
         for log in self._levels:
@@ -97,13 +97,15 @@ class Checkpoints:
         return like, ""
 
     def restore_scheduled(self, like: TrainState) -> tuple[int, TrainState]:
-        """The last state that was saved as `every` says and not for a stop, and its step; so it is
-        the same one whether the run was stopped or not.
+        """The last state of a step that is 0 or a multiple of `every`, and its step: not of one at
+        which the run was stopped, so that it is the same whether it was or not.
 
-        Raises UserError if it is damaged.
+        `like` is given up, to make room. Raises UserError if the state is damaged.
         """
         self.wait()
-        step = max(s for s in self._steps() if _scheduled(s, self._every))
+        steps = self._steps()
+        step = max([s for s in steps if _scheduled(s, self._every)] or steps)
+        jax.tree.map(jax.Array.delete, like)
         state, problem = self._load(step, like)
         if state is None:
             raise UserError(
@@ -191,7 +193,7 @@ class Checkpoints:
 class _Keep:
     """Which checkpoints stay, for Orbax."""
 
-    def __init__(self, keep: int, every: int):
+    def __init__(self, keep: int, every: int | None):
         self._keep, self._every = max(keep, 1), every
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
@@ -200,8 +202,8 @@ class _Keep:
         return [step in kept for step in steps]
 
 
-def _scheduled(step: int, every: int) -> bool:
-    return step == 0 or (every > 0 and step % every == 0)
+def _scheduled(step: int, every: int | None) -> bool:
+    return every is not None and (step % every == 0 if every else step == 0)
 
 
 @jax.jit

@@ -27,7 +27,9 @@ def new_guard() -> Guard:
     return {"usual": np.float32(0)} | {k: np.int32(0) for k in ("good", "bad_steps", "in_a_row")}
 
 
-def judge(guard: Guard, figures: Mapping[str, jax.Array], spike: float) -> tuple[jax.Array, Guard]:
+def judge(
+    guard: Guard, figures: Mapping[str, jax.Array], spike: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Whether a step is good, a boolean scalar, and what is remembered after it.
 
     A bad one has a figure (loss, norms) that is not finite, or a "grad_norm" of more than `spike`

@@ -122,9 +122,14 @@ def _train(
 
     with contextlib.ExitStack() as stack:
         folder = workdir / CHECKPOINTS
+        goes_back = config.on_bad_step == "rollback"
         checkpoints = stack.enter_context(
             contextlib.closing(
-                Checkpoints(folder, keep=config.keep_checkpoints, every=config.checkpoint_every)
+                Checkpoints(
+                    folder,
+                    keep=config.keep_checkpoints,
+                    every=config.checkpoint_every if goes_back else None,
+                )
             )
         )
         check_same({"checkpoint": checkpoints.latest})
@@ -150,12 +155,12 @@ def _train(
         scores: Scores | None = None
         stop = SharedStop(own_stop, mesh)
         stack.push(watch.fail)
+        stack.enter_context(full_disk_explained(f"the workdir {workdir}"))
         progress.message(introduction)
         if damaged:
             progress.message(damaged)
         if start:
             progress.message(f"going on from step {start}, saved in {folder}")
-        goes_back = config.on_bad_step == "rollback"
 
         def look() -> dict[str, float] | None:
             """The figures of the last step; None if the run has gone back for a bad one."""
