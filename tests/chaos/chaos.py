@@ -133,17 +133,15 @@ class Chaos:
                     end[0] in want and "Traceback" not in end[2]
                     for end, want in zip(ends, expected, strict=True)
                 ), (fault.__name__, expected, ends)
-                said = [(end[1] or end[2]).strip().splitlines()[-1] for end in ends if end[0] >= 0][
-                    0
-                ]
+                texts = (out or err for status, out, err in ends if status >= 0)
+                said = next(texts).strip().splitlines()[-1]
                 group = self.start()
             else:
                 took, said = time.monotonic() - begun, "goes on"
             done[fault.__name__] += 1
             total = time.monotonic() - before
-            print(
-                f"{total:6.0f} s  {i + 1:3} {fault.__name__:9} at step {at:5}, {took:4.1f} s: {said}"
-            )
+            what = f"{i + 1:3} {fault.__name__:9} at step {at:5}, {took:4.1f} s: {said}"
+            print(f"{total:6.0f} s {what}", flush=True)
         ends = group.end()
         assert all(status == 0 for status, _, _ in ends), ends
         return done
