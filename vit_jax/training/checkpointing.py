@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,15 @@ class Checkpoints:
         for log in self._levels:
             log.setLevel(logging.CRITICAL)
         self.folder = folder
-        self._manager = ocp.training.Checkpointer(
-            folder.resolve(),
-            preservation_policy=_Keep(keep, every),
-            cleanup_tmp_directories=True,
-        )
+        context = ocp.Context()
+        # By the clock on the wall, which may jump while something is saved: 68 years.
+        context.asynchronous.timeout_secs = 2**31
+        with context:
+            self._manager = ocp.training.Checkpointer(
+                folder.resolve(),
+                preservation_policy=_Keep(keep, every),
+                cleanup_tmp_directories=True,
+            )
         self._every = every
         self._saving: Any = None
         self._saving_step: int | None = None
@@ -105,7 +110,7 @@ class Checkpoints:
         self.wait()
         steps = self._steps()
         step = max([s for s in steps if _scheduled(s, self._every)] or steps)
-        jax.tree.map(jax.Array.delete, like)
+        jax.tree.map(lambda x: x.delete(), like)
         state, problem = self._load(step, like)
         if state is None:
             raise UserError(
@@ -138,6 +143,7 @@ class Checkpoints:
         except Exception as e:
             # Other arrays are still being read. They report to nobody, now or when Python ends.
             self._levels.clear()
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             problem = _reason(e)
         problems = gather(problem)
         if found is not None and not any(problems):

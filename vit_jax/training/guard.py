@@ -83,10 +83,10 @@ def heed(bad: Sequence[BadStep], on_bad_step: str, say: Callable[[str], None]) -
     for one in bad:
         if on_bad_step == "stop":
             raise one.error()
-        if on_bad_step == "rollback":
-            return one
         if one.in_a_row >= LIMIT:
             raise one.error(f", the last of {LIMIT} bad steps in a row")
+        if on_bad_step == "rollback":
+            return one
         say(f"step {one.step}: {one.reason}: skipped, as {one.bad} in all")
     return None
 
@@ -97,6 +97,7 @@ def bad_step(step: int, figures: Mapping[str, float]) -> BadStep | None:
         return None
     not_finite = [key for key, value in figures.items() if not np.isfinite(value)]
     if not_finite:
+        not_finite.sort(key=lambda key: key != "loss")  # What a person thinks of first.
         reason = f"the {not_finite[0]} became {figures[not_finite[0]]}"
     else:
         usual = figures["usual"]

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from vit_jax.parallel import make_mesh, shardings, spread
-from vit_jax.training.guard import Guard, new_guard
+from vit_jax.training.guard import BadStep, Guard, new_guard
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -54,13 +54,14 @@ class TrainState(flax.struct.PyTreeNode):
             **spread(small, shardings(small, mesh)),
         )
 
-    def moved(self, step: int, bad_steps: int) -> "TrainState":
-        """These weights at a later step, after so many bad ones: the batches between are left
-        out."""
-        later = {"step": np.int32(step), "bad_steps": np.int32(bad_steps)}
-        later = spread(later, dict.fromkeys(later, self.step.sharding))
-        guard = {**self.guard, "bad_steps": later["bad_steps"]}
-        return self.replace(step=later["step"], guard=guard)
+    def moved(self, bad: BadStep) -> "TrainState":
+        """These weights right after a later step that was bad; those between are left out."""
+        later = {"step": bad.step, "bad_steps": bad.bad, "in_a_row": bad.in_a_row}
+        later = spread(
+            {name: np.int32(x) for name, x in later.items()},
+            dict.fromkeys(later, self.step.sharding),
+        )
+        return self.replace(step=later.pop("step"), guard={**self.guard, **later})
 
     def dropout_key(self) -> jax.Array:
         """The random key of the next update, a pure function of (seed, step)."""

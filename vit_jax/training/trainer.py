@@ -310,7 +310,7 @@ def _gone_back(
     say(
         f"step {bad.step}: {bad.reason}: gone back to the weights of step {since}, {bad.bad} in all"
     )
-    return saved.moved(bad.step, bad.bad)
+    return saved.moved(bad)
 
 
 def _due(step: int, every: int) -> bool:
