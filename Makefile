@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all chaos lint clean
 
 demo: $(STAMP)  ## Train on handwritten digits, then look at the result.
 	$(BIN)/vit-jax train --config=digits --workdir=runs/digits
@@ -15,6 +15,9 @@ test: $(STAMP)  ## The tests, without the minutes-long ones.
 
 test-all: $(STAMP)  ## Every test.
 	$(BIN)/pytest
+
+chaos: $(STAMP)  ## 50 random faults over a run of two processes (half an hour).
+	$(BIN)/python tests/chaos/chaos.py --faults=50
 
 lint: $(STAMP)  ## Style, format and types.
 	$(BIN)/ruff check .

@@ -386,7 +386,7 @@ def test_what_is_saved_is_the_state_at_the_save_though_the_next_steps_take_its_m
         for _ in range(5):
             state = step(state)  # While the save is under way.
         checkpoints.wait()
-        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state), expected)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state)[0], expected)
     checkpoints.close()
 
 

@@ -2,18 +2,23 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vit_jax.checkpoints.npz import first_line
 from vit_jax.errors import NO_ROOM, UserError
+from vit_jax.training.processes import gather, is_first
 from vit_jax.training.state import TrainState
 
 
@@ -24,19 +29,24 @@ class Checkpoints:
     dies meanwhile leaves the checkpoints before it as they were.
     """
 
-    def __init__(self, folder: Path, *, keep: int):
-        """Opens or makes the folder. The last `keep` checkpoints are kept, older ones are
-        deleted."""
+    def __init__(self, folder: Path, *, keep: int, every: int | None = None):
+        """Opens or makes the folder. The last `keep` checkpoints are kept, and with `every`, the
+        last one to go back to (see `restore_scheduled`); older ones are deleted."""
         # Orbax reports all its doings, and each error by several threads; a run says what matters.
         self._levels = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
         for log in self._levels:
             log.setLevel(logging.CRITICAL)
         self.folder = folder
-        self._manager = ocp.training.Checkpointer(
-            folder.resolve(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(max(keep, 1)),
-            cleanup_tmp_directories=True,
-        )
+        context = ocp.Context()
+        # By the clock on the wall, which may jump while something is saved: 68 years.
+        context.asynchronous.timeout_secs = 2**31
+        with context:
+            self._manager = ocp.training.Checkpointer(
+                folder.resolve(),
+                preservation_policy=_Keep(keep, every),
+                cleanup_tmp_directories=True,
+            )
+        self._every = every
         self._saving: Any = None
         self._saving_step: int | None = None
 
@@ -56,7 +66,8 @@ class Checkpoints:
             # The next step may be given the arrays to overwrite at once: Orbax has copied them to
             # the host by then, and on a CPU, where there is nothing to copy, JAX leaves memory
             # alone that somebody else holds.
-            self._saving = self._manager.save_checkpointables_async(step, {"state": state})
+            parts = {"state": state, "digest": digest(state)}
+            self._saving = self._manager.save_checkpointables_async(step, parts)
             self._saving_step = step
 
     def wait(self) -> None:
@@ -67,31 +78,94 @@ class Checkpoints:
             with self._explained(self._saving_step):
                 saving.result()
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The latest state, with the shapes, types and places of `like`, which it is if none is
-        saved.
+    def restore(self, like: TrainState) -> tuple[TrainState, str]:
+        """The latest whole state, with the shapes, types and places of `like`, which it is if none
+        is saved; and what to tell of damaged ones.
 
-        Raises UserError if it can't be read.
+        Those are set aside as STEP.damaged, if there is a whole one before them.
+
+        Raises UserError if none of those saved is whole.
         """
-        step = self.latest
-        if step is None:
-            return like
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        damaged: dict[int, str | None] = {}
+        for step in sorted(self._steps(), reverse=True):
+            state, damaged[step] = self._load(step, like)
+            if state is not None:
+                del damaged[step]
+                return state, self._set_aside(damaged, step) if damaged else ""
+        if damaged:
+            step, problem = next(iter(damaged.items()))
+            none = "" if len(damaged) == 1 else f", nor {len(damaged) - 1} before it"
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} can't be used ({problem}){none}: mend "
+                "the cause, or remove these folders to begin anew"
+            )
+        return like, ""
+
+    def restore_scheduled(self, like: TrainState) -> tuple[int, TrainState]:
+        """The last state of a step that is 0 or a multiple of `every`, and its step: not of one at
+        which the run was stopped, so that it is the same whether it was or not.
+
+        `like` is given up, to make room. Raises UserError if the state is damaged.
+        """
+        self.wait()
+        steps = self._steps()
+        step = max([s for s in steps if _scheduled(s, self._every)] or steps)
+        jax.tree.map(lambda x: x.delete(), like)
+        state, problem = self._load(step, like)
+        if state is None:
+            raise UserError(
+                f"the checkpoint {self.folder / str(step)} to go back to can't be used "
+                f"({problem}): start the same command again to go on from the one before"
+            )
+        return step, state
+
+    def _steps(self) -> list[int]:
+        return [c.step for c in self._manager.checkpoints]
+
+    def _load(self, step: int, like: TrainState) -> tuple[TrainState | None, str | None]:
+        """The state of a step, or what is wrong with it; in all processes alike."""
+        want = {"state": like, "digest": jax.eval_shape(digest, like)}
+        whole = like.step.sharding
+        want = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or whole), want
         )
+        context = ocp.Context()
+        # Processes don't wait for each other within: one alone may fail.
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
         hook = sys.unraisablehook
         sys.unraisablehook = functools.partial(_but_late_callbacks, hook)
+        found, problem = None, None
         try:
-            state = self._manager.load_checkpointables(step, {"state": abstract})["state"]
+            with context:
+                found = ocp.load_checkpointables(self.folder.resolve() / str(step), want)
+            sys.unraisablehook = hook
         except Exception as e:
             # Other arrays are still being read. They report to nobody, now or when Python ends.
             self._levels.clear()
-            raise UserError(
-                f"the checkpoint {self.folder / str(step)} can't be read ({_reason(e)}): "
-                "remove that folder to go on from the one before"
-            ) from e
-        sys.unraisablehook = hook
-        return state
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            problem = _reason(e)
+        problems = gather(problem)
+        if found is not None and not any(problems):
+            state = found["state"]
+            same = np.array_equal(*jax.device_get((digest(state), found["digest"])))
+            problems = gather(None if same else "its contents are not what was saved")
+            if not any(problems):
+                return state, None
+        return None, next(filter(None, problems))
+
+    def _set_aside(self, damaged: Mapping[int, str | None], good: int) -> str:
+        for step in damaged if is_first() else ():
+            folder = self.folder / str(step)
+            names = (self.folder / f"{step}.damaged{n or ''}" for n in itertools.count())
+            folder.rename(next(name for name in names if not name.exists()))
+        gather(None)  # Only then is the folder read again.
+        self._manager.reload()
+        reasons = ", ".join(f"{step} ({problem})" for step, problem in damaged.items())
+        return (
+            f"damaged in {self.folder}, and renamed to STEP.damaged: {reasons}; step {good} is "
+            "used in their place"
+        )
 
     def close(self) -> None:
         """Waits for the save under way and lets the folder go."""
@@ -120,6 +194,47 @@ class Checkpoints:
                 f"could not save step {step} in {self.folder} ({_reason(e)}); {rest}: "
                 "make room or mend the cause, then start the run again"
             ) from e
+
+
+class _Keep:
+    """Which checkpoints stay, for Orbax."""
+
+    def __init__(self, keep: int, every: int | None):
+        self._keep, self._every = max(keep, 1), every
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [c.step for c in checkpoints]
+        kept = steps[-self._keep :] + [s for s in steps if _scheduled(s, self._every)][-1:]
+        return [step in kept for step in steps]
+
+
+def _scheduled(step: int, every: int | None) -> bool:
+    return every is not None and (step % every == 0 if every else step == 0)
+
+
+@jax.jit
+def digest(state: Any) -> jax.Array:
+    """A sum over the bits and places of the values of each array, the same on any devices.
+
+    Args:
+      state: a tree of arrays of 8 to 32 bits.
+
+    Returns:
+      uint32 (arrays,). Any damage changes it, but for one in 2^32.
+    """
+
+    def of(x: jax.Array) -> jax.Array:
+        word = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+        for axis in range(x.ndim):  # Mixed in the manner of MurmurHash3.
+            place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            bits = bits ^ (place * jnp.uint32(0x9E3779B1))
+            bits = bits * jnp.uint32(0x85EBCA6B)
+            bits = bits ^ (bits >> 15)
+        bits = bits * jnp.uint32(0xC2B2AE35)
+        return (bits ^ (bits >> 13)).sum(dtype=jnp.uint32)
+
+    return jnp.stack([of(x) for x in jax.tree.leaves(state)])
 
 
 def _but_late_callbacks(hook: Callable, problem: Any) -> None:

@@ -30,6 +30,7 @@ CHOICES = {
     "sharding": SHARDINGS,
     "compile": ("jit", "pmap"),
     "remat": tuple(REMAT),
+    "on_bad_step": ("stop", "skip", "rollback"),
 }
 # least <= value < bound.
 LIMITS = {
@@ -55,6 +56,8 @@ LIMITS = {
     "checkpoint_every": (0, math.inf),
     "keep_checkpoints": (1, math.inf),
     "prefetch": (1, math.inf),
+    "silence_timeout": (1, 600),
+    "spike": (0, math.inf),
     "threads": (0, math.inf),
     "workers": (0, math.inf),
     "model.dropout_rate": (0, 1),
@@ -92,10 +95,15 @@ FREE_FIELDS = frozenset(
         "sharding",
         "remat",
         "compile_cache",
+        "silence_timeout",
         "tfds_data_dir",
         "tfds_manual_dir",
+        "on_bad_step",
+        "spike",
     }
 )
+# But all processes of a run must have the same of these.
+CHANGING = {"sharding", "remat", "on_bad_step", "spike", "silence_timeout"}
 
 
 def default_config() -> ConfigDict:
@@ -194,6 +202,15 @@ def default_config() -> ConfigDict:
     # As what training's pictures cross to the device: "uint8" rounds to whole grey levels, which
     # are normalised there; "float32" keeps fractions, as evaluation and the original do.
     config.image_dtype = "uint8"
+
+    # When something goes wrong.
+    # A step whose loss, gradient or new weights are not finite, or whose gradient's norm is more
+    # than `spike` times its running mean (0: never mind): "stop" there, "skip" its update, or
+    # "rollback" to the state of the last checkpoint; with both the run goes on with the next batch.
+    config.on_bad_step = "stop"
+    config.spike = 0.0
+    # Of several processes: seconds without a sign of life after which one is given up.
+    config.silence_timeout = 60.0
     return config
 
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from vit_jax.errors import UserError
 from vit_jax.parallel import join
+from vit_jax.training.guard import BadStep, bad_step, new_guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Figures:
     """The figures of the last steps, left on the device until somebody looks.
 
     Looking waits for the device. It is done where something is printed, and before anything is
-    saved, so that what is saved is known to be finite.
+    saved, so that what is saved is known to be good.
     """
 
     def __init__(self) -> None:
@@ -100,20 +100,13 @@ class Figures:
         if len(self._steps) > running:
             jax.block_until_ready(self._steps[-1 - running][1])
 
-    def look(self) -> dict[str, float]:
-        """The figures of the last step; empty if none was added since the last look.
-
-        Raises UserError naming the first step with a figure that is not finite.
-        """
-        values: dict[str, float] = {}
-        steps, self._steps = self._steps, []
-        for step, figures in jax.device_get(steps):
-            values = {key: float(value) for key, value in figures.items()}
-            bad = [key for key, value in values.items() if not np.isfinite(value)]
-            if bad:
-                raise UserError(
-                    f"at step {step} the {bad[0]} became {values[bad[0]]}; what was saved before "
-                    "is kept: try a lower config.base_lr, more config.warmup_steps or a smaller "
-                    "config.grad_norm_clip, in another workdir"
-                )
-        return values
+    def look(self) -> tuple[dict[str, float], list[BadStep]]:
+        """The figures of the last step, and what steps went wrong; both empty if none was added
+        since the last look."""
+        steps, self._steps = jax.device_get(self._steps), []
+        steps = [(n, {key: float(x) for key, x in figures.items()}) for n, figures in steps]
+        bad = [bad for n, figures in steps if (bad := bad_step(n, figures))]
+        values = dict(steps[-1][1]) if steps else {}
+        for key in new_guard().keys() - {"bad_steps"}:
+            values.pop(key, None)
+        return values, bad

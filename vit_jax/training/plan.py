@@ -21,6 +21,7 @@ from vit_jax.models.blocks import REMAT
 from vit_jax.models.cost import training_flops
 from vit_jax.parallel import divisible, make_mesh, shardings, split
 from vit_jax.training.config import config_from_json, config_to_json
+from vit_jax.training.guard import new_guard
 from vit_jax.training.network import as_trained, make_network, named_model
 from vit_jax.training.optimizer import make_optimizer
 from vit_jax.training.state import TrainState
@@ -258,6 +259,7 @@ def _state(config: ConfigDict, params: Any) -> tuple[Any, TrainState]:
         params=params,
         opt_state=jax.eval_shape(tx.init, params),
         seed=jax.ShapeDtypeStruct((), jnp.uint32),  # type: ignore[arg-type]
+        guard=new_guard(),
     )
     places = shardings(state, make_mesh(config))
     return tx, jax.tree.map(

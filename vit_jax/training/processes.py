@@ -21,6 +21,7 @@ from vit_jax.training import clusters
 from vit_jax.training.signals import StopRequest
 
 PATIENCE = 300.0  # Seconds until a process that has not come is missed.
+LIFE = 600  # Seconds of silence after which JAX aborts all; before that the `Watch` ends them.
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -57,7 +58,11 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         # Gloo prints on standard output, which is for the result: that goes to standard error.
         sys.stdout = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        jax.distributed.initialize(coordinator, processes, process, shutdown_timeout_seconds=30)
+        jax.distributed.initialize(
+            *(coordinator, processes, process),
+            heartbeat_timeout_seconds=LIFE,
+            shutdown_timeout_seconds=30,
+        )
 
 
 def _receive(address: tuple[str, int], processes: int, process: int) -> None:

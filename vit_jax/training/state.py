@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from vit_jax.parallel import make_mesh, shardings, spread
+from vit_jax.training.guard import BadStep, Guard, new_guard
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -20,12 +21,14 @@ class TrainState(flax.struct.PyTreeNode):
       params: nested dict of float32 arrays.
       opt_state: what the optimizer remembers.
       seed: uint32 scalar; with `step` it gives the random numbers of the next update.
+      guard: what is remembered of good and bad steps, see `new_guard`.
     """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
     seed: jax.Array
+    guard: Guard
 
     @classmethod
     def create(
@@ -44,12 +47,21 @@ class TrainState(flax.struct.PyTreeNode):
         mesh = make_mesh() if mesh is None else mesh
         params = spread(dict(params), shardings(dict(params), mesh))
         places = shardings(jax.eval_shape(tx.init, params), mesh)
-        small = {"step": np.zeros((), np.int32), "seed": np.asarray(seed, np.uint32)}
+        small = {"step": np.int32(0), "seed": np.uint32(seed), "guard": new_guard()}
         return cls(
             params=params,
             opt_state=jax.jit(tx.init, out_shardings=places)(params),
             **spread(small, shardings(small, mesh)),
         )
+
+    def moved(self, bad: BadStep) -> "TrainState":
+        """These weights right after a later step that was bad; those between are left out."""
+        later = {"step": bad.step, "bad_steps": bad.bad, "in_a_row": bad.in_a_row}
+        later = spread(
+            {name: np.int32(x) for name, x in later.items()},
+            dict.fromkeys(later, self.step.sharding),
+        )
+        return self.replace(step=later.pop("step"), guard={**self.guard, **later})
 
     def dropout_key(self) -> jax.Array:
         """The random key of the next update, a pure function of (seed, step)."""

@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
 from vit_jax.models.blocks import BlockLoop, in_block
 from vit_jax.parallel import make_mesh, replicated, shardings, split
+from vit_jax.training.guard import at_step, judge
 from vit_jax.training.mixing import mix
 from vit_jax.training.state import TrainState
 
@@ -34,6 +35,8 @@ def make_train_step(
     mixup: float = 0.0,
     cutmix: float = 0.0,
     value_range: tuple[float, float] = (-1.0, 1.0),
+    skip_bad: bool = False,
+    spike: float = 0.0,
 ) -> Step:
     """Compiles one update of the weights over all devices of a mesh.
 
@@ -52,6 +55,8 @@ def make_train_step(
       label_smoothing: share of a label that is spread evenly over all classes.
       mixup, cutmix: see `mix`; 0 for none.
       value_range: what 0 and 255 of uint8 pictures become.
+      skip_bad: whether a step that `judge` calls bad leaves weights and optimizer as they are.
+      spike: see `judge`.
 
     Returns:
       step(state, batch) -> (state, metrics). The batch holds "image", (n, h, w, c) of float32 or,
@@ -59,7 +64,7 @@ def make_train_step(
       state passed in is donated: it can't be used again. Metrics are float32 scalars on the device:
       "loss", the mean over the batch, and the global norms of its gradient before clipping,
       "grad_norm", of what the optimizer made of it, "update_norm", and of the new weights,
-      "param_norm".
+      "param_norm"; and what `judge` remembers, see `new_guard`.
     """
     mesh = make_mesh() if mesh is None else mesh
     pieces, in_parts = mesh.size * accum_steps, mesh.shape["part"] > 1
@@ -112,14 +117,19 @@ def make_train_step(
         value, grads = _accumulate(value_and_grad, accum_steps, state.params, batch, key)
         if axis:
             value, grads = jax.lax.pmean((value, grads), axis)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        before = at_step(state.opt_state, state.step) if skip_bad else state.opt_state
+        updates, opt_state = tx.update(grads, before, state.params)
         params = optax.apply_updates(state.params, updates)
         norms = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
         metrics = {"loss": value} | {name: optax.tree.norm(x) for name, x in norms.items()}
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-        if axis:
-            return state, metrics
-        return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
+        ok, guard = judge(state.guard, metrics, spike)
+        if skip_bad:
+            new, old = (params, opt_state), (state.params, state.opt_state)
+            params, opt_state = jax.tree.map(functools.partial(jnp.where, ok), new, old)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, guard=guard)
+        if not axis:
+            state = jax.lax.with_sharding_constraint(state, shardings(state, mesh))
+        return state, metrics | guard
 
     def check(batch: Batch) -> None:
         if len(batch["image"]) % pieces:

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from vit_jax.models.blocks import unstack_blocks
 from vit_jax.parallel import join, make_mesh, split, to_host
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.config import FREE_FIELDS, check_config, flatten, weights_source
+from vit_jax.training.config import CHANGING, FREE_FIELDS, check_config, flatten, weights_source
 from vit_jax.training.feed import Feed, Figures
+from vit_jax.training.guard import LIMIT, BadStep, heed
 from vit_jax.training.hardware import Usage
 from vit_jax.training.metrics import MetricsWriter
 from vit_jax.training.network import as_trained, make_network
@@ -44,6 +45,7 @@ from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import Step, make_train_step
 from vit_jax.training.task import Task, mixup, open_task
+from vit_jax.training.watch import Watch
 from vit_jax.training.workdir import BEST_WEIGHTS, CHECKPOINTS, claim_workdir, open_workdir
 
 
@@ -71,15 +73,17 @@ def run(
     """
     folder, explained = Path(workdir), full_disk_explained(f"the workdir {workdir}")
     done: Result | None = None
-    with StopRequest() as stop, explained, contextlib.ExitStack() as stack:
+    with StopRequest() as stop:
         with together():
             config = check_config(config)
             if sources:
                 config.dataset = sources[0].name
-            if is_first():
-                stack.enter_context(open_workdir(folder, config))
-                done = finished(folder, config.total_steps)
-        return _of_first(done) or _train(config, folder, stop, sources)
+        with Watch(config.silence_timeout) as watch, explained, contextlib.ExitStack() as stack:
+            with together():
+                if is_first():
+                    stack.enter_context(open_workdir(folder, config))
+                    done = finished(folder, config.total_steps)
+            return _of_first(done) or _train(config, folder, stop, watch, sources)
 
 
 def _of_first(result: Result | None) -> Result | None:
@@ -92,6 +96,7 @@ def _train(
     config: ConfigDict,
     workdir: Path,
     own_stop: StopRequest,
+    watch: Watch,
     sources: tuple[Source, Source] | None,
 ) -> Result:
     with together():
@@ -122,11 +127,18 @@ def _train(
 
     with contextlib.ExitStack() as stack:
         folder = workdir / CHECKPOINTS
+        goes_back = config.on_bad_step == "rollback"
         checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints))
+            contextlib.closing(
+                Checkpoints(
+                    folder,
+                    keep=config.keep_checkpoints,
+                    every=config.checkpoint_every if goes_back else None,
+                )
+            )
         )
         check_same({"checkpoint": checkpoints.latest})
-        state = checkpoints.restore(state)
+        state, damaged = checkpoints.restore(state)
         start = step = int(state.step)
         metrics: MetricsWriter | None = None
         accuracies: dict[int, float] = {}
@@ -137,16 +149,35 @@ def _train(
         accuracies = dict(gather([*accuracies.items()])[0])
         console = None if is_first() else stack.enter_context(open(os.devnull, "w"))
         progress = stack.enter_context(Progress(config.total_steps, start, stream=console))
-        feed = stack.enter_context(
-            contextlib.closing(Feed(task.train_batches(start), split(mesh), config.prefetch))
-        )
+
+        def feed_from(step: int) -> Feed:
+            feed = Feed(task.train_batches(step), split(mesh), config.prefetch)
+            return stack.enter_context(contextlib.closing(feed))
+
+        feed = feed_from(start)
         figures = Figures()
         profile = stack.enter_context(Profile(config.profile, workdir / FOLDER))
         scores: Scores | None = None
         stop = SharedStop(own_stop, mesh)
+        stack.push(watch.fail)
+        stack.enter_context(full_disk_explained(f"the workdir {workdir}"))
         progress.message(f"{introduction}; {compiled}")
+        if damaged:
+            progress.message(damaged)
         if start:
             progress.message(f"going on from step {start}, saved in {folder}")
+
+        def look() -> dict[str, float] | None:
+            """The figures of the last step; None if the run has gone back for a bad one."""
+            nonlocal state, step, feed
+            values, bad = figures.look()
+            first = heed(bad, config.on_bad_step, progress.message)
+            if first is None:
+                return values
+            state, step = _gone_back(checkpoints, state, first, progress.message), first.step
+            feed.close()
+            feed = feed_from(step)
+            return None
 
         while True:
             if profile.at(step, figures.wait):
@@ -156,7 +187,8 @@ def _train(
             # state go.
             last = step == config.total_steps
             if last or _due(step, config.eval_every):
-                figures.look()
+                if look() is None:
+                    continue
                 if last or step not in accuracies:  # It was in, if a run goes on from this step.
                     scores = _evaluate(eval_step, state, task, stop, mesh)
                 if scores is not None and step not in accuracies:
@@ -170,9 +202,11 @@ def _train(
                     progress.message(f"step {step}: {score_text(scores)}")
                 feed.restart_clock()
             stopping = stop.check(wait=step == start)
-            if last or stopping or _due(step, config.checkpoint_every):
-                figures.look()
-                if step and checkpoints.latest != step:
+            begins = goes_back and checkpoints.latest is None
+            if last or stopping or begins or _due(step, config.checkpoint_every):
+                if look() is None:
+                    continue
+                if (step or goes_back) and checkpoints.latest != step:
                     if metrics:
                         metrics.sync()
                     checkpoints.save(step, state)
@@ -192,7 +226,9 @@ def _train(
                 feed.restart_clock()
                 progress.restart_clock(step)
             if _due(step, config.progress_every) or step == config.total_steps:
-                values, speed = figures.look(), feed.speed()
+                if (values := look()) is None:
+                    continue
+                speed = feed.speed()
                 times = usage.figures(speed.batches_per_s * config.batch)
                 lr = float(learning_rate(step - 1))
                 progress.update(
@@ -213,6 +249,8 @@ def _train(
                         if value is not None
                     },
                 )
+                if config.on_bad_step == "stop":
+                    del values["bad_steps"]
                 values = {f"train/{key}": value for key, value in values.items()}
                 if not math.isnan(speed.wait_share):
                     times["time/data_wait"] = speed.wait_share
@@ -238,7 +276,7 @@ def _train(
 
 def _what_matters(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """What all processes of a run must have the same."""
-    free = {f"config.{field}" for field in FREE_FIELDS - {"sharding", "remat"}}
+    free = {f"config.{field}" for field in FREE_FIELDS - CHANGING}
     fields = {k: v for k, v in flatten(config).items() if k not in free}
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -262,7 +300,23 @@ def step_of(
         mixup=mixup(task.config),
         cutmix=task.config.cutmix,
         value_range=task.value_range,
+        skip_bad=task.config.on_bad_step != "stop",
+        spike=task.config.spike,
     )
+
+
+def _gone_back(
+    checkpoints: Checkpoints, state: TrainState, bad: BadStep, say: Callable[[str], None]
+) -> TrainState:
+    """The state of the checkpoint before a bad step, for the batch after it."""
+    since, saved = checkpoints.restore_scheduled(state)
+    count = bad.bad - int(saved.guard["bad_steps"])
+    if count >= LIMIT:
+        raise bad.error(f", the {LIMIT}th time since step {since}")
+    say(
+        f"step {bad.step}: {bad.reason}: gone back to the weights of step {since}, {bad.bad} in all"
+    )
+    return saved.moved(bad)
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,0 +1,163 @@
+"""Steps that go wrong are left out or gone back for, whenever the run is interrupted."""
+
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from vit_jax import load
+from vit_jax.errors import UserError
+from vit_jax.training import TrainState, run, trainer
+from vit_jax.training.guard import LEARNING, BadStep, judge, new_guard
+from vit_jax.training.metrics import read_metrics
+from vit_jax.training.network import make_network
+from vit_jax.training.optimizer import make_optimizer
+from vit_jax.training.task import open_task
+
+NAN = float("nan")
+
+
+def poison(monkeypatch, bad_steps, stops=()):
+    """Spoils the pictures of some steps (those of the n-th are number n - 1), and sends SIGTERM
+    after others."""
+    make = trainer.make_train_step
+
+    def make_poisoned(*args, **kwargs):
+        train_step = make(*args, **kwargs)
+
+        def poisoned(state, batch):
+            step = int(state.step) + 1
+            if step in bad_steps:
+                batch = {**batch, "image": batch["image"] * NAN}
+            if step in stops:
+                signal.raise_signal(signal.SIGTERM)
+            return train_step(state, batch)
+
+        return poisoned
+
+    monkeypatch.setattr(trainer, "make_train_step", make_poisoned)
+
+
+def guarded(tiny, how, *fields):
+    return tiny(f"on_bad_step={how}", "image_dtype=float32", "progress_every=4", *fields)
+
+
+def by_hand(config, steps):
+    """The weights, without the batches that are "left_out", and going "back" to those after batch
+    20 before some."""
+    task = open_task(config)
+    shape, spec = task.picture_shape, task.eval_ops.spec
+    vit = make_network(config, picture_shape=shape, labels=task.labels, preprocess=spec)
+    tx = make_optimizer(config, config.total_steps)
+    train_step = trainer.step_of(task, vit.model, tx)
+    state = TrainState.create(params=vit.params, tx=tx, seed=config.seed)
+    saved, batches = None, task.train_batches(0)
+    for i, batch in enumerate(batches):
+        if i == config.total_steps:
+            break
+        if i in steps.get("back", ()):
+            state = jax.tree.map(jnp.copy, saved).moved(BadStep(i, "", 1, 1))
+        if i not in steps.get("left_out", ()):
+            state, _ = train_step(state, batch)
+        else:
+            state = state.moved(BadStep(i + 1, "", 1, 1))
+        if i + 1 == 20:
+            saved = jax.tree.map(jnp.copy, state)
+    batches.close()
+    return flatten_dict(jax.device_get(state.params), sep="/")
+
+
+def weights(workdir):
+    return flatten_dict(load(workdir).params, sep="/")
+
+
+@pytest.mark.parametrize(
+    ("how", "by"),
+    [("skip", {"left_out": [25]}), ("rollback", {"back": [26]})],
+)
+def test_a_bad_step_is_skipped_or_gone_back_for_and_an_interrupted_run_ends_the_same(
+    how, by, tiny, tmp_path, outcome, monkeypatch, capsys
+):
+    config = guarded(tiny, how, "keep_checkpoints=1")
+    with monkeypatch.context() as patch:
+        poison(patch, {26})
+        assert run(config, tmp_path / "whole").finished
+    said = capsys.readouterr().err
+    assert "step 26: the loss became nan: " in said
+    assert ("gone back to the weights of step 20" in said) == (how == "rollback")
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert {x["step"]: x["train/bad_steps"] for x in lines if "train/loss" in x} == {
+        step: int(step > 26) for step in range(4, 41, 4)
+    }
+    for stops in ((22, 26), (3, 25, 27)):
+        workdir = tmp_path / f"stopped{stops}"
+        for stop in stops:
+            with monkeypatch.context() as patch:
+                poison(patch, {26}, {stop})
+                assert not run(config, workdir).finished
+        with monkeypatch.context() as patch:
+            poison(patch, {26})
+            assert run(config, workdir).finished
+        assert outcome(workdir) == outcome(tmp_path / "whole"), stops
+
+    expected = by_hand(config, by)
+    for name, value in weights(tmp_path / "whole").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_without_a_bad_step_nothing_is_changed_by_the_guard(tiny, tmp_path, outcome, whole):
+    for how in ("skip", "rollback"):
+        assert run(tiny(f"on_bad_step={how}", "spike=1e9"), tmp_path / how).finished
+    plain = outcome(whole)
+    for how in ("skip", "rollback"):
+        guarded, lines = outcome(tmp_path / how)
+        assert guarded == plain[0]
+        for line in lines:
+            assert line.pop("train/bad_steps", 0) == 0
+        assert lines == plain[1]
+
+
+@pytest.mark.parametrize(
+    ("how", "bad", "message"),
+    [
+        ("skip", range(21, 41), "at step 30 the loss became nan, the last of 10 bad steps in a"),
+        ("rollback", range(16, 41), "at step 25 the loss became nan, the last of 10 bad steps in"),
+        ("rollback", range(21, 41, 2), "at step 39 the loss became nan, the 10th time since step"),
+    ],
+)
+def test_a_run_that_only_goes_wrong_is_stopped(how, bad, message, tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, set(bad))
+    with pytest.raises(UserError, match=message):
+        run(guarded(tiny, how, "checkpoint_every=20"), tmp_path)
+
+
+def test_a_run_that_stopped_at_a_bad_step_goes_on_by_skipping_it(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, {26})
+    with pytest.raises(UserError, match=r"at step 26 the loss .*on_bad_step=skip$"):
+        run(guarded(tiny, "stop"), tmp_path)
+    assert run(guarded(tiny, "skip"), tmp_path).finished
+
+
+def test_a_gradient_that_jumps_is_a_bad_step_too(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"the grad_norm \S+ was 1\.\d+ times the usual \S+; what"):
+        run(tiny("spike=1.05"), tmp_path)
+
+
+def test_what_is_usual_is_the_mean_of_the_good_norms_the_latest_counting_most():
+    norms = np.random.default_rng(0).lognormal(size=300).astype(np.float32)
+    norms[[5, 70, 200]] = [np.nan, 1e6, np.inf]
+    guard, usual, good = new_guard(), 0.0, 0
+    for norm in norms:
+        expected = np.isfinite(norm) and (good < LEARNING or norm <= 20 * usual)
+        figures = {"loss": jnp.float32(1), "grad_norm": jnp.float32(norm)}
+        ok, guard = judge(guard, figures, spike=20)
+        assert ok == expected
+        if expected:
+            good += 1
+            usual += max(1 / good, 0.02) * (float(norm) - usual)
+        assert guard["usual"] == pytest.approx(usual, rel=1e-5)
+    assert (guard["bad_steps"], guard["in_a_row"], guard["good"]) == (300 - good, 0, good)
+    assert good <= 297
