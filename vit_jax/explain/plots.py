@@ -1,0 +1,239 @@
+"""Pictures of explanations. Each `plot_` function takes what its twin takes, and returns a
+matplotlib figure, made without pyplot: no window, no state left behind."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.explain import attention, features, relevance
+from vit_jax.explain.network import Seen, Tower, observe, on_grid, open_tower, reading
+from vit_jax.explain.pictures import Pictures, View, views
+from vit_jax.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIDE = 400  # pixels on the longer side of a picture that is drawn
+
+
+def plot_rollout(vit: Pretrained, pictures: Pictures) -> "Figure":
+    """`rollout` over each picture: a row of the picture and the overlay for each."""
+    maps = attention.rollout(vit, pictures)
+    return _rows(vit, pictures, [[("attention rollout", m)] for m in maps])
+
+
+def plot_relevance(
+    vit: Pretrained, pictures: Pictures, classes: Sequence[int | str] | None = None
+) -> "Figure":
+    """`relevance` over each picture, an overlay a class; the shades of a picture compare."""
+    maps = relevance.relevance(vit, pictures, classes)
+    names = [class_name(vit, c) for c in classes] if classes else ["the most probable class"]
+    titles = [f"for {name}" for name in names]
+    return _rows(vit, pictures, [list(zip(titles, m, strict=True)) for m in maps], shared=True)
+
+
+def plot_attention_maps(vit: Pretrained, pictures: Pictures, block: int = -1) -> "Figure":
+    """What the token that the head reads attends to, an overlay for each head of a block.
+
+    Without class token that is all tokens, averaged as the head reads them.
+
+    Raises UserError as `attention_maps`, and if there is no such block.
+    """
+    tower = open_tower(vit)
+    count = tower.spec.num_layers
+    if not -count <= block < count:
+        raise UserError(f"block is {block}, expected 0 to {count - 1}")
+    maps = (head_maps(tower, observe(tower, v.pixels), block) for v in views(vit, pictures))
+    titled = [[(f"block {block % count + 1}, head {i + 1}", m) for i, m in enumerate(ms)] for ms in maps]
+    return _rows(vit, pictures, titled)
+
+
+def plot_map_attention(vit: Pretrained, pictures: Pictures) -> "Figure":
+    """`map_attention` over each picture, an overlay for each head."""
+    maps = attention.map_attention(vit, pictures)
+    return _rows(vit, pictures, [[(f"head {i + 1}", m) for i, m in enumerate(ms)] for ms in maps])
+
+
+def plot_token_norms(vit: Pretrained, pictures: Pictures) -> "Figure":
+    """`token_norms` over each picture, an overlay for each block; each from 0 to its maximum."""
+    maps = features.token_norms(vit, pictures)
+    titled = [
+        [(f"block {i + 1}: up to {m.max():.3g}", m) for i, m in enumerate(blocks)]
+        for blocks in maps
+    ]
+    return _rows(vit, pictures, titled)
+
+
+def plot_feature_pca(vit: Pretrained, pictures: Pictures) -> "Figure":
+    """`feature_pca` beside each picture."""
+    maps = features.feature_pca(vit, pictures)
+    return _rows(vit, pictures, [[("features", m)] for m in maps])
+
+
+def plot_position_similarity(vit: Pretrained) -> "Figure":
+    """`position_similarity`: at each patch's place the map of its likeness to all others."""
+    figure = _figure(6.4, 6)
+    draw_positions(figure.subplots(), features.position_similarity(vit))
+    return figure
+
+
+def draw_positions(ax: "Axes", similarity: np.ndarray) -> None:
+    """Draws `position_similarity`."""
+    rows, columns = similarity.shape[:2]
+    gap = max(rows, columns) // 12 + 1
+    # One picture of maps with gaps between them is quicker than hundreds of axes.
+    padded = np.pad(similarity, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
+    tiles = padded.swapaxes(1, 2).reshape(rows * (rows + gap), columns * (columns + gap))
+    shown = ax.imshow(tiles[:-gap, :-gap], cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
+    ax.set_xticks(np.arange(columns) * (columns + gap) + (columns - 1) / 2, range(1, columns + 1))
+    ax.set_yticks(np.arange(rows) * (rows + gap) + (rows - 1) / 2, range(1, rows + 1))
+    ax.tick_params(labelsize=7, length=0)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="column of the patch", ylabel="row of the patch")
+    ax.set_title("Likeness of position embeddings", fontsize=11, loc="left")
+    bar = ax.figure.colorbar(shown, ax=ax, shrink=0.6, label="cosine similarity")
+    bar.outline.set_visible(False)
+
+
+def plot_embedding_filters(vit: Pretrained, count: int = 28) -> "Figure":
+    """`embedding_filters`; grey is zero, each is stretched to its largest value."""
+    filters = features.embedding_filters(vit, count)
+    columns = min(7, len(filters))
+    rows = math.ceil(len(filters) / columns)
+    figure = _figure(0.9 * columns, 0.9 * rows + 0.4)
+    figure.suptitle("Principal components of the embedding filters", fontsize=11)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.axis("off")
+    for ax, filter_ in zip(axes, filters, strict=False):
+        colours = filter_ if filter_.shape[2] == 3 else filter_.mean(axis=2)
+        scaled = 0.5 + 0.5 * colours / np.abs(colours).max().clip(1e-12)
+        ax.imshow(scaled, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    return figure
+
+
+def plot_attention_distance(vit: Pretrained, pictures: Pictures) -> "Figure":
+    """`attention_distance` averaged over pictures: a point for each head, by depth."""
+    distance = attention.attention_distance(vit, pictures).mean(axis=0)
+    figure = _figure(6.4, 4)
+    ax = figure.subplots()
+    depth = np.arange(1, len(distance) + 1)
+    ax.plot(depth, distance, "o", color="#0072B2", markersize=5, alpha=0.7)
+    ax.plot(depth, distance.mean(axis=1), color="#D55E00", linewidth=1.5, label="mean of the heads")
+    ax.set(xlabel="block", ylabel="mean attention distance (pixels)", ylim=(0, None))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False)
+    ax.grid(alpha=0.25)
+    return figure
+
+
+def head_maps(tower: Tower, seen: Seen, block: int) -> np.ndarray:
+    """float32 (heads, rows, columns): what the head reads attends to, see `plot_attention_maps`."""
+    return on_grid(tower, reading(tower, seen) @ seen.attention[block])
+
+
+def class_name(vit: Pretrained, name: int | str) -> str:
+    """How a class is called on a page: by the first of its names."""
+    if vit.spec.num_classes is None or not vit.labels:
+        return str(name)
+    return vit.label(relevance.class_index(vit, name)).split(", ")[0]
+
+
+def overlay(view: View, values: np.ndarray | None, top: float | None = None) -> np.ndarray:
+    """The picture with a map over the part that the network saw; the rest is dimmed.
+
+    Args:
+      view: the picture.
+      values: (rows, columns), at least 0, shown as heat; or (rows, columns, 3) in [0, 1], colours in
+        place of the picture; or None for the picture alone.
+      top: what is shown as the greatest heat, by default the map's maximum.
+
+    Returns:
+      uint8 (h, w, 3) in the picture's own aspect.
+    """
+    from matplotlib import colormaps
+
+    from vit_jax.data.pictures import resize, shrink
+
+    image = view.image if view.image.shape[2] == 3 else view.image[..., :1].repeat(3, axis=2)
+    image = shrink(image, SIDE)
+    if (times := SIDE // 2 // max(image.shape[:2])) > 1:  # A tiny one is magnified as it is.
+        image = image.repeat(times, axis=0).repeat(times, axis=1)
+    if values is None:
+        return image
+    scale = image.shape[0] / view.image.shape[0], image.shape[1] / view.image.shape[1]
+    top_, left, bottom, right = (
+        round(edge)
+        for edge in (
+            view.box[0] * scale[0],
+            view.box[1] * scale[1],
+            (view.box[0] + view.box[2]) * scale[0],
+            (view.box[1] + view.box[3]) * scale[1],
+        )
+    )
+    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
+    shown = 0.35 * grey
+    part = slice(max(top_, 0), bottom), slice(max(left, 0), right)
+    size = shown[part].shape[:2]
+    if values.ndim == 3:
+        shown[part] = 255 * resize(values.astype(np.float32), size)
+    else:
+        heat = values / max(top or values.max(), 1e-12)
+        heat = resize(heat.astype(np.float32)[..., None], size).clip(0, 1)
+        colours = 255 * colormaps["inferno"](heat[..., 0])[..., :3]
+        weight = 0.35 + 0.4 * heat
+        shown[part] = (1 - weight) * grey[part] + weight * colours
+    return np.rint(shown).clip(0, 255).astype(np.uint8)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _rows(
+    vit: Pretrained,
+    pictures: Pictures,
+    maps: Sequence[Sequence[tuple[str, np.ndarray]]],
+    *,
+    shared: bool = False,
+) -> "Figure":
+    """A row for each picture: itself, then its titled maps over it, wrapped after six.
+
+    With `shared` the heat of a picture's maps is to one scale.
+    """
+    shown = list(zip(views(vit, pictures), maps, strict=True))
+    columns = min(1 + len(maps[0]), 6)
+    lines = math.ceil((1 + len(maps[0])) / columns)
+    figure = _figure(2.3 * columns, sum(lines * 2.3 * _aspect(view) + 0.3 for view, _ in shown))
+    parts = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=[_aspect(v) for v, _ in shown])
+    for part, (view, titled) in zip(parts[:, 0], shown, strict=True):
+        axes = part.subplots(lines, columns, squeeze=False).ravel()
+        for ax in axes:
+            ax.axis("off")
+        draw_picture(axes[0], view, "")
+        top = max(m.max() for _, m in titled) if shared else None
+        for ax, (title, values) in zip(axes[1:], titled, strict=False):
+            draw_picture(ax, view, title, values, top)
+    return figure
+
+
+def _aspect(view: View) -> float:
+    return min(max(view.image.shape[0] / view.image.shape[1], 0.3), 3)
+
+
+def draw_picture(
+    ax: "Axes", view: View, title: str, values: np.ndarray | None = None, top: float | None = None
+) -> None:
+    """Draws `overlay`."""
+    ax.imshow(overlay(view, values, top), interpolation="antialiased")
+    ax.set_title(title, fontsize=8, parse_math=False)
+    ax.axis("off")
