@@ -4,6 +4,7 @@ import base64
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from vit_jax.explain.plots import (
     plot_position_similarity,
     shares,
 )
+from vit_jax.explain.relevance import first_name
 from vit_jax.explain.summary import Explanation
 from vit_jax.pretrained import Pretrained
 
@@ -35,7 +37,7 @@ NOTES = {
     "it is in every block and half is passed on by attention, averaged over heads "
     "(arXiv:2005.00928).",
     "Relevance": "which patches speak for a class: attention weighed by the gradient of its logit "
-    "(arXiv:2103.15679). The maps of one picture share a scale.",
+    "(arXiv:2103.15679). Each map has its own scale.",
     "Heads": "what the token that the head reads attends to; without a class token that is all "
     "tokens, averaged.",
     "Position embeddings": "at each patch's place a map of how alike its embedding is to all "
@@ -54,12 +56,11 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
         axes = part.subplots(n, COLUMNS, squeeze=False)
         for ax in axes.ravel():
             ax.axis("off")
-        top = max((m.max() for _, m in e.relevance), default=None)
         draw_picture(axes[0, 0], e.view, Path(e.name).name)
         _draw_classes(axes[0, 1], e.classes)
         draw_picture(axes[0, 2], e.view, "attention rollout", e.rollout)
         for ax, (name, values) in zip(axes[0, 3:], e.relevance, strict=False):
-            draw_picture(ax, e.view, f"relevance: {name}", values, top)
+            draw_picture(ax, e.view, f"relevance: {name}", values)
         for ax, (name, values) in zip(axes[1:].ravel(), e.heads, strict=False):
             draw_picture(ax, e.view, name, values)
     left, right = parts[-1].subplots(1, 2)
@@ -73,7 +74,7 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
 def _draw_classes(ax: "Axes", classes: Sequence[tuple[str, float]]) -> None:
     """The most probable classes as bars with their names above."""
     for row, (label, probability) in enumerate(classes):
-        name = label if len(label) <= 32 else f"{label[:31]}…"
+        name = shorten(first_name(label), 32, placeholder="…")
         ax.barh(row + 0.25, probability, height=0.3, color="#0072B2")
         ax.text(0, row, f"{probability:.1%}  {name}", va="bottom", fontsize=8, parse_math=False)
     ax.set(xlim=(0, 1), ylim=(max(len(classes), 1), -0.6))
@@ -97,17 +98,18 @@ def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
 
 
 _STYLE = """
-.maps img { width: 100% } .viewer { display: flex; flex-wrap: wrap; gap: 1rem }
-.viewer canvas { width: 30rem; touch-action: pan-y; cursor: crosshair }
-.viewer div { flex: 1 1 15rem } .viewer label { display: block; margin-bottom: .6rem }
+.maps img { width: 100% } .maps table { font-size: .875rem }
+.viewer { display: flex; flex-wrap: wrap; gap: 1rem } .viewer div { flex: 1 1 15rem;
+  max-width: 26rem } .viewer label { display: block; margin-bottom: .6rem }
 .viewer input { display: block; width: 100%; padding: 0 }
+.viewer canvas { width: 30rem; touch-action: pan-y; cursor: crosshair }
 """
 
 _VIEWER = """
 <h3>What each patch attends to</h3>
 <div class="viewer" data-picture="{i}">
-<canvas tabindex="0" role="application" aria-label="Attention on {name}: arrow keys choose the patch
-that asks" aria-describedby="said{i}"></canvas>
+<canvas tabindex="0" role="application" aria-label="Attention on {name}"
+aria-describedby="said{i}"></canvas>
 <div>
 <p class="dim">Point at a patch, touch it or move with the arrow keys: what it attends to lights
 up.</p>
@@ -124,24 +126,22 @@ def _section(tower: Tower, i: int, e: Explanation, budget: int) -> str:
     """The HTML of one picture."""
     name = Path(e.name).name
 
-    def figure(title: str, values: np.ndarray | None = None, top: float | None = None) -> str:
-        pixels = overlay(e.view, values, top)
-        image = page.picture(
-            pixels, f"{title} of {name}" if values is not None else name, photo=True
-        )
+    def figure(title: str, values: np.ndarray) -> str:
+        image = page.picture(overlay(e.view, values), f"{title} of {name}", photo=True)
         return f"<figure>{image}<figcaption>{page.escape(title)}</figcaption></figure>"
 
-    top = max((m.max() for _, m in e.relevance), default=None)
-    maps = [figure(e.name), figure("attention rollout", e.rollout)]
-    maps += [figure(f"relevance: {label}", values, top) for label, values in e.relevance]
+    picture = page.picture(overlay(e.view), name, photo=True)
+    maps = [figure("attention rollout", e.rollout)]
+    maps += [figure(f"relevance: {label}", values) for label, values in e.relevance]
     heads = [figure(title, values) for title, values in e.heads]
-    classes = page.table(["class", "probability"], e.classes, name=f"classes of {name}")
+    answers = [(first_name(label), probability) for label, probability in e.classes]
+    classes = page.table(["class", "probability"], answers, name=f"classes of {name}")
     return "\n".join(
         [
-            f'<section><h2>{page.escape(name)}</h2><div class="grid maps" id="picture{i}"',
-            ' style="--column: 13rem">',
-            *maps,
+            f'<section><h2>{page.escape(name)}</h2><div class="grid maps" style="--column: 13rem">',
+            f'<figure id="picture{i}">{picture}</figure>',
             classes if e.classes else "",
+            *maps,
             '</div><h3>Heads</h3><div class="grid maps" style="--column: 9rem">',
             *heads,
             "</div>",

@@ -29,11 +29,11 @@ def plot_rollout(vit: Pretrained, pictures: Pictures) -> "Figure":
 def plot_relevance(
     vit: Pretrained, pictures: Pictures, classes: Sequence[int | str] | None = None
 ) -> "Figure":
-    """`relevance` over each picture, an overlay a class; the shades of a picture compare."""
+    """`relevance` over each picture, an overlay a class, each with its own scale."""
     maps = relevance.relevance(vit, pictures, classes)
     names = [relevance.class_name(vit, c) for c in classes or ()]
     titles = [f"for {name}" for name in names or ["the most probable class"]]
-    return _rows(vit, pictures, [list(zip(titles, m, strict=True)) for m in maps], shared=True)
+    return _rows(vit, pictures, [list(zip(titles, m, strict=True)) for m in maps])
 
 
 def plot_attention_maps(vit: Pretrained, pictures: Pictures, block: int = -1) -> "Figure":
@@ -61,7 +61,7 @@ def plot_map_attention(vit: Pretrained, pictures: Pictures) -> "Figure":
 
 
 def plot_token_norms(vit: Pretrained, pictures: Pictures) -> "Figure":
-    """`token_norms` over each picture, an overlay for each block; each from 0 to its maximum."""
+    """`token_norms` over each picture, an overlay for each block."""
     maps = features.token_norms(vit, pictures)
     titled = [
         [(f"block {i + 1}: up to {m.max():.3g}", m) for i, m in enumerate(blocks)]
@@ -137,14 +137,13 @@ def plot_attention_distance(vit: Pretrained, pictures: Pictures) -> "Figure":
     return figure
 
 
-def overlay(view: View, values: np.ndarray | None = None, top: float | None = None) -> np.ndarray:
+def overlay(view: View, values: np.ndarray | None = None) -> np.ndarray:
     """The picture with a map over the part that the network saw; the rest is darker.
 
     Args:
       view: the picture.
       values: (rows, columns) shown as heat from the minimum to the maximum; or (rows, columns, 3)
         in [0, 1], colours in place of the picture; or None for the picture alone.
-      top: what is the greatest heat in place of the map's maximum.
 
     Returns:
       uint8 (h, w, 3) in the picture's own aspect.
@@ -164,7 +163,7 @@ def overlay(view: View, values: np.ndarray | None = None, top: float | None = No
     if values.ndim == 3:
         result[part] = 255 * resize(values.astype(np.float32), size)
     else:
-        low, high = values.min(), top or values.max()
+        low, high = values.min(), values.max()
         heat = (values - low) / max(high - low, 1e-3 * high, 1e-12)  # A flat map stays cold.
         heat = resize(heat.astype(np.float32)[..., None], size).clip(0, 1)
         colours = 255 * colormaps["inferno"](heat[..., 0])[..., :3]
@@ -204,13 +203,8 @@ def _rows(
     vit: Pretrained,
     pictures: Pictures,
     maps: Sequence[Sequence[tuple[str, np.ndarray]]],
-    *,
-    shared: bool = False,
 ) -> "Figure":
-    """A row for each picture: itself, then its titled maps over it, wrapped after six.
-
-    With `shared` the heat of a picture's maps is to one scale.
-    """
+    """A row for each picture: itself, then its titled maps over it, wrapped after six."""
     shown = list(zip(views(vit, pictures), maps, strict=True))
     columns = min(1 + len(maps[0]), 6)
     lines = math.ceil((1 + len(maps[0])) / columns)
@@ -222,9 +216,8 @@ def _rows(
         for ax in axes:
             ax.axis("off")
         draw_picture(axes[0], view, "")
-        top = max(m.max() for _, m in titled) if shared else None
         for ax, (title, values) in zip(axes[1:], titled, strict=False):
-            draw_picture(ax, view, title, values, top)
+            draw_picture(ax, view, title, values)
     return figure
 
 
@@ -233,10 +226,8 @@ def aspect(view: View) -> float:
     return min(max(view.image.shape[0] / view.image.shape[1], 0.3), 3.0)
 
 
-def draw_picture(
-    ax: "Axes", view: View, title: str, values: np.ndarray | None = None, top: float | None = None
-) -> None:
+def draw_picture(ax: "Axes", view: View, title: str, values: np.ndarray | None = None) -> None:
     """Draws `overlay`."""
-    ax.imshow(overlay(view, values, top), interpolation="antialiased")
+    ax.imshow(overlay(view, values), interpolation="antialiased")
     ax.set_title(title, fontsize=8, parse_math=False)
     ax.axis("off")

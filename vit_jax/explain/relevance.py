@@ -23,10 +23,11 @@ def relevance(
     """Which patches speak for a class, by the method of Chefer et al. (arXiv:2103.15679).
 
     In each block attention A is weighed by the gradient of the class's logit y and averaged over
-    heads, A' = mean_h max(dy/dA * A, 0), and relevance R, at first I, grows by A' R. The head then
-    reads R: a class token its row; attention pooling its weights, weighed by their gradient, times
-    R; and the mean of the tokens x, as attention with equal weights, max(dy/dx . x, 0) times R,
-    which without blocks is the class activation map of arXiv:1512.04150.
+    heads, A' = mean_h max(dy/dA * A, 0), and relevance R, at first I, grows by A' R. What a token
+    gathered so, the rows of R - I, is made to sum to 1 and counts as much as the token itself. The
+    head then reads: of a class token its row; of attention pooling all rows by its weights, times
+    their gradient where that is positive; of the mean of the tokens x, which is attention with
+    equal weights, all rows by max(dy/dx . x, 0), the class activation map of arXiv:1512.04150.
 
     Args:
       vit: see `vit_jax.load`.
@@ -98,7 +99,12 @@ def class_name(vit: Pretrained, name: int | str) -> str:
     """What a class is called in few words: the first of its names, a text itself."""
     if isinstance(vit, PretrainedLiT):
         return str(name)
-    return vit.label(class_index(vit, name)).split(", ")[0]
+    return first_name(vit.label(class_index(vit, name)))
+
+
+def first_name(label: str) -> str:
+    """The first of a label's names: "tench" of "tench, Tinca tinca"."""
+    return label.split(", ")[0]
 
 
 def relevance_map(
@@ -143,12 +149,15 @@ def _relevance(
     (perturbed, slope), (attention, pooling, tokens) = jax.grad(y, has_aux=True)(zeros)
     attention_slope, pooling_slope = stacked_weights(model, perturbed)
     cam = jnp.maximum(attention_slope * attention, 0).astype(jnp.float32).mean(axis=1)
+    relevant = identity = jnp.eye(cam.shape[-1])
+    for block in cam:
+        relevant = relevant + block @ relevant
+    gathered = relevant - identity
+    gathered = gathered / jnp.maximum(gathered.sum(axis=-1, keepdims=True), 1e-30)
     if model.has_class_token:
-        row = jnp.zeros(cam.shape[-1]).at[0].set(1)
-    elif pooling is not None:
-        row = jnp.maximum(pooling_slope * pooling, 0).astype(jnp.float32).mean(axis=0)
+        return gathered[0]
+    if pooling is not None:
+        read = jnp.maximum(pooling_slope * pooling, 0).astype(jnp.float32).mean(axis=0)
     else:
-        row = jnp.maximum((slope * tokens)[0].astype(jnp.float32).sum(axis=-1), 0)
-    for block in cam[::-1]:  # (I + A_L') ... (I + A_1'), from the left.
-        row = row + row @ block
-    return row
+        read = jnp.maximum((slope * tokens)[0].astype(jnp.float32).sum(axis=-1), 0)
+    return read @ (identity + gathered)

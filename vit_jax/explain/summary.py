@@ -70,7 +70,7 @@ def explanations(
             pooled = on_grid(tower, seen.pooling)
             heads += [(f"pooling, head {i + 1}", m) for i, m in enumerate(pooled)]
         yield Explanation(
-            os.fspath(name),
+            os.fsencode(name).decode(errors="backslashreplace"),  # It need not be text.
             view,
             seen,
             [(vit.label(c) if isinstance(c, int) else c, p) for c, p in ranked[:top]],
