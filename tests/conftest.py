@@ -26,6 +26,22 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def _chromium(tmp_path_factory):
+    from tests.browser import Browser
+
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.driver.quit()
+
+
+@pytest.fixture
+def browser(_chromium):
+    """See `tests.browser.Browser`. Tests that use it are skipped where there is none."""
+    _chromium.driver.get("about:blank")
+    return _chromium
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Writes a family's small weights, and gives the file."""

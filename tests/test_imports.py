@@ -17,6 +17,7 @@ PACKAGE = Path(vit_jax.__file__).parent
 ALLOWED = {
     "errors": set(),
     "cache": set(),
+    "page": set(),
     "models": set(),
     "checkpoints": {"models", "cache"},
     "data": {"models", "cache"},
@@ -24,15 +25,15 @@ ALLOWED = {
     "parallel": {"models"},
     "notes": {"models", "checkpoints", "data"},
     "pretrained": {"models", "checkpoints", "data", "notes", "tokenizers"},
-    "evaluation": {"models", "checkpoints", "data", "pretrained", "parallel"},
-    "explain": {"models", "checkpoints", "data", "pretrained"},
+    "evaluation": {"models", "checkpoints", "data", "pretrained", "parallel", "page"},
+    "explain": {"models", "checkpoints", "data", "pretrained", "page"},
     "training": {
         *("models", "checkpoints", "data", "notes", "pretrained"),
         *("parallel", "evaluation", "explain", "cache"),
     },
     "cli": {
         *("models", "checkpoints", "data", "cache", "pretrained", "evaluation", "explain"),
-        "training",
+        *("training", "page"),
     },
     "main": {"cli"},
     "__main__": {"cli"},

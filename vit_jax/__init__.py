@@ -1,7 +1,7 @@
 """Vision Transformers in JAX and Flax.
 
 The public names are `list_models`, `create_model`, `load` and the sub-packages `models`,
-`checkpoints`, `data`, `evaluation` and `training`.
+`checkpoints`, `data`, `evaluation`, `explain` and `training`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in ("checkpoints", "data", "evaluation", "models", "pretrained", "training"):
+    if name in ("checkpoints", "data", "evaluation", "explain", "models", "pretrained", "training"):
         return importlib.import_module(f"vit_jax.{name}")
     raise AttributeError(f"module 'vit_jax' has no attribute {name!r}")
 

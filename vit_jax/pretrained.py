@@ -137,13 +137,17 @@ class Pretrained:
         answers: list[list[tuple[str, float]]] = []
         # Memory for one batch, however many there are.
         for start in range(0, len(pictures), _BATCH):
-            batch = [preprocess(self._open(p), None) for p in pictures[start : start + _BATCH]]
+            batch = [preprocess(self.read(p), None) for p in pictures[start : start + _BATCH]]
             for row in np.asarray(jax.nn.softmax(jnp.asarray(self(np.stack(batch))))):
                 best = np.argsort(-row, kind="stable")[:top]
                 answers.append([(self.label(i), float(row[i])) for i in best])
         return answers
 
-    def _open(self, picture: str | os.PathLike | np.ndarray) -> np.ndarray:
+    def read(self, picture: str | os.PathLike | np.ndarray) -> np.ndarray:
+        """A picture as `predict` takes it, as a uint8 array (h, w, channels).
+
+        Raises UserError if it can't be read or has other channels than the network takes.
+        """
         if isinstance(picture, np.ndarray):
             if (
                 picture.dtype != np.uint8

@@ -1,0 +1,101 @@
+"""Attention as numbers. Shapes: n pictures, t tokens (the class token first, if there is one)."""
+
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.explain.network import Seen, Tower, observe, on_grid, open_tower, reading
+from vit_jax.explain.pictures import Pictures, views
+from vit_jax.pretrained import Pretrained
+
+
+def attention_maps(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+    """Whom each token attends to, in each head of each block.
+
+    Args:
+      vit: see `vit_jax.load`.
+      pictures: see `explain.pictures.views`.
+
+    Returns:
+      float32 (n, blocks, heads, t, t): a row for each token that asks; rows sum to 1.
+
+    Raises UserError if the network has no attention, or a picture can't be used.
+    """
+    tower = open_tower(vit)
+    return np.stack([observe(tower, view.pixels).attention for view in views(vit, pictures)])
+
+
+def map_attention(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+    """Where each head of the attention pooling looks (arXiv:2106.04560).
+
+    Returns:
+      float32 (n, heads, rows, columns); each map sums to 1.
+
+    Raises UserError as `attention_maps`, and if the network pools otherwise.
+    """
+    tower = open_tower(vit)
+    if tower.spec.classifier != "map":
+        raise UserError(
+            f"{tower.spec.description} has no attention pooling (its classifier is "
+            f"{tower.spec.classifier!r}): look at the rollout instead"
+        )
+    maps = [observe(tower, view.pixels).pooling for view in views(vit, pictures)]
+    return on_grid(tower, np.stack(maps))
+
+
+def rollout(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+    """How much of each patch reaches the head, if attention passes tokens on (arXiv:2005.00928).
+
+    The heads of a block are averaged to A; half of a token stays where it is, so that a block is
+    0.5 A + 0.5 I with rows made to sum to 1, and all blocks are the product of these. The row is
+    that of what the head reads: the class token, the mean of the tokens, or their mean weighed by
+    attention pooling.
+
+    Returns:
+      float32 (n, rows, columns). What is missing to a sum of 1 is the class token's.
+
+    Raises UserError as `attention_maps`.
+    """
+    tower = open_tower(vit)
+    maps = [rollout_map(tower, observe(tower, view.pixels)) for view in views(vit, pictures)]
+    return np.stack(maps)
+
+
+def rollout_map(tower: Tower, seen: Seen) -> np.ndarray:
+    """float32 (rows, columns): `rollout` of one picture."""
+    row = reading(tower, seen).astype(np.float64)
+    for heads in seen.attention[::-1]:  # From the head down: a row is cheaper than a matrix.
+        block = heads.mean(axis=0, dtype=np.float64) + np.eye(len(row))
+        row = row @ (block / block.sum(axis=1, keepdims=True))
+    return on_grid(tower, row).astype(np.float32)
+
+
+def head_maps(tower: Tower, seen: Seen, block: int = -1) -> np.ndarray:
+    """float32 (heads, rows, columns): what the token that the head reads attends to in a block.
+
+    Without class token that is all tokens, averaged as `reading` weighs them.
+    """
+    return on_grid(tower, reading(tower, seen) @ seen.attention[block])
+
+
+def attention_distance(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+    """How far each head looks (Figure 7 of arXiv:2010.11929).
+
+    The distance between the centres of two patches in pixels of the network's input, weighed by how
+    much one attends to the other, averaged over those that ask. The class token is left out, and
+    the weights of the patches are made to sum to 1.
+
+    Returns:
+      float32 (n, blocks, heads).
+
+    Raises UserError as `attention_maps`.
+    """
+    tower = open_tower(vit)
+    grid, first = tower.spec.grid_size, tower.first_patch
+    places = np.argwhere(np.ones(grid)) * tower.model.stride
+    distance = np.linalg.norm(places[:, None] - places, axis=-1)
+    result = []
+    for view in views(vit, pictures):
+        weights = observe(tower, view.pixels).attention[..., first:, first:]
+        far = (weights * distance).sum(axis=-1) / weights.sum(axis=-1).clip(1e-12)
+        result.append(far.mean(axis=-1))
+    return np.stack(result).astype(np.float32)

@@ -1,0 +1,107 @@
+"""Tokens, position embeddings and filters as numbers."""
+
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.explain.network import observe, on_grid, open_tower
+from vit_jax.explain.pictures import Pictures, views
+from vit_jax.models.vit import sincos_positions
+from vit_jax.pretrained import Pretrained
+
+
+def token_norms(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+    """The length of each patch's token after each block.
+
+    A few very long ones on plain background are no longer about their patch (arXiv:2309.16588).
+
+    Args:
+      vit: see `vit_jax.load`.
+      pictures: see `explain.pictures.views`.
+
+    Returns:
+      float32 (n, blocks, rows, columns).
+
+    Raises UserError if the network is no Vision Transformer, or a picture can't be used.
+    """
+    tower = open_tower(vit)
+    blocks = [observe(tower, view.pixels).blocks for view in views(vit, pictures)]
+    return on_grid(tower, np.linalg.norm(np.stack(blocks), axis=-1))
+
+
+def feature_pca(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+    """The encoder's patch tokens as colours: alike are those whose features are.
+
+    Red, green and blue are the first three principal components over the patches of all pictures,
+    each stretched so that its middle 98 % fill [0, 1].
+
+    Returns:
+      float32 (n, rows, columns, 3) in [0, 1].
+
+    Raises UserError as `token_norms`.
+    """
+    tower = open_tower(vit)
+    tokens = np.stack([observe(tower, view.pixels).tokens for view in views(vit, pictures)])
+    patches = tokens[:, tower.first_patch :].reshape(-1, tokens.shape[-1])
+    centred = patches - patches.mean(axis=0)
+    components = _components(centred, 3)
+    scores = np.zeros((len(centred), 3))  # Of fewer than three patches there are fewer.
+    scores[:, : len(components)] = centred @ components.T
+    low, high = np.quantile(scores, (0.01, 0.99), axis=0)
+    colours = ((scores - low) / (high - low).clip(1e-12)).clip(0, 1)
+    return colours.reshape(len(tokens), *tower.spec.grid_size, 3).astype(np.float32)
+
+
+def position_similarity(vit: Pretrained) -> np.ndarray:
+    """How alike the position embeddings of patches are (Figure 7 of arXiv:2010.11929).
+
+    Returns:
+      float32 (rows, columns, rows, columns): the cosine of the angle between those of the patch
+      that the first two indices name and that of the last two.
+
+    Raises UserError if the network is no Vision Transformer.
+    """
+    tower = open_tower(vit)
+    if tower.spec.position_embedding == "sincos2d":
+        positions = sincos_positions(tower.spec.grid_size, tower.spec.hidden_size)[0]
+    else:
+        positions = tower.params["Transformer"]["posembed_input"]["pos_embedding"][0]
+        positions = positions[tower.first_patch :]
+    vectors = np.asarray(positions, np.float64)
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+    return (vectors @ vectors.T).reshape(tower.spec.grid_size * 2).astype(np.float32)
+
+
+def embedding_filters(vit: Pretrained, count: int = 28) -> np.ndarray:
+    """The principal components of the filters that look at the pixels (Figure 7 of
+    arXiv:2010.11929): of the patch embedding, of a hybrid of its ResNet's first convolution.
+
+    Args:
+      vit: see `vit_jax.load`.
+      count: how many; fewer are returned if there are fewer.
+
+    Returns:
+      float32 (count, h, w, c) of length 1, the one with the largest variance first.
+
+    Raises UserError if the network is no Vision Transformer, or count is less than 1.
+    """
+    if count < 1:
+        raise UserError(f"count is {count}, expected at least 1")
+    tower = open_tower(vit)
+    kernel = tower.params["embedding" if tower.spec.resnet is None else "conv_root"]["kernel"]
+    filters = np.moveaxis(np.asarray(kernel, np.float64), -1, 0)
+    if tower.spec.resnet is not None:  # As they are used, see `models.resnet.StdConv`.
+        filters = filters - filters.mean(axis=(1, 2, 3), keepdims=True)
+        filters /= filters.std(axis=(1, 2, 3), keepdims=True).clip(1e-12)
+    flat = filters.reshape(len(filters), -1)
+    components = _components(flat - flat.mean(axis=0), count)
+    return components.reshape(-1, *filters.shape[1:]).astype(np.float32)
+
+
+def _components(rows: np.ndarray, count: int) -> np.ndarray:
+    """(count, d): principal components of centred rows (n, d), their largest entries positive."""
+    _, _, components = np.linalg.svd(rows, full_matrices=False)
+    components = components[:count]
+    largest = np.take_along_axis(
+        components, np.abs(components).argmax(axis=1, keepdims=True), axis=1
+    )
+    return components * np.where(largest < 0, -1, 1)
