@@ -48,7 +48,8 @@ th:first-child, td:first-child { text-align: left } thead th { position: sticky;
   background: var(--back); z-index: 1 }
 button, input, select { font: inherit; color: inherit; background: var(--soft);
   border: 1px solid var(--line); border-radius: .3rem; padding: .15rem .5rem }
-@media (max-width: 30rem) { th, td { padding: .2rem .35rem } th button { padding: .15rem .2rem } }
+@media (max-width: 30rem) { table { font-size: .875rem } th, td { padding: .2rem .3rem }
+  th button { padding: .15rem .2rem } }
 th button { border: 0; font-weight: 600; cursor: pointer; white-space: nowrap }
 th[aria-sort=ascending] button::after { content: " \\25b2" }
 th[aria-sort=descending] button::after { content: " \\25bc" }

@@ -1,6 +1,7 @@
 """`vit-jax report WORKDIR`: how a training run went, as a page and a picture."""
 
 import argparse
+from typing import Any
 
 
 def add_parser(subparsers) -> None:
@@ -29,8 +30,6 @@ def run(args: argparse.Namespace) -> None:
     import json
     from pathlib import Path
 
-    import numpy as np
-
     from vit_jax.evaluation.report import write_report
     from vit_jax.page import kind_of
     from vit_jax.training.review import review
@@ -46,18 +45,19 @@ def run(args: argparse.Namespace) -> None:
     if not args.json:
         print("\n".join(filter(None, (report.title, report.note, f"see {' and '.join(files)}"))))
         return
-    answer = {"title": report.title, "note": report.note, "files": files}
+    answer: dict[str, Any] = {"title": report.title, "note": report.note, "files": files}
     if scores:
-        columns = {"recall": scores.per_class, "precision": scores.precision}
-        values = {k: [None if np.isnan(x) else float(x) for x in v] for k, v in columns.items()}
-        counts = scores.confusion.sum(axis=1).tolist()
-        error = scores.calibration.error
         answer |= {n: getattr(scores, n) for n in ("count", "skipped", "top1", "top5", "loss")}
-        answer["calibration_error"] = None if np.isnan(error) else error
+        answer["calibration_error"] = scores.calibration.error
+        counts = scores.confusion.sum(axis=1)
+        columns = {"count": counts, "recall": scores.per_class, "precision": scores.precision}
+        values = zip(report.labels, *(column.tolist() for column in columns.values()), strict=True)
         answer["per_class"] = [
-            {"label": label, "count": count, "recall": recall, "precision": precision}
-            for label, count, recall, precision in zip(
-                report.labels, counts, values["recall"], values["precision"], strict=True
-            )
+            _finite(dict(zip(("label", *columns), row, strict=True))) for row in values
         ]
-    print(json.dumps(answer, indent=1))
+    print(json.dumps(_finite(answer), indent=1))
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """With None for NaN, which JSON doesn't know."""
+    return {k: None if v != v else v for k, v in values.items()}

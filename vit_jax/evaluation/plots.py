@@ -121,7 +121,7 @@ def draw_confusion(figure: "FigureBase", confusion: np.ndarray, names: Sequence[
     k, total = len(names), int(confusion.sum())
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = ax.imshow(share, cmap="Blues", norm=_color_scale(k), interpolation_stage="data")
-    shown = np.arange(0, k, math.ceil(k / NAMED_CLASSES))
+    shown = range(0, k, math.ceil(k / NAMED_CLASSES))
     size = min(10.0, max(5.5, 260 / len(shown)))
     ticks = [elide(names[i], 22) for i in shown]
     ax.set_xticks(shown, ticks, fontsize=size, rotation=90 if k > 10 else 45, parse_math=False)
@@ -190,8 +190,8 @@ def draw_classes(ax: "Axes", scores: Scores, names: Sequence[str]) -> None:
     worst = there[np.argsort(scores.per_class[there], kind="stable")][:LISTED_CLASSES]
     rows = np.arange(len(worst))
     ax.plot(scores.per_class[worst], rows, "o", color=TRAIN, label="recall", clip_on=False)
-    precision = dict(marker="D", markerfacecolor="none", linestyle="", label="precision")
-    ax.plot(scores.precision[worst], rows, color=TEST, clip_on=False, **precision)
+    (line,) = ax.plot(scores.precision[worst], rows, "D", color=TEST, clip_on=False)
+    line.set(markerfacecolor="none", label="precision")
     ticks = [elide(names[i], 18) for i in worst]
     ax.set_yticks(rows, ticks, fontsize=9, parse_math=False)
     ax.set(xlim=(0, 1), ylim=(max(len(worst), 1) - 0.5, -0.5))

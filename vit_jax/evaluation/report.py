@@ -212,8 +212,8 @@ def _write_settings(figure: "SubFigure", report: Report) -> None:
         elide("".join(c if c.isprintable() else "?" for c in x), SETTINGS_CHARS) for x in lines
     ]
     text = "\n".join(shown)
-    style = dict(family="monospace", fontsize=7.5, va="top", parse_math=False)
-    ax.text(0, 1, text, transform=ax.transAxes, **style).set_in_layout(False)
+    drawn = ax.text(0, 1, text, transform=ax.transAxes, family="monospace", fontsize=7.5, va="top")
+    drawn.set(parse_math=False, in_layout=False)
 
 
 def _draw_pictures(figure: "SubFigure", examples: Sequence[Example], rows: int) -> None:

@@ -1,6 +1,6 @@
 """A report as a page of HTML that stands alone: report.html."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,7 @@ dl.tiles dd { margin: 0; font-size: 1.3rem; font-weight: 600 } dl.tiles dt { col
 .matrix thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;
   position: static; vertical-align: bottom }
 .matrix thead th:first-child { writing-mode: initial; transform: none }
+.wide:has(.cells) { max-height: none }
 .cells { position: relative; cursor: crosshair; border: 1px solid var(--line) }
 .cells img { width: 100%; max-width: none; image-rendering: pixelated }
 .cells i { position: absolute; outline: 2px solid var(--bad); display: none; pointer-events: none }
@@ -93,22 +94,21 @@ def _summary(scores: Scores) -> str:
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
-    drawn = [
-        f"<figure>{_drawing(lambda f, d=draw: d(f.subplots()), f'Curve: {name} by step', 2.4)}"
-        "</figure>"
-        for name, draw in panels(metrics).items()
-    ]
-    return f'<h2>Curves</h2><div class="grid">{"".join(drawn)}</div>' if drawn else ""
+    drawn = ""
+    for name, draw in panels(metrics).items():
+        figure = _figure(2.4)
+        draw(figure.subplots())
+        drawn += f"<figure>{page.drawing(figure, f'Curve: {name} by step')}</figure>"
+    return f'<h2>Curves</h2><div class="grid">{drawn}</div>' if drawn else ""
 
 
-def _drawing(draw: Callable[["Figure"], None], alt: str, height: float) -> str:
+def _figure(height: float) -> "Figure":
+    """As wide as a phone: there it is shown in its own size."""
     from matplotlib.figure import Figure
 
-    # As wide as a phone: there it is shown in its own size.
     figure = Figure(figsize=(4, height))
     figure.set_layout_engine("constrained")
-    draw(figure)
-    return page.drawing(figure, alt)
+    return figure
 
 
 def _confusion(scores: Scores, labels: Sequence[str]) -> str:
@@ -153,7 +153,10 @@ def _table_matrix(counts: np.ndarray, share: np.ndarray, labels: Sequence[str]) 
 
 
 def _picture_matrix(counts: np.ndarray, share: np.ndarray, labels: Sequence[str]) -> str:
-    k = len(labels)
+    # Those that occur: of 1,000 classes and few pictures, each cell can still be seen.
+    there = np.flatnonzero(counts.sum(axis=0) + counts.sum(axis=1))
+    counts, share = counts[np.ix_(there, there)], share[np.ix_(there, there)]
+    k = len(there)
     # A square root, so that rare mistakes are seen; what is transparent has the page's colour.
     pixels = np.full((k, k, 4), (40, 125, 215, 0), np.uint8)
     pixels[..., 3] = np.ceil(255 * np.sqrt(share))
@@ -164,7 +167,7 @@ def _picture_matrix(counts: np.ndarray, share: np.ndarray, labels: Sequence[str]
         f'<div class="cells" style="min-width: {k}px" tabindex="0" role="group" '
         f'aria-label="{alt}">{page.picture(pixels, alt)}<i></i></div></div>'
         '<output aria-live="polite">Point at a cell, or move over them by the arrow keys.</output>'
-        + page.data("confusion", {"names": [*map(str, labels)], "counts": rows})
+        + page.data("confusion", {"names": [labels[i] for i in there.tolist()], "counts": rows})
     )
 
 
@@ -188,7 +191,7 @@ def _classes(scores: Scores, labels: Sequence[str]) -> str:
 
 def _calibration(scores: Scores) -> str:
     calibration = scores.calibration
-    ends = [f"{100 * m / BINS:.0f}-{(m + 1) / BINS:.0%}" for m in range(BINS)]
+    ends = [f"{100 * m / BINS:.0f}\u2011{(m + 1) / BINS:.0%}" for m in range(BINS)]
     values = zip(
         ends,
         calibration.count.tolist(),
@@ -199,12 +202,14 @@ def _calibration(scores: Scores) -> str:
     heads = ("bin", "pictures", "confidence", "right")
     table = page.table(heads, [row for row in values if row[1]], name="Calibration")
     alt = f"Reliability diagram; expected calibration error {calibration.error:.1%}"
-    drawn = _drawing(lambda figure: draw_reliability(figure, calibration), alt, 3.6)
+    figure = _figure(3.6)
+    draw_reliability(figure, calibration)
     return (
         f"<h2>Calibration</h2><p class=dim>How often predictions are right, by how sure they are: "
         f"{BINS} bins of equal width. On the dashed line the network is as good as it says. The "
-        f"expected calibration error is the mean distance from it, over all pictures "
-        f"(arXiv:1706.04599).</p><div class=grid><figure>{drawn}</figure><div>{table}</div></div>"
+        "expected calibration error is the mean distance from it, over all pictures "
+        f"(arXiv:1706.04599).</p><div class=grid><figure>{page.drawing(figure, alt)}</figure>"
+        f"<div>{table}</div></div>"
     )
 
 
