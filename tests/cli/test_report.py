@@ -82,7 +82,7 @@ def test_a_run_whose_pictures_have_several_labels(tmp_path, capsys):
     photos = write_pictures(tmp_path / "photos", 4, size=12)
     rows = ["path,label,split"]
     for i, path in enumerate(sorted(photos.glob("*/*.jpg"))):
-        labels = ("bright;odd", "dark", "")[i % 3]
+        labels = ("bright;odd", "dark", "odd")[i // 2 % 3]
         rows.append(f"{path},{labels},{'test' if i % 2 else 'train'}")
     table = tmp_path / "table.csv"
     table.write_text("\n".join(rows) + "\n")

@@ -57,7 +57,7 @@ def test_all_parts_are_there(shown):
     browser = shown(metrics=curves(), examples=pictures_of(3, n=40), note="A word more.")
     assert texts(browser, "h2") == [
         *("Curves", "Confusion matrix", "Most frequent confusions", "Classes", "Calibration"),
-        *("Mistakes: all", "Configuration", "Environment"),
+        *("Mistakes: the 13 most confident of 1,360", "Configuration", "Environment"),
     ]
     names = browser.run("return [...document.querySelectorAll('svg')].map(e => e.ariaLabel)")
     assert [name.split(";")[0] for name in names] == [

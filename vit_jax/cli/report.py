@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     import json
     from pathlib import Path
 
+    from vit_jax.errors import UserError
     from vit_jax.evaluation.report import write_report
     from vit_jax.page import kind_of
     from vit_jax.training.review import review
@@ -37,7 +38,9 @@ def run(args: argparse.Namespace) -> None:
 
     folder = Path(args.workdir)
     paths = [Path(args.out)] if args.out else [folder / PAGE, folder / REPORT]
-    kind_of(paths[0])  # Before the work.
+    kind_of(paths[0])  # What can't be written is told before the work.
+    if args.out and not paths[0].parent.is_dir():
+        raise UserError(f"{args.out}: there is no folder {paths[0].parent}: make it first")
     report = review(folder, batch_size=args.batch)
     for path in paths:
         write_report(report, path)

@@ -189,9 +189,11 @@ def draw_classes(ax: "Axes", scores: Scores, names: Sequence[str]) -> None:
     there = np.flatnonzero(scores.confusion.sum(axis=1))
     worst = there[np.argsort(scores.per_class[there], kind="stable")][:LISTED_CLASSES]
     rows = np.arange(len(worst))
-    ax.plot(scores.per_class[worst], rows, "o", color=TRAIN, label="recall", clip_on=False)
-    (line,) = ax.plot(scores.precision[worst], rows, "D", color=TEST, clip_on=False)
-    line.set(markerfacecolor="none", label="precision")
+    (recall,) = ax.plot(scores.per_class[worst], rows, "o", color=TRAIN, label="recall")
+    (precision,) = ax.plot(scores.precision[worst], rows, "D", color=TEST, label="precision")
+    precision.set(markerfacecolor="none")
+    for line in (recall, precision):
+        line.set(clip_on=False, in_layout=False)  # Lines without a point would upset the layout.
     ticks = [elide(names[i], 18) for i in worst]
     ax.set_yticks(rows, ticks, fontsize=9, parse_math=False)
     ax.set(xlim=(0, 1), ylim=(max(len(worst), 1) - 0.5, -0.5))

@@ -71,6 +71,7 @@ class Report:
       examples: see `choose_examples`.
       config: the fields of the configuration by their full names; defaults: likewise.
       environment: see `environment`.
+      multi_label: whether a picture may have several classes.
       note: what else is to be said.
     """
 
@@ -82,6 +83,7 @@ class Report:
     config: Mapping[str, Any]
     defaults: Mapping[str, Any]
     environment: Mapping[str, str]
+    multi_label: bool = False
     note: str = ""
 
     @property

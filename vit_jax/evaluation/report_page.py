@@ -73,7 +73,7 @@ def page_of(report: Report) -> bytes:
     note = f"<p><strong>{page.escape(report.note)}</strong></p>" if report.note else ""
     parts = [note, _curves(report.metrics)]
     if report.scores:
-        parts = [_summary(report.scores), *parts, _confusion(report.scores, report.labels)]
+        parts = [_summary(report.scores), *parts, _confusion(report, report.scores.confusion)]
         parts += [_classes(report.scores, report.labels), _calibration(report.scores)]
         parts += [_mistakes(report.scores, [e for e in report.examples if not e.right])]
     parts += [_settings(report)]
@@ -111,12 +111,12 @@ def _figure(height: float) -> "Figure":
     return figure
 
 
-def _confusion(scores: Scores, labels: Sequence[str]) -> str:
-    counts = scores.confusion
+def _confusion(report: Report, counts: np.ndarray) -> str:
+    labels = report.labels
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     several = (
         " Of a picture's several classes the likeliest counts as the true one."
-        if counts.sum() < scores.count
+        if report.multi_label
         else ""
     )
     few = len(labels) <= TABLE_CLASSES

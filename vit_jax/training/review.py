@@ -47,6 +47,7 @@ def make_report(
         config=flatten(config),
         defaults=flatten(default_config()),
         environment=environment(),
+        multi_label=bool(test and test.multi_label),
         note=note,
     )
 
