@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all notebooks test-notebooks lint clean
 
 demo: $(STAMP)  ## Train on handwritten digits, then look at the result.
 	$(BIN)/vit-jax train --config=digits --workdir=runs/digits
@@ -15,6 +15,12 @@ test: $(STAMP)  ## The tests, without the minutes-long ones.
 
 test-all: $(STAMP)  ## Every test.
 	$(BIN)/pytest
+
+notebooks: $(STAMP)  ## Run the notebooks and keep what they show in their files.
+	$(BIN)/python scripts/run_notebooks.py --write
+
+test-notebooks: $(STAMP)  ## Run the notebooks and change nothing.
+	$(BIN)/python scripts/run_notebooks.py
 
 lint: $(STAMP)  ## Style, format and types.
 	$(BIN)/ruff check .
