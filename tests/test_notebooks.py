@@ -48,7 +48,9 @@ def test_it_begins_with_a_title_its_own_badge_and_one_cell_that_installs(path, n
 
 
 def test_one_switch_is_set_at_the_top(notebook):
-    cells = [i for i, c in enumerate(code_of(notebook)) if re.search(r"^OFFLINE = ", c.source, re.M)]
+    cells = [
+        i for i, c in enumerate(code_of(notebook)) if re.search(r"^OFFLINE = ", c.source, re.M)
+    ]
     assert cells == [1]
 
 
@@ -61,7 +63,7 @@ def test_it_was_run_in_order_without_an_error_and_says_on_what(notebook):
 
 def test_it_shows_pictures_and_stays_small(path, notebook):
     shown = [o for c in code_of(notebook) for o in c.outputs if "image/png" in o.get("data", {})]
-    assert len(shown) >= 3
+    assert len(shown) >= 2
     assert path.stat().st_size < 400_000
 
 
