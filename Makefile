@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo test test-all chaos lint clean
+.PHONY: demo test test-all chaos notebooks test-notebooks lint clean
 
 demo: $(STAMP)  ## Train on handwritten digits, then look at the result.
 	$(BIN)/vit-jax train --config=digits --workdir=runs/digits
@@ -18,6 +18,12 @@ test-all: $(STAMP)  ## Every test.
 
 chaos: $(STAMP)  ## 50 random faults over a run of two processes (half an hour).
 	$(BIN)/python tests/chaos/chaos.py --faults=50
+
+notebooks: $(STAMP)  ## Run the notebooks and keep what they show in their files.
+	$(BIN)/python scripts/run_notebooks.py --write
+
+test-notebooks: $(STAMP)  ## Run the notebooks and change nothing.
+	$(BIN)/python scripts/run_notebooks.py
 
 lint: $(STAMP)  ## Style, format and types.
 	$(BIN)/ruff check .
