@@ -6,7 +6,7 @@ threads at once, and nested threads only slow each other down.
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import cv2
@@ -30,7 +30,16 @@ _SIGNATURES = {
 }
 
 
-def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarray:
+Part = tuple[int, int, int, int]  # (top, left, height, width)
+
+
+def decode(
+    data: bytes,
+    *,
+    channels: int = 3,
+    name: str = "picture",
+    part: Callable[[tuple[int, int]], Part] | None = None,
+) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP, BMP or GIF file.
 
     The EXIF orientation is applied. Of an animation, the first frame counts. Alpha is dropped, as
@@ -42,9 +51,11 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
       data: the content of the file.
       channels: 3 for RGB, 1 for grey.
       name: what errors call the picture, usually its path.
+      part: (h, w) of the picture -> the part of it that is wanted; by default all of it. Most
+        JPEGs are decoded no further down.
 
     Returns:
-      uint8 array (h, w, channels).
+      uint8 array (h, w, channels), of a part perhaps a view of more.
 
     Raises:
       UserError: the data is empty, damaged, truncated, no picture, or one of more than MAX_PIXELS,
@@ -59,7 +70,7 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
             f"{name}: not a picture (starts with {data[:8]!r}), expected JPEG, PNG, WebP, BMP or "
             "GIF; replace or remove it"
         )
-    image = None
+    image: np.ndarray | None = None
     # Zeros in place of a JPEG's second half are, to a decoder, a picture.
     if kind == "JPEG" and not _jpeg_ends(data):
         data = b""
@@ -71,14 +82,25 @@ def decode(data: bytes, *, channels: int = 3, name: str = "picture") -> np.ndarr
             f"{name}: a {kind} picture of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
             "at most; make it smaller or remove it"
         )
-    if data:
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
-        except cv2.error:  # e.g. absurd dimensions in the header
-            image = None
+    window = part((height, width)) if part and kind == "JPEG" and _is_plain_jpeg(data) else None
+    if window:
+        image = _imdecode(_jpeg_rows(data, window[0] + window[2]), flag)
+    if image is None:
+        image = _imdecode(data, flag)
     if image is None:
         raise UserError(f"{name}: truncated or damaged {kind} file; replace or remove it")
-    return image.reshape(*image.shape[:2], channels)
+    image = image.reshape(*image.shape[:2], channels)
+    if part:
+        top, left, high, wide = window or part(image.shape[:2])
+        image = image[top : top + high, left : left + wide]
+    return image
+
+
+def _imdecode(data: bytes | bytearray, flag: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flag) if data else None
+    except cv2.error:  # e.g. absurd dimensions in the header
+        return None
 
 
 def _announced_size(data: bytes, kind: str) -> tuple[int, int]:
@@ -126,6 +148,30 @@ def _jpeg_ends(data: bytes) -> bool:
     """Whether an end marker follows the first scan; thumbnails in the header have their own."""
     scans = (start for marker, start in _jpeg_segments(data) if marker == 0xDA)
     return data.rfind(b"\xff\xd9") >= next(scans, 0)  # Found at once at the end of a whole file.
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether a JPEG is one scan from top to bottom, without restarts or an orientation."""
+    start = dict(_jpeg_segments(data))
+    # Baseline; the scan has all components of the frame. EXIF is in 0xE1, restarts are in 0xDD.
+    plain = 0xC0 in start and 0xDA in start and not {0xDD, 0xE1} & start.keys()
+    return plain and data[start[0xC0] + 9] == data[start[0xDA] + 4]
+
+
+def _jpeg_rows(data: bytes, bottom: int) -> bytes | bytearray:
+    """A JPEG of the rows of a plain JPEG down to `bottom`: OpenCV can't be told to stop there.
+
+    A smaller height in the header makes it stop. It would then look for the end marker and complain
+    of what is before that, on stderr; without one it gives up in silence.
+    """
+    start = dict(_jpeg_segments(data))[0xC0] + 5
+    # Colours of half the resolution are interpolated with those of the next row but one.
+    height = bottom + 2
+    if height >= int.from_bytes(data[start : start + 2], "big"):
+        return data
+    rows = bytearray(data[: data.rfind(b"\xff\xd9")])
+    rows[start : start + 2] = height.to_bytes(2, "big")
+    return rows + bytes(16)  # Some bytes are read ahead.
 
 
 def _plain_png(data: bytes) -> bytes:
@@ -180,17 +226,22 @@ def shrink(image: np.ndarray, side: int) -> np.ndarray:
     return smaller.reshape(height, width, image.shape[2])
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray, size: tuple[int, int], *, rounded: bool = False) -> np.ndarray:
     """Bilinear resizing with half-pixel centres and no antialiasing, as `tf.image.resize`.
 
     Args:
       image: (h, w, c), uint8 or float32, c at most 4.
       size: (height, width) of the result.
+      rounded: to whole grey levels.
 
     Returns:
-      float32 array (height, width, c), not rounded.
+      array (height, width, c), float32 or, if rounded, uint8.
     """
     height, width = size
+    if rounded and image.dtype == np.uint8 and image.shape[0] <= 2 * height:
+        # OpenCV computes 16 bits in floats, too, and rounds those; it takes two thirds of the time.
+        levels = cv2.resize(image.astype(np.uint16), (width, height))
+        return levels.astype(np.uint8).reshape(height, width, image.shape[2])
     if image.shape[0] > 2 * height:
         # Of a large picture few rows count: only those become floats, which takes the most time.
         rows = (np.arange(height) + 0.5) * (image.shape[0] / height) - 0.5
@@ -199,5 +250,12 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         image = image[above] * (1 - weight) + image[above + 1] * weight
     # Floats first: OpenCV rounds the result of an integer image to integers.
     pixels = np.ascontiguousarray(image, np.float32)
-    resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
-    return resized.reshape(height, width, image.shape[2])
+    resized = cv2.resize(pixels, (width, height)).reshape(height, width, image.shape[2])
+    return whole_levels(resized) if rounded else resized
+
+
+def whole_levels(image: np.ndarray) -> np.ndarray:
+    """The picture as uint8, contiguous; floats of 0 and more are rounded, and cut off at 255."""
+    if image.dtype != np.uint8:
+        return cv2.convertScaleAbs(image).reshape(image.shape)
+    return np.ascontiguousarray(image)

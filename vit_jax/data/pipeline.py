@@ -1,17 +1,19 @@
 """Batches: what training step t sees is a pure function of (seed, t).
 
-Grain gives the order, an index shuffle, and the reading threads. Nothing here remembers a
+Grain gives the order, an index shuffle, and the worker processes. Nothing here remembers a
 position: to resume at step t, start at step t.
 """
 
 import functools
-import itertools
 import logging
 import os
 import signal
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -79,8 +81,8 @@ def train_batches(
     if start_step < 0:
         raise UserError(f"start_step is {start_step}, expected 0 or more")
     read = functools.partial(_training_row, reader, len(source), seed)
-    chunks = _Chunks(read, batch_size, first, rows, start_step)
-    return _batches(chunks, reader, ("image", "label"), prefetch, threads, workers)
+    batches = _Batches(reader, read, ("image", "label"), batch_size, first, rows, start_step)
+    return _stream(batches, prefetch, threads, workers)
 
 
 def eval_batches(
@@ -114,8 +116,9 @@ def eval_batches(
             "result; remove the random operations from the evaluation's"
         )
     steps = -(-len(source) // batch_size)
-    chunks = _Chunks(reader.read_or_blank, batch_size, first, rows, 0, steps)
-    return _batches(chunks, reader, ("image", "label", "mask", "index"), prefetch, threads)
+    keys = ("image", "label", "mask", "index")
+    batches = _Batches(reader, reader.read_or_blank, keys, batch_size, first, rows, 0, steps)
+    return _stream(batches, prefetch, threads)
 
 
 def _training_row(reader: "_Reader", count: int, seed: int, position: int) -> "_Row":
@@ -167,7 +170,8 @@ class _Reader:
         if index in self._unreadable:
             return None, None, index
         try:
-            example = self._source[index]
+            part = functools.partial(self._preprocess.part, rng=rng)
+            example = self._source.example(index, part)
         except UserError as error:
             if not self._skip:
                 raise
@@ -176,71 +180,96 @@ class _Reader:
                 _log.warning("Skipping %s", error)
             return None, None, index
         try:
-            return self._preprocess(example["image"], rng), example["label"], index
+            image = self._preprocess(example["image"], rng, cut=True)
+            return image, example["label"], index
         except UserError as error:
             raise UserError(f"{self._source.describe(index)}: {error}") from None
 
-    def stack(self, values: Sequence[_Row]) -> Batch:
-        """Makes a batch, with zeros for missing images."""
-        found = [image for image, _, _ in values if image is not None]
-        if len(found) < len(values):
-            blank = np.zeros_like(found[0]) if found else self.blank()
-        filled = [blank if image is None else image for image, _, _ in values]
-        shapes = {image.shape: index for image, (_, _, index) in zip(filled, values, strict=True)}
-        if len(shapes) > 1:
-            (one, i), (other, j) = list(shapes.items())[:2]
+    def check_size(self, one: int, shape: tuple, other: int, size: tuple) -> None:
+        if size != shape:
             raise UserError(
-                f"preprocessing {self._preprocess.spec!r} gives pictures of several sizes, {one} "
-                f"for {self._source.describe(i)} and {other} for {self._source.describe(j)}; "
+                f"preprocessing {self._preprocess.spec!r} gives pictures of several sizes, {shape} "
+                f"for {self._source.describe(one)} and {size} for {self._source.describe(other)}; "
                 "expected one size: add resize(...) or a crop"
             )
-        return {
-            "image": np.stack(filled),
-            "label": self._labels([label for _, label, _ in values]),
-            "mask": np.array([image is not None for image, _, _ in values]),
-            "index": np.array([index for _, _, index in values], np.int32),
-        }
 
-    def _labels(self, labels: Sequence[Any]) -> np.ndarray:
+    def labels(self, labels: list[Any]) -> np.ndarray:
         if not self._source.multi_label:
             return np.array([0 if label is None else label for label in labels], np.int32)
         none = np.zeros(len(self._source.labels), np.float32)
         return np.stack([none if label is None else label for label in labels])
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """One host's part of each batch, some rows at a time, so that they share what Grain costs.
+class _Filling:
+    """A batch that threads fill, each other rows: their pictures are copied once."""
 
-    The part is contiguous: a row's place in the global batch is the same for any number of hosts.
+    def __init__(self, reader: _Reader, rows: int):
+        self._reader = reader
+        self._lock = threading.Lock()
+        self._images: np.ndarray | None = None
+        self._labels: list[Any] = [None] * rows
+        self._mask = np.zeros(rows, bool)
+        self._index = np.full(rows, -1, np.int32)
+
+    def put(self, row: int, image: np.ndarray | None, label: Any, index: int) -> None:
+        self._labels[row], self._index[row] = label, index
+        if image is None:
+            return
+        with self._lock:
+            if self._images is None:
+                self._images = np.empty((len(self._mask), *image.shape), image.dtype)
+                self._first = index
+        self._reader.check_size(self._first, self._images.shape[1:], index, image.shape)
+        self._images[row] = image
+        self._mask[row] = True
+
+    def batch(self) -> Batch:
+        """With zeros for missing images."""
+        if self._images is None:
+            blank = self._reader.blank()
+            self._images = np.empty((len(self._mask), *blank.shape), blank.dtype)
+        self._images[~self._mask] = 0
+        labels = self._reader.labels(self._labels)
+        return {"image": self._images, "label": labels, "mask": self._mask, "index": self._index}
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """One host's part of each batch. Contiguous: a row's place in the global batch is the same for
+    any number of hosts.
 
     Attributes:
       read: the example at a position of the stream that all hosts share.
+      keys: what of a batch is wanted.
       batch_size: rows of a whole batch; first, rows: where this host's part begins, and its length.
       start_step, steps: the batches that there are.
     """
 
+    reader: _Reader
     read: Callable[[int], _Row]
+    keys: tuple[str, ...]
     batch_size: int
     first: int
     rows: int
     start_step: int
     steps: int = 2**40  # No end.
-    together: int = 16
-
-    @property
-    def per_batch(self) -> int:
-        """How many chunks make a batch."""
-        return -(-self.rows // self.together)
 
     def __len__(self) -> int:
-        return self.steps * self.per_batch
+        return self.steps
 
-    def __getitem__(self, element: int) -> list[_Row]:
-        step, chunk = divmod(element, self.per_batch)
+    def __getitem__(self, step: int) -> Batch:
+        filling = _Filling(self.reader, self.rows)
+        self.fill(filling, step, range(self.rows))
+        return self.finish(filling)
+
+    def fill(self, filling: _Filling, step: int, rows: range) -> None:
         begin = (self.start_step + step) * self.batch_size + self.first
-        low, high = (c * self.rows // self.per_batch for c in (chunk, chunk + 1))
-        return [self.read(begin + i) for i in range(low, high)]
+        for row in rows:
+            filling.put(row, *self.read(begin + row))
+
+    def finish(self, filling: _Filling) -> Batch:
+        batch = filling.batch()
+        return {key: batch[key] for key in self.keys}
 
 
 def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
@@ -255,13 +284,8 @@ def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
     return host * rows, rows
 
 
-def _batches(
-    chunks: _Chunks,
-    reader: _Reader,
-    keys: tuple[str, ...],
-    prefetch: int,
-    threads: int | None,
-    workers: int = 0,
+def _stream(
+    batches: _Batches, prefetch: int, threads: int | None, workers: int = 0
 ) -> Iterator[Batch]:
     if threads is None:
         # A container or a job may have been given fewer CPUs than the machine has.
@@ -271,25 +295,39 @@ def _batches(
         raise UserError(
             f"threads is {threads} and prefetch is {prefetch}, expected 1 or more of each"
         )
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain asks absl, which doesn't know our options.
-            flags.FLAGS.mark_as_parsed()
-        whole = replace(chunks, together=chunks.rows)  # Each worker makes every n-th batch.
-        stacked = (
-            grain.MapDataset.source(whole)
-            .map(reader.stack)
-            .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        )
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-        return _closing(iter(stacked.mp_prefetch(options)), keys, shared=True)
-    read_ahead = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=prefetch * chunks.per_batch
-    )
-    some = grain.MapDataset.source(chunks).to_iter_dataset(read_ahead)
-    stacked = some.batch(chunks.per_batch, batch_fn=lambda c: reader.stack([*itertools.chain(*c)]))
-    # One more thread keeps a finished batch at hand: stacking a large one takes a while.
-    ready = grain.experimental.ThreadPrefetchIterDataset(stacked, prefetch_buffer_size=1)
-    return _closing(iter(ready), keys)
+    if not workers:
+        return _by_threads(batches, prefetch, threads)
+    if not flags.FLAGS.is_parsed():  # Grain asks absl, which doesn't know our options.
+        flags.FLAGS.mark_as_parsed()
+    here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
+    made = grain.MapDataset.source(batches).to_iter_dataset(here).mp_prefetch(options)
+    return _by_workers(iter(made))  # Each worker makes every n-th batch.
+
+
+def _by_threads(batches: _Batches, prefetch: int, threads: int) -> Iterator[Batch]:
+    """Fills `prefetch` batches while one is used, a few rows at a time, in order."""
+    some = min(-(-batches.rows // threads), 8)
+    pool = ThreadPoolExecutor(threads, "vit_jax.data")
+    ahead: deque[tuple[_Filling, list[Future]]] = deque()
+    begun = 0
+    try:
+        while True:
+            while begun < len(batches) and len(ahead) <= prefetch:
+                filling = _Filling(batches.reader, batches.rows)
+                rows = [range(i, min(i + some, batches.rows)) for i in range(0, batches.rows, some)]
+                ahead.append(
+                    (filling, [pool.submit(batches.fill, filling, begun, r) for r in rows])
+                )
+                begun += 1
+            if not ahead:
+                return
+            filling, parts = ahead.popleft()
+            for part in parts:
+                part.result()
+            yield batches.finish(filling)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _next_of_workers(batches: Any) -> Any:
@@ -306,9 +344,8 @@ def _next_of_workers(batches: Any) -> Any:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _closing(batches: Any, keys: tuple[str, ...], *, shared: bool = False) -> Iterator[Batch]:
-    """Passes batches on, and stops their threads when the consumer is gone."""
-    following = _next_of_workers if shared else lambda batches: next(batches, None)
+def _by_workers(batches: Any) -> Iterator[Batch]:
+    """Passes batches on, and stops the processes when the consumer is gone."""
     running = [batches]
     del batches  # `stop` must drop the last reference
 
@@ -318,9 +355,9 @@ def _closing(batches: Any, keys: tuple[str, ...], *, shared: bool = False) -> It
 
     def stream() -> Iterator[Batch]:
         try:
-            while running and (batch := following(running[0])) is not None:
-                # Copied where workers share memory, which goes back to them so.
-                yield {key: np.array(batch[key]) if shared else batch[key] for key in keys}
+            while running and (batch := _next_of_workers(running[0])) is not None:
+                # Copied: the memory goes back to them.
+                yield {key: np.array(value) for key, value in batch.items()}
         finally:
             stop()
 
