@@ -20,7 +20,7 @@ from vit_jax.errors import UserError
 
 Size = tuple[int, int]  # (height, width); written 224 or (224, 192)
 Pixels = NewType("Pixels", int)
-Apply = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Apply = Callable[..., np.ndarray]  # (image, rng), and rounded=True where `Step` says so
 Choose = Callable[[tuple[int, int], np.random.Generator], pictures.Part]
 
 KEPT: Size = (-1, -1)

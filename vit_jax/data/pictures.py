@@ -6,12 +6,13 @@ threads at once, and nested threads only slow each other down.
 
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import cv2
 import numpy as np
 
+from vit_jax.data import jpeg
 from vit_jax.errors import UserError
 
 cv2.setNumThreads(0)
@@ -70,21 +71,23 @@ def decode(
             f"{name}: not a picture (starts with {data[:8]!r}), expected JPEG, PNG, WebP, BMP or "
             "GIF; replace or remove it"
         )
-    image: np.ndarray | None = None
-    # Zeros in place of a JPEG's second half are, to a decoder, a picture.
-    if kind == "JPEG" and not _jpeg_ends(data):
+    header = jpeg.read_header(data) if kind == "JPEG" else None
+    if (
+        header and not header.ends
+    ):  # Zeros in place of the second half are, to a decoder, a picture.
         data = b""
     elif kind == "PNG":
         data = _plain_png(data)
-    height, width = _announced_size(data, kind)
+    height, width = header.size if header else _announced_size(data, kind)
     if height * width > MAX_PIXELS:
         raise UserError(
             f"{name}: a {kind} picture of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
             "at most; make it smaller or remove it"
         )
-    window = part((height, width)) if part and kind == "JPEG" and _is_plain_jpeg(data) else None
-    if window:
-        image = _imdecode(_jpeg_rows(data, window[0] + window[2]), flag)
+    window = image = None
+    if part and header and header.plain:
+        window = part((height, width))
+        image = _imdecode(jpeg.upper_rows(data, header, window[0] + window[2]), flag)
     if image is None:
         image = _imdecode(data, flag)
     if image is None:
@@ -123,55 +126,7 @@ def _announced_size(data: bytes, kind: str) -> tuple[int, int]:
         return (number(21, 4) >> 14 & 0x3FFF) + 1, (number(21, 4) & 0x3FFF) + 1
     if kind == "WebP":
         return number(28) & 0x3FFF, number(26) & 0x3FFF
-    if kind == "JPEG":
-        for marker, start in _jpeg_segments(data):
-            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-                return number(start + 5, order="big"), number(start + 7, order="big")
     return 0, 0
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, where it starts) of each segment up to the first scan, which has marker 0xDA."""
-    position = 2
-    while data[position : position + 1] == b"\xff" and position + 3 < len(data):
-        marker = data[position + 1]
-        if marker == 0xFF:  # padding
-            position += 1
-            continue
-        yield marker, position
-        if marker == 0xDA:
-            return
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-
-
-def _jpeg_ends(data: bytes) -> bool:
-    """Whether an end marker follows the first scan; thumbnails in the header have their own."""
-    scans = (start for marker, start in _jpeg_segments(data) if marker == 0xDA)
-    return data.rfind(b"\xff\xd9") >= next(scans, 0)  # Found at once at the end of a whole file.
-
-
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether a JPEG is one scan from top to bottom, without restarts or an orientation."""
-    start = dict(_jpeg_segments(data))
-    # Baseline; the scan has all components of the frame. EXIF is in 0xE1, restarts are in 0xDD.
-    plain = 0xC0 in start and 0xDA in start and not {0xDD, 0xE1} & start.keys()
-    return plain and data[start[0xC0] + 9] == data[start[0xDA] + 4]
-
-
-def _jpeg_rows(data: bytes, bottom: int) -> bytes | bytearray:
-    """A JPEG of the rows of a plain JPEG down to `bottom`: OpenCV can't be told to stop there.
-
-    A smaller height in the header makes it stop. It would then look for the end marker and complain
-    of what is before that, on stderr; without one it gives up in silence.
-    """
-    start = dict(_jpeg_segments(data))[0xC0] + 5
-    # Colours of half the resolution are interpolated with those of the next row but one.
-    height = bottom + 2
-    if height >= int.from_bytes(data[start : start + 2], "big"):
-        return data
-    rows = bytearray(data[: data.rfind(b"\xff\xd9")])
-    rows[start : start + 2] = height.to_bytes(2, "big")
-    return rows + bytes(16)  # Some bytes are read ahead.
 
 
 def _plain_png(data: bytes) -> bytes:
@@ -208,7 +163,7 @@ def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
 def content(path: str | os.PathLike) -> bytes:
     """The bytes of a picture file. Raises UserError naming it if it can't be read."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             return file.read()
     except OSError as error:
         raise UserError(

@@ -1,11 +1,10 @@
 """Batches: what training step t sees is a pure function of (seed, t).
 
-Grain gives the order, an index shuffle, and the worker processes. Nothing here remembers a
-position: to resume at step t, start at step t.
+Nothing here remembers a position: to resume at step t, start at step t.
 """
 
 import functools
-import logging
+import itertools
 import os
 import signal
 import threading
@@ -14,21 +13,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.reading import Form, Reader, Row, generator
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-_Row = tuple[np.ndarray | None, Any, int]  # image or None, label or None, index in the source
-
-_log = logging.getLogger(__name__)
 
 
 def train_batches(
@@ -74,13 +68,13 @@ def train_batches(
       UserError: wrong arguments, an unreadable picture (see `corrupt`), or pictures of several
         sizes. Close the iterator (`contextlib.closing`) to stop its threads at once.
     """
-    reader = _Reader(source, preprocess, corrupt)
+    reader = Reader(source, preprocess, corrupt)
     first, rows = _rows_of_shard(batch_size, shard)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}, expected 0 to {2**32 - 1}; choose another")
     if start_step < 0:
         raise UserError(f"start_step is {start_step}, expected 0 or more")
-    read = functools.partial(_training_row, reader, len(source), seed)
+    read = functools.partial(_training_rows, reader, len(source), seed)
     batches = _Batches(reader, read, ("image", "label"), batch_size, first, rows, start_step)
     return _stream(batches, prefetch, threads, workers)
 
@@ -108,7 +102,7 @@ def eval_batches(
     Raises:
       UserError: as `train_batches`, or a preprocessing that is random.
     """
-    reader = _Reader(source, preprocess, corrupt)
+    reader = Reader(source, preprocess, corrupt)
     first, rows = _rows_of_shard(batch_size, shard)
     if preprocess.random:
         raise UserError(
@@ -117,17 +111,36 @@ def eval_batches(
         )
     steps = -(-len(source) // batch_size)
     keys = ("image", "label", "mask", "index")
-    batches = _Batches(reader, reader.read_or_blank, keys, batch_size, first, rows, 0, steps)
+    read = functools.partial(map, reader.read_or_blank)
+    batches = _Batches(reader, read, keys, batch_size, first, rows, 0, steps)
     return _stream(batches, prefetch, threads)
 
 
-def _training_row(reader: "_Reader", count: int, seed: int, position: int) -> "_Row":
-    """The example at a position of the endless stream of shuffled epochs."""
-    epoch, place = divmod(position, count)
-    index = grain.experimental.index_shuffle(
-        place, max_index=count - 1, seed=_epoch_seed(seed, epoch), rounds=4
-    )
-    return reader.read_or_next(index, np.random.Generator(np.random.Philox(key=[seed, position])))
+def _training_rows(reader: Reader, count: int, seed: int, positions: range) -> Iterator[Row]:
+    """The examples at some positions of the endless stream of shuffled epochs."""
+    # What is chosen for all of them first: between pictures this takes three times as long, for
+    # decoding leaves nothing of it in the processor's cache.
+    chosen = []
+    for position in positions:
+        epoch, place = divmod(position, count)
+        chosen.append((_shuffled(place, count, seed, epoch), generator([seed, position])))
+    for index, rng in chosen:
+        yield reader.read_or_next(index, rng)
+
+
+def _shuffled(place: int, count: int, seed: int, epoch: int) -> int:
+    """The picture at a place of an epoch: a permutation, of many pictures without a table of it."""
+    if count < 2**16:
+        return int(_order(count, seed, epoch)[place])
+    from grain.experimental import index_shuffle  # Takes a second.
+
+    # It permutes 2**16 numbers at least and passes over what is too large: slow for few pictures.
+    return index_shuffle(place, max_index=count - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 @functools.lru_cache(maxsize=16)
@@ -135,78 +148,18 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-class _Reader:
-    """Reads and preprocesses single pictures and knows which ones can't be read."""
-
-    def __init__(self, source: Source, preprocess: Preprocess, corrupt: str):
-        if corrupt not in ("error", "skip"):
-            raise UserError(f"corrupt is {corrupt!r}, expected 'error' or 'skip'")
-        self._source = source
-        self._preprocess = preprocess
-        self._skip = corrupt == "skip"
-        self._unreadable: dict[int, object] = {}
-
-    def read_or_next(self, index: int, rng: np.random.Generator) -> _Row:
-        """The picture at `index` or, if it can't be read, the next one that can."""
-        for offset in range(len(self._source)):
-            row = self._read((index + offset) % len(self._source), rng)
-            if row[0] is not None:
-                return row
-        raise UserError(
-            f"{self._source.name}: none of its {len(self._source)} pictures can be read"
-        )
-
-    def read_or_blank(self, index: int) -> _Row:
-        """The picture at `index`, without an image if it can't be read or there is none."""
-        return self._read(index, None) if index < len(self._source) else (None, None, -1)
-
-    def blank(self) -> np.ndarray:
-        """A black picture of the size that all have."""
-        image, _, _ = self.read_or_next(0, np.random.default_rng(0))
-        assert image is not None  # read_or_next raises instead
-        return np.zeros_like(image)
-
-    def _read(self, index: int, rng: np.random.Generator | None) -> _Row:
-        if index in self._unreadable:
-            return None, None, index
-        try:
-            part = functools.partial(self._preprocess.part, rng=rng)
-            example = self._source.example(index, part)
-        except UserError as error:
-            if not self._skip:
-                raise
-            mark = object()  # Of several threads, one sees its own and warns.
-            if self._unreadable.setdefault(index, mark) is mark:
-                _log.warning("Skipping %s", error)
-            return None, None, index
-        try:
-            image = self._preprocess(example["image"], rng, cut=True)
-            return image, example["label"], index
-        except UserError as error:
-            raise UserError(f"{self._source.describe(index)}: {error}") from None
-
-    def check_size(self, one: int, shape: tuple, other: int, size: tuple) -> None:
-        if size != shape:
-            raise UserError(
-                f"preprocessing {self._preprocess.spec!r} gives pictures of several sizes, {shape} "
-                f"for {self._source.describe(one)} and {size} for {self._source.describe(other)}; "
-                "expected one size: add resize(...) or a crop"
-            )
-
-    def labels(self, labels: list[Any]) -> np.ndarray:
-        if not self._source.multi_label:
-            return np.array([0 if label is None else label for label in labels], np.int32)
-        none = np.zeros(len(self._source.labels), np.float32)
-        return np.stack([none if label is None else label for label in labels])
-
-
 class _Filling:
-    """A batch that threads fill, each other rows: their pictures are copied once."""
+    """A batch to which threads add pictures, each to rows of its own.
 
-    def __init__(self, reader: _Reader, rows: int):
+    Attributes:
+      form: shape and dtype of its pictures and the index of the first, when that is known.
+    """
+
+    def __init__(self, reader: Reader, rows: int, form: Form | None = None):
+        self.form = form
         self._reader = reader
         self._lock = threading.Lock()
-        self._images: np.ndarray | None = None
+        self._images = np.empty((rows, *form[0]), form[1]) if form else None
         self._labels: list[Any] = [None] * rows
         self._mask = np.zeros(rows, bool)
         self._index = np.full(rows, -1, np.int32)
@@ -215,38 +168,43 @@ class _Filling:
         self._labels[row], self._index[row] = label, index
         if image is None:
             return
+        form, images = self._memory(image, index)
+        self._reader.check_size(form, image.shape, index)
+        images[row], self._mask[row] = image, True
+
+    def _memory(self, image: np.ndarray, index: int) -> tuple[Form, np.ndarray]:
+        """The memory of all rows, of the form of their first picture."""
         with self._lock:
-            if self._images is None:
+            if self.form is None or self._images is None:
+                self.form = image.shape, image.dtype, index
                 self._images = np.empty((len(self._mask), *image.shape), image.dtype)
-                self._first = index
-        self._reader.check_size(self._first, self._images.shape[1:], index, image.shape)
-        self._images[row] = image
-        self._mask[row] = True
+            return self.form, self._images
 
     def batch(self) -> Batch:
         """With zeros for missing images."""
-        if self._images is None:
-            blank = self._reader.blank()
-            self._images = np.empty((len(self._mask), *blank.shape), blank.dtype)
-        self._images[~self._mask] = 0
+        images = self._images
+        if images is None:
+            _, images = self._memory(self._reader.blank(), 0)
+        images[~self._mask] = 0
         labels = self._reader.labels(self._labels)
-        return {"image": self._images, "label": labels, "mask": self._mask, "index": self._index}
+        return {"image": images, "label": labels, "mask": self._mask, "index": self._index}
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """One host's part of each batch. Contiguous: a row's place in the global batch is the same for
-    any number of hosts.
+    """One host's part of each batch.
+
+    The part is contiguous: a row's place in the global batch is the same for any number of hosts.
 
     Attributes:
-      read: the example at a position of the stream that all hosts share.
+      read: the examples at positions of the stream that all hosts share.
       keys: what of a batch is wanted.
       batch_size: rows of a whole batch; first, rows: where this host's part begins, and its length.
       start_step, steps: the batches that there are.
     """
 
-    reader: _Reader
-    read: Callable[[int], _Row]
+    reader: Reader
+    read: Callable[[range], Iterator[Row]]
     keys: tuple[str, ...]
     batch_size: int
     first: int
@@ -264,8 +222,9 @@ class _Batches:
 
     def fill(self, filling: _Filling, step: int, rows: range) -> None:
         begin = (self.start_step + step) * self.batch_size + self.first
-        for row in rows:
-            filling.put(row, *self.read(begin + row))
+        positions = range(begin + rows.start, begin + rows.stop)
+        for row, example in zip(rows, self.read(positions), strict=True):
+            filling.put(row, *example)
 
     def finish(self, filling: _Filling) -> Batch:
         batch = filling.batch()
@@ -297,6 +256,9 @@ def _stream(
         )
     if not workers:
         return _by_threads(batches, prefetch, threads)
+    import grain
+    from absl import flags
+
     if not flags.FLAGS.is_parsed():  # Grain asks absl, which doesn't know our options.
         flags.FLAGS.mark_as_parsed()
     here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -307,25 +269,26 @@ def _stream(
 
 def _by_threads(batches: _Batches, prefetch: int, threads: int) -> Iterator[Batch]:
     """Fills `prefetch` batches while one is used, a few rows at a time, in order."""
-    some = min(-(-batches.rows // threads), 8)
+    rows = range(batches.rows)
+    some = min(-(-len(rows) // threads), 8)
+    parts = [rows[i : i + some] for i in rows[::some]]
     pool = ThreadPoolExecutor(threads, "vit_jax.data")
     ahead: deque[tuple[_Filling, list[Future]]] = deque()
-    begun = 0
+    form, steps = None, iter(range(len(batches)))
     try:
         while True:
-            while begun < len(batches) and len(ahead) <= prefetch:
-                filling = _Filling(batches.reader, batches.rows)
-                rows = [range(i, min(i + some, batches.rows)) for i in range(0, batches.rows, some)]
-                ahead.append(
-                    (filling, [pool.submit(batches.fill, filling, begun, r) for r in rows])
-                )
-                begun += 1
+            for step in itertools.islice(steps, prefetch + 1 - len(ahead)):
+                # One thread takes all memory: it costs the system more if several do.
+                filling = _Filling(batches.reader, len(rows), form)
+                tasks = [pool.submit(batches.fill, filling, step, part) for part in parts]
+                ahead.append((filling, tasks))
             if not ahead:
                 return
-            filling, parts = ahead.popleft()
-            for part in parts:
-                part.result()
+            filling, tasks = ahead.popleft()
+            for task in tasks:
+                task.result()
             yield batches.finish(filling)
+            form = filling.form
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -336,6 +299,8 @@ def _next_of_workers(batches: Any) -> Any:
     A terminal sends it to all, but only the run knows what to save first. Threads and processes
     inherit what is blocked.
     """
+    from multiprocessing import resource_tracker
+
     resource_tracker.ensure_running()  # Starting it later would unblock.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

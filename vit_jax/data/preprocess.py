@@ -76,10 +76,10 @@ class Preprocess:
         low, high = ranges[-1] if ranges else (0.0, 255.0)
         return np.clip(np.rint((image - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
-    def part(self, shape: tuple[int, int], rng: np.random.Generator) -> Part:
+    def part(self, shape: tuple[int, int], rng: np.random.Generator | None) -> Part:
         """The part of an (h, w) picture that the first operation takes, drawn from `rng`."""
         first = self.steps[0].part
-        return first(shape, rng) if first else (0, 0, *shape)
+        return first(shape, rng) if first and rng else (0, 0, *shape)
 
     def __call__(
         self, image: np.ndarray, rng: np.random.Generator | None = None, *, cut: bool = False
