@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -318,3 +319,48 @@ def test_decoding_warns_about_nothing():
         warnings.simplefilter("error")
         for data in FILES.values():
             pictures.decode(data)
+
+
+JPEGS = {
+    **{name: data for name, data in FILES.items() if "jpeg" in name},
+    **{f"4:{s}": encoded(PICTURE, "JPEG", subsampling=f"4:{s}") for s in ("4:4", "2:2", "2:0")},
+    "with restarts": encoded(PICTURE, "JPEG", restart_marker_rows=1),
+    "with a profile": encoded(PICTURE, "JPEG", icc_profile=b"profile" * 100),
+    "turned": encoded(
+        PICTURE,
+        "JPEG",
+        exif=struct.pack("<6s4sIHHHIIHI", b"Exif\0\0", b"II*\0", 8, 1, 0x112, 3, 1, 6, 0, 0),
+    ),
+    "with a tail": FILES["jpeg"] + b"\0\0tail",
+    "png": FILES["png"],
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_part_is_cut_from_the_whole_and_nothing_is_said(kind, channels, capfd):
+    whole = pictures.decode(JPEGS[kind], channels=channels)
+    for bottom in range(1, len(whole) + 1):
+        box = (bottom // 3, 5, bottom - bottom // 3, 20)
+        choose = Mock(return_value=box)
+        part = pictures.decode(JPEGS[kind], channels=channels, part=choose)
+        np.testing.assert_array_equal(part, whole[box[0] : bottom, 5:25])
+        choose.assert_called_once_with(whole.shape[:2])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_rows_below_a_part_are_not_decoded(monkeypatch):
+    data = encoded(smooth_picture(400, 300), "JPEG")
+    heights, imdecode = [], cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda *a: heights.append(len(i := imdecode(*a))) or i)
+    pictures.decode(data, part=lambda size: (10, 20, 30, 40))
+    assert heights == [42]
+
+
+def test_a_damaged_jpeg_gives_the_same_upper_part():
+    data = encoded(smooth_picture(400, 300), "JPEG", quality=95)
+    damaged = data[: len(data) // 2] + b"\xff\xd9"
+    whole = pictures.decode(damaged)
+    for bottom in (50, 150, 350):
+        part = pictures.decode(damaged, part=lambda size, b=bottom: (0, 0, b, 300))
+        np.testing.assert_array_equal(part[:150], whole[: min(bottom, 150)])

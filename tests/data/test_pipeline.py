@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import logging
 import os
 import subprocess
 import sys
@@ -11,8 +10,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
-import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -119,7 +116,7 @@ def test_the_same_of_many_more_cases(**case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "hosts"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("workers", "hosts"), [(1, 2), (2, 1), (2, 4), (8, 1)])
 def test_the_same_of_worker_processes(workers, hosts):
     case = {"pictures": 25, "rows": 3, "seed": 7, "killed_at": 4, "threads": 1, "prefetch": 2}
     check_order(**case, hosts=hosts, workers=workers)
@@ -176,6 +173,20 @@ def test_seeds_give_orders_and_augmentations_of_their_own():
     assert len({image.tobytes() for image in images[0]}) == 9  # epochs augment anew
 
 
+def test_every_epoch_of_many_pictures_holds_each_once():
+    count = 70_000  # Too many for an order that is kept in memory.
+    pixels = np.zeros((1, 1, 1), np.uint8)
+    source = replace(
+        numbered(count), label_ids=np.arange(count, dtype=np.int32), read_key=lambda _: pixels
+    )
+    batches = first(3, train_batches(source, PLAIN, batch_size=count, seed=0))
+    orders = [batch["label"] for batch in batches]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(count))
+        assert np.mean(np.abs(np.diff(order)) < count / 10) < 0.25  # 0.19 of a random one
+    assert np.mean(orders[0] == orders[1]) < 0.001
+
+
 def test_a_batch_may_be_larger_than_the_data():
     (batch,) = first(1, train_batches(numbered(3), IDENTITY, batch_size=7, seed=0))
     order = shown([batch])[0]
@@ -190,7 +201,8 @@ def test_starting_late_in_large_data_takes_no_time():
         label_ids=np.zeros(len(names), np.int32),
         read_key=lambda key: np.full((2, 2, 1), len(key), np.uint8),
     )
-    digits(1)  # Grain's own start
+    import grain  # noqa: F401 (it takes a second)
+
     begin = time.monotonic()
     first(1, train_batches(source, IDENTITY, batch_size=128, seed=0, start_step=1_000_000))
     assert time.monotonic() - begin < 1
@@ -205,8 +217,7 @@ def test_only_a_bounded_number_of_pictures_is_read_ahead():
     next(batches)
     time.sleep(0.3)
     batches.close()
-    # One given out, one ready, one waiting to be put down, and two being read.
-    assert len(read) <= 50
+    assert len(read) == 30  # One batch given out, two ready.
 
 
 # Evaluation.
@@ -251,78 +262,6 @@ def test_real_pictures_are_evaluated_as_read_one_by_one(shared):
     np.testing.assert_array_equal(images, [preprocess(source[i]["image"]) for i in range(10)])
 
 
-# Pictures that can't be read.
-
-
-def test_an_unreadable_picture_is_a_one_line_user_error(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        cv2.imwrite(str(tmp_path / "train" / name / "good.png"), np.zeros((4, 4, 3), np.uint8))
-    (tmp_path / "train" / "b" / "bad.jpg").write_text("no picture")
-    source = open_source(str(tmp_path), "train")
-    for batches in (
-        eval_batches(source, IDENTITY, batch_size=2),
-        train_batches(source, IDENTITY, batch_size=2, seed=0),
-    ):
-        with pytest.raises(UserError, match=r"bad\.jpg: not a picture") as error:
-            first(5, batches)
-        assert type(error.value) is UserError
-        assert "\n" not in str(error.value)
-
-
-def test_skipping_logs_each_unreadable_picture_once(caplog):
-    source = numbered(10, unreadable={3, 4})
-    with caplog.at_level(logging.WARNING):
-        first(10, train_batches(source, IDENTITY, batch_size=5, seed=0, corrupt="skip"))
-    messages = sorted(record.message for record in caplog.records)
-    assert messages == ["Skipping picture 3: damaged", "Skipping picture 4: damaged"]
-
-
-def test_in_training_the_next_readable_picture_takes_its_place():
-    whole = first(8, train_batches(numbered(10), IDENTITY, batch_size=5, seed=0))
-    options = {"batch_size": 5, "seed": 0, "corrupt": "skip"}
-    damaged = numbered(10, unreadable={3, 4, 9})
-    instead = {3: 5, 4: 5, 9: 0}
-    expected = [[instead.get(i, i) for i in row] for row in shown(whole)]
-    assert shown(first(8, train_batches(damaged, IDENTITY, threads=1, **options))) == expected
-    resumed = first(5, train_batches(damaged, IDENTITY, threads=4, start_step=3, **options))
-    assert shown(resumed) == expected[3:]
-    for batch in resumed:
-        np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] % 2)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 10])
-def test_in_evaluation_it_is_not_counted(batch_size):
-    source = numbered(10, unreadable={0, 1, 7})
-    batches = list(eval_batches(source, IDENTITY, batch_size=batch_size, corrupt="skip"))
-    mask = np.concatenate([b["mask"] for b in batches])
-    index = np.concatenate([b["index"] for b in batches])
-    assert index[:10].tolist() == list(range(10))
-    assert set(index[mask]) == {2, 3, 4, 5, 6, 8, 9}
-    assert all(b["image"].shape == (batch_size, 2, 2, 3) for b in batches)
-
-
-def test_data_without_any_readable_picture_is_an_error():
-    source = numbered(5, unreadable=set(range(5)))
-    for batches in (
-        train_batches(source, IDENTITY, batch_size=2, seed=0, corrupt="skip"),
-        eval_batches(source, IDENTITY, batch_size=2, corrupt="skip"),
-    ):
-        with pytest.raises(UserError, match="none of its 5 pictures can be read"):
-            next(batches)
-
-
-def test_pictures_of_several_sizes_are_named():
-    source = replace(numbered(4), read_key=lambda key: np.zeros((2 + key, 2, 1), np.uint8))
-    with pytest.raises(UserError, match=r"several sizes, \(2, 2, 1\) for numbered\[0\]"):
-        next(eval_batches(source, PLAIN, batch_size=4))
-
-
-def test_pictures_that_cannot_be_preprocessed_are_named():
-    with pytest.raises(UserError, match=r"numbered\[0\]: central_crop: the picture is 2 x 2"):
-        next(eval_batches(numbered(4), parse("central_crop(8)"), batch_size=4))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -364,17 +303,16 @@ def test_a_worker_names_an_unreadable_picture(tmp_path):
 
 
 def reading_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("grain")]
+    return [t for t in threading.enumerate() if t.name.startswith("vit_jax.data")]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
 def test_there_are_as_many_threads_as_cpus_that_the_process_was_given(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 6, 7})
-    asked = []
-    options = grain.ReadOptions
-    monkeypatch.setattr(grain, "ReadOptions", lambda **kw: asked.append(kw) or options(**kw))
-    with contextlib.closing(train_batches(numbered(4), IDENTITY, batch_size=4, seed=0)):
-        assert asked[0]["num_threads"] == 3
+    batches = train_batches(numbered(40), IDENTITY, batch_size=40, seed=0)
+    with contextlib.closing(batches):
+        next(batches)
+        assert len(reading_threads()) == 3
 
 
 def test_abandoned_batches_leave_no_threads():

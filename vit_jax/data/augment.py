@@ -10,7 +10,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from vit_jax.data.ops import Step, op, whole_levels
+from vit_jax.data.ops import Step, op
+from vit_jax.data.pictures import whole_levels
 from vit_jax.errors import UserError
 
 # The settings of "How to train your ViT?" (arXiv:2106.10270), as released with big_vision: the

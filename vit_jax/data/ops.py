@@ -5,9 +5,10 @@ operation's, its annotations say what they may be (`Size`, `Pixels`, int, float 
 returns a `Step`.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NewType
 
 import cv2
@@ -19,7 +20,8 @@ from vit_jax.errors import UserError
 
 Size = tuple[int, int]  # (height, width); written 224 or (224, 192)
 Pixels = NewType("Pixels", int)
-Apply = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+Apply = Callable[..., np.ndarray]  # (image, rng), and rounded=True where `Step` says so
+Choose = Callable[[tuple[int, int], np.random.Generator], pictures.Part]
 
 KEPT: Size = (-1, -1)
 
@@ -30,16 +32,22 @@ class Step:
 
     Attributes:
       apply: (image (h, w, c), rng) -> image, float32 or still uint8.
+      part: ((h, w) of its input, rng) -> the part that `apply` gets; by default that is all of it.
       size: (h, w) of its result; None if that depends on the picture; by default that of its input.
       random: whether it draws from `rng`.
       levels: whether it works on whole grey levels, 0 to 255.
+      moves: whether it moves pixels, no more.
+      rounds: whether `apply` takes rounded=True, for whole grey levels.
       value_range: (lo, hi) that it maps 0 and 255 to, if that is what it does.
     """
 
     apply: Apply
+    part: Choose | None = None
     size: Size | None = KEPT
     random: bool = False
     levels: bool = False
+    moves: bool = False
+    rounds: bool = False
     value_range: tuple[float, float] | None = None
 
 
@@ -50,13 +58,6 @@ def op(function: Callable[..., Step]) -> Callable[..., Step]:
     """Makes a function an operation of its name."""
     OPS[function.__name__] = function
     return function
-
-
-def whole_levels(image: np.ndarray) -> np.ndarray:
-    """The picture as uint8, contiguous; floats of 0 and more are rounded, and cut off at 255."""
-    if image.dtype != np.uint8:
-        return cv2.convertScaleAbs(image).reshape(image.shape)
-    return np.ascontiguousarray(image)
 
 
 @op
@@ -79,17 +80,16 @@ def inception_crop(
     if not 0 < area_min <= area_max <= 1:
         raise UserError("expected 0 < area_min <= area_max <= 1")
 
-    def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        top, left, height, width = random_box(image.shape[:2], rng, area_min, area_max)
-        return _resized(image[top : top + height, left : left + width], size, antialias)
+    def part(shape: tuple[int, int], rng: np.random.Generator) -> pictures.Part:
+        return random_box(shape, rng, area_min, area_max)
 
-    return Step(apply, size, random=True)
+    return replace(resize(size, antialias), part=part, random=True)
 
 
 def random_box(
-    shape: tuple[int, ...], rng: np.random.Generator, area_min: float, area_max: float
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the part that `inception_crop` takes of an (h, w) picture."""
+    shape: tuple[int, int], rng: np.random.Generator, area_min: float, area_max: float
+) -> pictures.Part:
+    """The part that `inception_crop` takes of an (h, w) picture."""
     full_height, full_width = shape
     smallest, largest = (a * full_height * full_width for a in (area_min, area_max))
     for _ in range(100):
@@ -114,7 +114,7 @@ def flip() -> Step:
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return cv2.flip(image, 1).reshape(image.shape) if rng.random() > 0.5 else image
 
-    return Step(apply, random=True)
+    return Step(apply, random=True, moves=True)
 
 
 @op
@@ -124,14 +124,15 @@ def resize(size: Size, antialias: bool = False) -> Step:
     Bilinear with half-pixel centres, as `tf.image.resize`. With `antialias`, what is made smaller
     is averaged under a triangle as wide as the reduction; without, pixels between are passed over.
     """
-    return Step(lambda image, _: _resized(image, size, antialias), size)
+    apply = functools.partial(_resized, size=size, antialias=antialias)
+    return Step(apply, size=size, rounds=True)
 
 
 @op
 def resize_small(size: Pixels, antialias: bool = False) -> Step:
     """The shorter side resized to `size`; the aspect is kept, to the nearest pixel."""
 
-    def apply(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
+    def apply(image: np.ndarray, rng: np.random.Generator, rounded: bool = False) -> np.ndarray:
         height, width = image.shape[:2]
         scale = size / min(height, width)
         result = round(height * scale), round(width * scale)
@@ -140,21 +141,28 @@ def resize_small(size: Pixels, antialias: bool = False) -> Step:
                 f"resize_small: {height} x {width} pixels would become {result[0]:,} x "
                 f"{result[1]:,}, expected {pictures.MAX_PIXELS:,} at most; remove the picture"
             )
-        return _resized(image, result, antialias)
+        return _resized(image, rng, result, antialias, rounded)
 
-    return Step(apply, None)
+    return Step(apply, size=None, rounds=True)
 
 
-def _resized(image: np.ndarray, size: Size, antialias: bool) -> np.ndarray:
-    """float32, not rounded."""
+def _resized(
+    image: np.ndarray,
+    _: np.random.Generator,
+    size: Size,
+    antialias: bool,
+    rounded: bool = False,
+) -> np.ndarray:
+    """float32, or uint8 if `rounded`."""
     height, width, channels = image.shape
     if not antialias or (height <= size[0] and width <= size[1]):
-        return pictures.resize(image, size)
+        return pictures.resize(image, size, rounded=rounded)
     # First the rows, then the columns, each a product with a matrix that is nearly all zeros.
     rows = _triangles(height, size[0]) @ image.reshape(height, -1)
     columns = rows.reshape(size[0], width, channels).swapaxes(0, 1).reshape(width, -1)
     result = _triangles(width, size[1]) @ columns
-    return result.reshape(size[1], size[0], channels).swapaxes(0, 1)
+    resized = result.reshape(size[1], size[0], channels).swapaxes(0, 1)
+    return pictures.whole_levels(resized) if rounded else resized
 
 
 def _triangles(before: int, after: int) -> csr_array:
@@ -183,7 +191,7 @@ def central_crop(size: Size) -> Step:
         height, width = _room("central_crop", image, size)
         return _cut(image, height // 2, width // 2, size)
 
-    return Step(apply, size)
+    return Step(apply, size=size, moves=True)
 
 
 @op
@@ -194,7 +202,7 @@ def random_crop(size: Size) -> Step:
         top, left = rng.integers(0, _room("random_crop", image, size), endpoint=True)
         return _cut(image, top, left, size)
 
-    return Step(apply, size, random=True)
+    return Step(apply, size=size, random=True, moves=True)
 
 
 def _room(name: str, image: np.ndarray, size: Size) -> Size:
@@ -223,7 +231,7 @@ def random_shift(pixels: Pixels) -> Step:
         top, left = rng.integers(0, 2 * pixels + 1, 2)
         return padded[top : top + height, left : left + width]
 
-    return Step(apply, random=True)
+    return Step(apply, random=True, moves=True)
 
 
 @op

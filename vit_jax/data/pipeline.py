@@ -1,32 +1,28 @@
 """Batches: what training step t sees is a pure function of (seed, t).
 
-Grain gives the order, an index shuffle, and the reading threads. Nothing here remembers a
-position: to resume at step t, start at step t.
+Nothing here remembers a position: to resume at step t, start at step t.
 """
 
 import functools
 import itertools
-import logging
 import os
 import signal
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from multiprocessing import resource_tracker
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.reading import Form, Reader, Row, generator
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-_Row = tuple[np.ndarray | None, Any, int]  # image or None, label or None, index in the source
-
-_log = logging.getLogger(__name__)
 
 
 def train_batches(
@@ -72,15 +68,15 @@ def train_batches(
       UserError: wrong arguments, an unreadable picture (see `corrupt`), or pictures of several
         sizes. Close the iterator (`contextlib.closing`) to stop its threads at once.
     """
-    reader = _Reader(source, preprocess, corrupt)
+    reader = Reader(source, preprocess, corrupt)
     first, rows = _rows_of_shard(batch_size, shard)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}, expected 0 to {2**32 - 1}; choose another")
     if start_step < 0:
         raise UserError(f"start_step is {start_step}, expected 0 or more")
-    read = functools.partial(_training_row, reader, len(source), seed)
-    chunks = _Chunks(read, batch_size, first, rows, start_step)
-    return _batches(chunks, reader, ("image", "label"), prefetch, threads, workers)
+    read = functools.partial(_training_rows, reader, len(source), seed)
+    batches = _Batches(reader, read, ("image", "label"), batch_size, first, rows, start_step)
+    return _stream(batches, prefetch, threads, workers)
 
 
 def eval_batches(
@@ -106,7 +102,7 @@ def eval_batches(
     Raises:
       UserError: as `train_batches`, or a preprocessing that is random.
     """
-    reader = _Reader(source, preprocess, corrupt)
+    reader = Reader(source, preprocess, corrupt)
     first, rows = _rows_of_shard(batch_size, shard)
     if preprocess.random:
         raise UserError(
@@ -114,17 +110,37 @@ def eval_batches(
             "result; remove the random operations from the evaluation's"
         )
     steps = -(-len(source) // batch_size)
-    chunks = _Chunks(reader.read_or_blank, batch_size, first, rows, 0, steps)
-    return _batches(chunks, reader, ("image", "label", "mask", "index"), prefetch, threads)
+    keys = ("image", "label", "mask", "index")
+    read = functools.partial(map, reader.read_or_blank)
+    batches = _Batches(reader, read, keys, batch_size, first, rows, 0, steps)
+    return _stream(batches, prefetch, threads)
 
 
-def _training_row(reader: "_Reader", count: int, seed: int, position: int) -> "_Row":
-    """The example at a position of the endless stream of shuffled epochs."""
-    epoch, place = divmod(position, count)
-    index = grain.experimental.index_shuffle(
-        place, max_index=count - 1, seed=_epoch_seed(seed, epoch), rounds=4
-    )
-    return reader.read_or_next(index, np.random.Generator(np.random.Philox(key=[seed, position])))
+def _training_rows(reader: Reader, count: int, seed: int, positions: range) -> Iterator[Row]:
+    """The examples at some positions of the endless stream of shuffled epochs."""
+    # What is chosen for all of them first: between pictures this takes three times as long, for
+    # decoding leaves nothing of it in the processor's cache.
+    chosen = []
+    for position in positions:
+        epoch, place = divmod(position, count)
+        chosen.append((_shuffled(place, count, seed, epoch), generator([seed, position])))
+    for index, rng in chosen:
+        yield reader.read_or_next(index, rng)
+
+
+def _shuffled(place: int, count: int, seed: int, epoch: int) -> int:
+    """The picture at a place of an epoch: a permutation, of many pictures without a table of it."""
+    if count < 2**16:
+        return int(_order(count, seed, epoch)[place])
+    from grain.experimental import index_shuffle  # Takes a second.
+
+    # It permutes 2**16 numbers at least and passes over what is too large: slow for few pictures.
+    return index_shuffle(place, max_index=count - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 @functools.lru_cache(maxsize=16)
@@ -132,115 +148,87 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-class _Reader:
-    """Reads and preprocesses single pictures and knows which ones can't be read."""
+class _Filling:
+    """A batch to which threads add pictures, each to rows of its own.
 
-    def __init__(self, source: Source, preprocess: Preprocess, corrupt: str):
-        if corrupt not in ("error", "skip"):
-            raise UserError(f"corrupt is {corrupt!r}, expected 'error' or 'skip'")
-        self._source = source
-        self._preprocess = preprocess
-        self._skip = corrupt == "skip"
-        self._unreadable: dict[int, object] = {}
+    Attributes:
+      form: shape and dtype of its pictures and the index of the first, when that is known.
+    """
 
-    def read_or_next(self, index: int, rng: np.random.Generator) -> _Row:
-        """The picture at `index` or, if it can't be read, the next one that can."""
-        for offset in range(len(self._source)):
-            row = self._read((index + offset) % len(self._source), rng)
-            if row[0] is not None:
-                return row
-        raise UserError(
-            f"{self._source.name}: none of its {len(self._source)} pictures can be read"
-        )
+    def __init__(self, reader: Reader, rows: int, form: Form | None = None):
+        self.form = form
+        self._reader = reader
+        self._lock = threading.Lock()
+        self._images = np.empty((rows, *form[0]), form[1]) if form else None
+        self._labels: list[Any] = [None] * rows
+        self._mask = np.zeros(rows, bool)
+        self._index = np.full(rows, -1, np.int32)
 
-    def read_or_blank(self, index: int) -> _Row:
-        """The picture at `index`, without an image if it can't be read or there is none."""
-        return self._read(index, None) if index < len(self._source) else (None, None, -1)
+    def put(self, row: int, image: np.ndarray | None, label: Any, index: int) -> None:
+        self._labels[row], self._index[row] = label, index
+        if image is None:
+            return
+        form, images = self._memory(image, index)
+        self._reader.check_size(form, image.shape, index)
+        images[row], self._mask[row] = image, True
 
-    def blank(self) -> np.ndarray:
-        """A black picture of the size that all have."""
-        image, _, _ = self.read_or_next(0, np.random.default_rng(0))
-        assert image is not None  # read_or_next raises instead
-        return np.zeros_like(image)
+    def _memory(self, image: np.ndarray, index: int) -> tuple[Form, np.ndarray]:
+        """The memory of all rows, of the form of their first picture."""
+        with self._lock:
+            if self.form is None or self._images is None:
+                self.form = image.shape, image.dtype, index
+                self._images = np.empty((len(self._mask), *image.shape), image.dtype)
+            return self.form, self._images
 
-    def _read(self, index: int, rng: np.random.Generator | None) -> _Row:
-        if index in self._unreadable:
-            return None, None, index
-        try:
-            example = self._source[index]
-        except UserError as error:
-            if not self._skip:
-                raise
-            mark = object()  # Of several threads, one sees its own and warns.
-            if self._unreadable.setdefault(index, mark) is mark:
-                _log.warning("Skipping %s", error)
-            return None, None, index
-        try:
-            return self._preprocess(example["image"], rng), example["label"], index
-        except UserError as error:
-            raise UserError(f"{self._source.describe(index)}: {error}") from None
-
-    def stack(self, values: Sequence[_Row]) -> Batch:
-        """Makes a batch, with zeros for missing images."""
-        found = [image for image, _, _ in values if image is not None]
-        if len(found) < len(values):
-            blank = np.zeros_like(found[0]) if found else self.blank()
-        filled = [blank if image is None else image for image, _, _ in values]
-        shapes = {image.shape: index for image, (_, _, index) in zip(filled, values, strict=True)}
-        if len(shapes) > 1:
-            (one, i), (other, j) = list(shapes.items())[:2]
-            raise UserError(
-                f"preprocessing {self._preprocess.spec!r} gives pictures of several sizes, {one} "
-                f"for {self._source.describe(i)} and {other} for {self._source.describe(j)}; "
-                "expected one size: add resize(...) or a crop"
-            )
-        return {
-            "image": np.stack(filled),
-            "label": self._labels([label for _, label, _ in values]),
-            "mask": np.array([image is not None for image, _, _ in values]),
-            "index": np.array([index for _, _, index in values], np.int32),
-        }
-
-    def _labels(self, labels: Sequence[Any]) -> np.ndarray:
-        if not self._source.multi_label:
-            return np.array([0 if label is None else label for label in labels], np.int32)
-        none = np.zeros(len(self._source.labels), np.float32)
-        return np.stack([none if label is None else label for label in labels])
+    def batch(self) -> Batch:
+        """With zeros for missing images."""
+        images = self._images
+        if images is None:
+            _, images = self._memory(self._reader.blank(), 0)
+        images[~self._mask] = 0
+        labels = self._reader.labels(self._labels)
+        return {"image": images, "label": labels, "mask": self._mask, "index": self._index}
 
 
 @dataclass(frozen=True)
-class _Chunks:
-    """One host's part of each batch, some rows at a time, so that they share what Grain costs.
+class _Batches:
+    """One host's part of each batch.
 
     The part is contiguous: a row's place in the global batch is the same for any number of hosts.
 
     Attributes:
-      read: the example at a position of the stream that all hosts share.
+      read: the examples at positions of the stream that all hosts share.
+      keys: what of a batch is wanted.
       batch_size: rows of a whole batch; first, rows: where this host's part begins, and its length.
       start_step, steps: the batches that there are.
     """
 
-    read: Callable[[int], _Row]
+    reader: Reader
+    read: Callable[[range], Iterator[Row]]
+    keys: tuple[str, ...]
     batch_size: int
     first: int
     rows: int
     start_step: int
     steps: int = 2**40  # No end.
-    together: int = 16
-
-    @property
-    def per_batch(self) -> int:
-        """How many chunks make a batch."""
-        return -(-self.rows // self.together)
 
     def __len__(self) -> int:
-        return self.steps * self.per_batch
+        return self.steps
 
-    def __getitem__(self, element: int) -> list[_Row]:
-        step, chunk = divmod(element, self.per_batch)
+    def __getitem__(self, step: int) -> Batch:
+        filling = _Filling(self.reader, self.rows)
+        self.fill(filling, step, range(self.rows))
+        return self.finish(filling)
+
+    def fill(self, filling: _Filling, step: int, rows: range) -> None:
         begin = (self.start_step + step) * self.batch_size + self.first
-        low, high = (c * self.rows // self.per_batch for c in (chunk, chunk + 1))
-        return [self.read(begin + i) for i in range(low, high)]
+        positions = range(begin + rows.start, begin + rows.stop)
+        for row, example in zip(rows, self.read(positions), strict=True):
+            filling.put(row, *example)
+
+    def finish(self, filling: _Filling) -> Batch:
+        batch = filling.batch()
+        return {key: batch[key] for key in self.keys}
 
 
 def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
@@ -255,13 +243,8 @@ def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
     return host * rows, rows
 
 
-def _batches(
-    chunks: _Chunks,
-    reader: _Reader,
-    keys: tuple[str, ...],
-    prefetch: int,
-    threads: int | None,
-    workers: int = 0,
+def _stream(
+    batches: _Batches, prefetch: int, threads: int | None, workers: int = 0
 ) -> Iterator[Batch]:
     if threads is None:
         # A container or a job may have been given fewer CPUs than the machine has.
@@ -271,25 +254,43 @@ def _batches(
         raise UserError(
             f"threads is {threads} and prefetch is {prefetch}, expected 1 or more of each"
         )
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain asks absl, which doesn't know our options.
-            flags.FLAGS.mark_as_parsed()
-        whole = replace(chunks, together=chunks.rows)  # Each worker makes every n-th batch.
-        stacked = (
-            grain.MapDataset.source(whole)
-            .map(reader.stack)
-            .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        )
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-        return _closing(iter(stacked.mp_prefetch(options)), keys, shared=True)
-    read_ahead = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=prefetch * chunks.per_batch
-    )
-    some = grain.MapDataset.source(chunks).to_iter_dataset(read_ahead)
-    stacked = some.batch(chunks.per_batch, batch_fn=lambda c: reader.stack([*itertools.chain(*c)]))
-    # One more thread keeps a finished batch at hand: stacking a large one takes a while.
-    ready = grain.experimental.ThreadPrefetchIterDataset(stacked, prefetch_buffer_size=1)
-    return _closing(iter(ready), keys)
+    if not workers:
+        return _by_threads(batches, prefetch, threads)
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # Grain asks absl, which doesn't know our options.
+        flags.FLAGS.mark_as_parsed()
+    here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
+    made = grain.MapDataset.source(batches).to_iter_dataset(here).mp_prefetch(options)
+    return _by_workers(iter(made))  # Each worker makes every n-th batch.
+
+
+def _by_threads(batches: _Batches, prefetch: int, threads: int) -> Iterator[Batch]:
+    """Fills `prefetch` batches while one is used, a few rows at a time, in order."""
+    rows = range(batches.rows)
+    some = min(-(-len(rows) // threads), 8)
+    parts = [rows[i : i + some] for i in rows[::some]]
+    pool = ThreadPoolExecutor(threads, "vit_jax.data")
+    ahead: deque[tuple[_Filling, list[Future]]] = deque()
+    form, steps = None, iter(range(len(batches)))
+    try:
+        while True:
+            for step in itertools.islice(steps, prefetch + 1 - len(ahead)):
+                # One thread takes all memory: it costs the system more if several do.
+                filling = _Filling(batches.reader, len(rows), form)
+                tasks = [pool.submit(batches.fill, filling, step, part) for part in parts]
+                ahead.append((filling, tasks))
+            if not ahead:
+                return
+            filling, tasks = ahead.popleft()
+            for task in tasks:
+                task.result()
+            yield batches.finish(filling)
+            form = filling.form
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _next_of_workers(batches: Any) -> Any:
@@ -298,6 +299,8 @@ def _next_of_workers(batches: Any) -> Any:
     A terminal sends it to all, but only the run knows what to save first. Threads and processes
     inherit what is blocked.
     """
+    from multiprocessing import resource_tracker
+
     resource_tracker.ensure_running()  # Starting it later would unblock.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -306,9 +309,8 @@ def _next_of_workers(batches: Any) -> Any:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _closing(batches: Any, keys: tuple[str, ...], *, shared: bool = False) -> Iterator[Batch]:
-    """Passes batches on, and stops their threads when the consumer is gone."""
-    following = _next_of_workers if shared else lambda batches: next(batches, None)
+def _by_workers(batches: Any) -> Iterator[Batch]:
+    """Passes batches on, and stops the processes when the consumer is gone."""
     running = [batches]
     del batches  # `stop` must drop the last reference
 
@@ -318,9 +320,9 @@ def _closing(batches: Any, keys: tuple[str, ...], *, shared: bool = False) -> It
 
     def stream() -> Iterator[Batch]:
         try:
-            while running and (batch := following(running[0])) is not None:
-                # Copied where workers share memory, which goes back to them so.
-                yield {key: np.array(batch[key]) if shared else batch[key] for key in keys}
+            while running and (batch := _next_of_workers(running[0])) is not None:
+                # Copied: the memory goes back to them.
+                yield {key: np.array(value) for key, value in batch.items()}
         finally:
             stop()
 

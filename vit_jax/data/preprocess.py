@@ -7,16 +7,18 @@ operations stand in `ops` and `augment`.
 
 import ast
 import difflib
+import functools
 import inspect
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from vit_jax.data import augment  # noqa: F401 (it has operations, too)
-from vit_jax.data.ops import KEPT, OPS, Size, Step, whole_levels
+from vit_jax.data.ops import KEPT, OPS, Size, Step
+from vit_jax.data.pictures import Part, whole_levels
 from vit_jax.errors import UserError
 
 MAX_PIXELS = 16384  # a longer side is a slip of the keyboard
@@ -59,8 +61,14 @@ class Preprocess:
         value_range = self.steps[-1].value_range
         if value_range is None or any(step.value_range for step in self.steps[:-1]):
             return None
+        steps = list(self.steps[:-1])
+        for i, step in reversed(list(enumerate(steps))):
+            if step.rounds:  # What follows moves pixels or would round them: round here.
+                steps[i] = replace(step, apply=functools.partial(step.apply, rounded=True))
+            if not (step.moves or step.levels):
+                break
         spec = self.spec.rpartition("|")[0]
-        return Preprocess(spec, self.steps[:-1], "uint8"), value_range
+        return Preprocess(spec, tuple(steps), "uint8"), value_range
 
     def undo_range(self, image: np.ndarray) -> np.ndarray:
         """The uint8 picture that value_range made a result of, to be looked at."""
@@ -68,12 +76,20 @@ class Preprocess:
         low, high = ranges[-1] if ranges else (0.0, 255.0)
         return np.clip(np.rint((image - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    def part(self, shape: tuple[int, int], rng: np.random.Generator | None) -> Part:
+        """The part of an (h, w) picture that the first operation takes, drawn from `rng`."""
+        first = self.steps[0].part
+        return first(shape, rng) if first and rng else (0, 0, *shape)
+
+    def __call__(
+        self, image: np.ndarray, rng: np.random.Generator | None = None, *, cut: bool = False
+    ) -> np.ndarray:
         """Applies the operations from left to right.
 
         Args:
           image: uint8 (h, w, c), c 1 or 3.
           rng: the only source of randomness.
+          cut: whether `image` is just the `part`, drawn from the same `rng`.
 
         Returns:
           array (h', w', c') of `dtype`.
@@ -85,7 +101,10 @@ class Preprocess:
             if self.random:
                 raise TypeError(f"{self.spec!r} is random: pass a numpy.random.Generator")
             rng = np.random.default_rng(0)
-        for step in self.steps:
+        for i, step in enumerate(self.steps):
+            if step.part and not (cut and i == 0):
+                top, left, height, width = step.part(image.shape[:2], rng)
+                image = image[top : top + height, left : left + width]
             image = step.apply(image, rng)
         if self.dtype == "uint8":
             return whole_levels(image)

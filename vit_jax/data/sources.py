@@ -57,9 +57,13 @@ class Source:
 
         With `multi_label` the label is float32 (classes,), 1 for each class of the picture.
         """
+        return self.example(index)
+
+    def example(self, index: int, part: Callable | None = None) -> dict[str, Any]:
+        """The same, with just a part of the image; see `pictures.decode`."""
         stored, label = self.stored(index)
         return {
-            "image": self.decode(stored, index),
+            "image": self.decode(stored, index, part),
             "label": self._multi_hot(label) if self.multi_label else int(label),
         }
 
@@ -69,13 +73,19 @@ class Source:
             return self.read_key(self.keys[index])
         return self.read_key(self.keys[index]), self.label_ids[index]
 
-    def decode(self, stored: bytes | np.ndarray, index: int) -> np.ndarray:
-        """Pixels of what `stored` gave, uint8 (h, w, channels)."""
-        if not isinstance(stored, bytes):
-            return stored
-        from vit_jax.data import pictures  # loads OpenCV
+    def decode(
+        self, stored: bytes | np.ndarray, index: int, part: Callable | None = None
+    ) -> np.ndarray:
+        """Pixels of what `stored` gave, uint8 (h, w, channels), or of a part of them."""
+        if isinstance(stored, bytes):
+            from vit_jax.data import pictures  # loads OpenCV
 
-        return pictures.decode(stored, channels=self.channels, name=self.describe(index))
+            name = self.describe(index)
+            return pictures.decode(stored, channels=self.channels, name=name, part=part)
+        if part:
+            top, left, height, width = part(stored.shape[:2])
+            return stored[top : top + height, left : left + width]
+        return stored
 
     def describe(self, index: int) -> str:
         """Names picture `index` for a person: a path, or "digits[12]"."""
