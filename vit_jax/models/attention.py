@@ -1,6 +1,8 @@
 """Multi-head attention (Vaswani et al., arXiv:1706.03762) of every network here.
 
 Shapes: n pictures or texts, t tokens that ask, s tokens that are asked, h heads, d a token's width.
+How products are written down decides how fast XLA computes them on a CPU, and changes nothing on
+other devices: benchmarks/results/train.md has the figures.
 """
 
 from typing import Any
@@ -24,10 +26,21 @@ def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None =
       (n, h, t, s) of the queries' type, computed in float32; each row sums to 1.
     """
     query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    scores = jnp.einsum("nhtd,nhsd->nhts", query, key).astype(jnp.float32)
+    scores = (query @ key.swapaxes(2, 3)).astype(jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     return jax.nn.softmax(scores).astype(query.dtype)
+
+
+def split_heads(tokens: jax.Array, num_heads: int) -> jax.Array:
+    """(n, t, d) -> (n, h, t, d / h)."""
+    return tokens.reshape(*tokens.shape[:2], num_heads, -1).swapaxes(1, 2)
+
+
+def join_heads(heads: jax.Array) -> jax.Array:
+    """(n, h, t, d / h) -> (n, t, d)."""
+    tokens = heads.swapaxes(1, 2)
+    return tokens.reshape(*tokens.shape[:2], -1)
 
 
 class MultiHeadAttention(nn.Module):
@@ -50,26 +63,36 @@ class MultiHeadAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, asked: jax.Array, *, deterministic: bool = True) -> jax.Array:
         d = x.shape[-1]
+        heads = (self.num_heads, d // self.num_heads)
 
-        def dense(name: str, features: Any, axis: Any = -1) -> nn.DenseGeneral:
-            return nn.DenseGeneral(
-                features,
-                axis,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.xavier_uniform(),
-                name=name,
-            )
+        def project(name: str, tokens: jax.Array) -> jax.Array:
+            tokens = _Projection((d, *heads), heads, self.dtype, name=name)(tokens)
+            return split_heads(tokens, self.num_heads)
 
-        def heads(name: str, tokens: jax.Array) -> jax.Array:
-            n, t, _ = tokens.shape
-            split = dense(name, (self.num_heads, d // self.num_heads))(tokens.reshape(n * t, -1))
-            return split.reshape(n, t, *split.shape[1:]).swapaxes(1, 2)  # (n, h, t, d / h)
-
-        query, key, value = heads("query", x), heads("key", asked), heads("value", asked)
+        query, key, value = project("query", x), project("key", asked), project("value", asked)
         weights = attention_weights(query, key)
         self.sow("intermediates", "attention_weights", weights)
         if not self.is_initializing():  # They would be a part of the network's variables.
             weights = self.perturb("attention_weights", weights)
         weights = nn.Dropout(self.dropout_rate, deterministic=deterministic)(weights)
-        y = jnp.einsum("nhts,nhsd->nthd", weights, value)
-        return dense("out", d, (-2, -1))(y.reshape(-1, *y.shape[2:])).reshape(x.shape)
+        return _Projection((*heads, d), (d,), self.dtype, name="out")(join_heads(weights @ value))
+
+
+class _Projection(nn.Module):
+    """A dense layer (n, t, d) -> (n, t, d) whose parameters are kept with an axis for the heads."""
+
+    kernel_shape: tuple[int, ...]
+    bias_shape: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        d = tokens.shape[-1]
+
+        def initial(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return nn.initializers.xavier_uniform()(key, (d, d)).reshape(shape)
+
+        kernel = self.param("kernel", initial, self.kernel_shape).reshape(d, d)
+        bias = self.param("bias", nn.initializers.zeros, self.bias_shape).reshape(d)
+        tokens, kernel, bias = nn.dtypes.promote_dtype(tokens, kernel, bias, dtype=self.dtype)
+        return (tokens.reshape(-1, d) @ kernel + bias).reshape(tokens.shape)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
-from vit_jax.models.attention import attention_weights
+from vit_jax.models.attention import attention_weights, join_heads, split_heads
 from vit_jax.models.vit import Encoder
 
 # Those of Devlin et al. (arXiv:1810.04805), with which BERT's published weights were trained.
@@ -230,14 +230,11 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        n, t, d = x.shape
-        heads = (n, t, self.num_heads, d // self.num_heads)
         query, key, value = (
-            _dense(d, self.dtype, name)(x).reshape(heads).swapaxes(1, 2)
+            split_heads(_dense(x.shape[-1], self.dtype, name)(x), self.num_heads)
             for name in ("query", "key", "value")
         )
-        weights = attention_weights(query, key, mask[:, None, None, :])
-        return jnp.einsum("nhts,nhsd->nthd", weights, value).reshape(n, t, d)
+        return join_heads(attention_weights(query, key, mask[:, None, None, :]) @ value)
 
 
 class _MlpBlock(nn.Module):
