@@ -1,11 +1,17 @@
 """Fixtures shared by all tests."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["VIT_JAX_OFFLINE"] = "1"  # No test asks the Internet, nor do the processes it starts.
+# And none writes into the user's cache.
+os.environ["VIT_JAX_CACHE"] = tempfile.mkdtemp(prefix="vit_jax-tests-")
+atexit.register(shutil.rmtree, os.environ["VIT_JAX_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -21,14 +21,14 @@ ALLOWED = {
     "checkpoints": {"models", "cache"},
     "data": {"models", "cache"},
     "tokenizers": set(),
-    "parallel": set(),
+    "parallel": {"models"},
     "notes": {"models", "checkpoints", "data"},
     "pretrained": {"models", "checkpoints", "data", "notes", "tokenizers"},
     "evaluation": {"models", "checkpoints", "data", "pretrained", "parallel"},
     "explain": {"models", "checkpoints", "data", "pretrained"},
     "training": {
         *("models", "checkpoints", "data", "notes", "pretrained"),
-        *("parallel", "evaluation", "explain"),
+        *("parallel", "evaluation", "explain", "cache"),
     },
     "cli": {
         *("models", "checkpoints", "data", "cache", "pretrained", "evaluation", "explain"),

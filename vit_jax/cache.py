@@ -1,7 +1,10 @@
-"""The folder for what can be fetched or made again: downloads, listings of large folders."""
+"""The folder for what can be fetched or made again: downloads, listings of large folders, compiled
+programs."""
 
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -15,3 +18,34 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     # As XDG has it, a relative path is to be ignored.
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "vit_jax"
+
+
+def keep_compiled(place: str = "") -> str:
+    """Has JAX keep the programs that it compiles, for this process and later ones.
+
+    Args:
+      place: a folder; empty for the folder that JAX is set to already, else "compiled" in
+        `cache_folder()`; "off" to leave JAX's settings alone.
+
+    Returns:
+      what to tell a person: where they are, or why they are not kept.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if place == "off":
+        return "compiled programs are not kept"
+    settings: Any = jax.config
+    own = settings.jax_compilation_cache_dir
+    folder = str(Path(place).expanduser() if place else own or cache_folder() / "compiled")
+    if folder != own and "://" not in folder:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            return f"compiled programs are not kept: {folder} can't be written ({e.strerror})"
+    if folder != own:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # JAX looks at the setting once.
+    return f"compiled programs are in {folder}"

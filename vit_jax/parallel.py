@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
+from vit_jax.models.blocks import in_stack
 
 SHARDINGS = ("replicate", "fsdp", "hybrid")
 # Arrays with fewer elements stay whole: moving them costs more than keeping them.
@@ -68,7 +69,8 @@ def split(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Where the arrays of a state lie: each split along its largest axis that the parts of the mesh
-    divide, the last one of equals; whole if there is none, or it is small.
+    divide, the last one of equals; whole if there is none, or it is small. Of stacked blocks
+    (`models.blocks.stack_blocks`) each is split as it would be alone.
 
     Args:
       tree: arrays, or their shapes (`jax.eval_shape`).
@@ -78,14 +80,15 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """
     parts = mesh.shape["part"]
 
-    def of(x: Any) -> NamedSharding:
-        fitting = [(size, axis) for axis, size in enumerate(x.shape) if size % parts == 0]
-        if parts == 1 or not fitting or np.prod(x.shape) < LEAST_SPLIT:
+    def of(path: Any, x: Any) -> NamedSharding:
+        first = int(in_stack(path))
+        fitting = [(n, axis) for axis, n in enumerate(x.shape) if axis >= first and n % parts == 0]
+        if parts == 1 or not fitting or np.prod(x.shape[first:]) < LEAST_SPLIT:
             return replicated(mesh)
         _, axis = max(fitting)
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, "part"))
 
-    return jax.tree.map(of, tree)
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def spread(tree: Any, places: Any) -> Any:

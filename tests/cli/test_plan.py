@@ -36,13 +36,12 @@ def test_a_verdict_names_what_would_make_it_fit():
     state = {"parameters": 2**30, "optimizer": 2**30}
     found = {
         **dict(fits=False, memory=2**34, training=state, evaluation=state),
-        **dict(accum_steps=1, accum_steps_to_fit=4, batch_eval=512, batch_eval_to_fit=512),
+        "changes": {"scan_layers": True, "remat": "dots", "accum_steps": 4},
     }
-    assert _verdict(found) == "no, not into 16.0 GiB; it would with --config.accum_steps=4"
-    found["batch_eval_to_fit"] = 256
-    assert _verdict(found).endswith("--config.accum_steps=4 --config.batch_eval=256")
-    found["accum_steps_to_fit"] = None
-    assert "training does not fit into 16.0 GiB with any accum_steps (2.0 GiB" in _verdict(found)
+    flags = "--config.scan_layers=True --config.remat=dots --config.accum_steps=4"
+    assert _verdict(found) == f"no, not into 16.0 GiB; it would with {flags}"
+    found["changes"] = None
+    assert "remat and sharding (the state is 2.0 GiB): take a smaller" in _verdict(found)
 
 
 @pytest.mark.parametrize(

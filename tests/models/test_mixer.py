@@ -79,12 +79,12 @@ def test_stochastic_depth_of_a_mixer_is_off_unless_training_and_then_seeded():
 
 def test_the_branches_of_a_mixer_block_are_left_out_whole_and_independently():
     x = np.broadcast_to(pictures(5, 16), (2000, 5, 16))
-    block = MixerBlock(10, 24, drop_path_rate=0.25)
+    block = MixerBlock(10, 24)
     shapes = jax.eval_shape(functools.partial(block.init, deterministic=True), key(0), x[:1])
     flat = flatten_dict(shapes["params"], sep="/")
     arrays = reference.make_params({k: v.shape for k, v in flat.items()}, seed=0)
 
-    samples = np.asarray(apply(block, arrays, x, 1, deterministic=False))
+    samples = np.asarray(apply(block, arrays, x, 1, deterministic=False, drop_path_rate=0.25))
 
     outcomes, counts = np.unique(np.round(samples, 3), axis=0, return_counts=True)
     untouched = np.all(np.abs(outcomes - x[0]) < 2e-3, axis=(1, 2))
@@ -100,7 +100,7 @@ def test_the_rate_of_stochastic_depth_of_a_mixer_grows_linearly(depth, expected)
 
     def record(call, args, kwargs, context):
         if isinstance(context.module, MixerBlock):
-            rates[context.module.name] = context.module.drop_path_rate
+            rates[context.module.name] = kwargs["drop_path_rate"]
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):

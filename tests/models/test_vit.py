@@ -268,10 +268,10 @@ def test_attention_dropout_preserves_the_expected_output_of_attention():
 
 def test_stochastic_depth_leaves_out_whole_branches_of_single_pictures():
     x = _copies(pictures(5, 16), 4000)
-    block = EncoderBlock(2, 24, drop_path_rate=0.25)
+    block = EncoderBlock(2, 24)
     params = _silent(seeded(block, x, deterministic=True)[0], "out")
 
-    samples = apply(block, params, x, seed=1, deterministic=False)
+    samples = apply(block, params, x, seed=1, deterministic=False, drop_path_rate=0.25)
     branch = apply(block, params, x[:1], deterministic=True)[0] - x[0]
 
     factors = np.asarray(samples - x) / np.asarray(branch)
@@ -283,10 +283,10 @@ def test_stochastic_depth_leaves_out_whole_branches_of_single_pictures():
 
 def test_the_two_branches_of_a_block_are_left_out_independently():
     x = _copies(pictures(5, 16), 2000)
-    block = EncoderBlock(2, 24, drop_path_rate=0.5)
+    block = EncoderBlock(2, 24)
     params, _ = seeded(block, x, deterministic=True)
 
-    samples = apply(block, params, x, seed=1, deterministic=False)
+    samples = apply(block, params, x, seed=1, deterministic=False, drop_path_rate=0.5)
 
     outcomes, counts = np.unique(np.round(samples[:, 0, 0], 4), return_counts=True)
     assert len(outcomes) == 4
@@ -300,7 +300,7 @@ def test_the_rate_of_stochastic_depth_grows_linearly(depth, expected):
 
     def record(call, args, kwargs, context):
         if isinstance(context.module, EncoderBlock):
-            rates[context.module.name] = context.module.drop_path_rate
+            rates[context.module.name] = kwargs["drop_path_rate"]
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):

@@ -1,14 +1,18 @@
 """What a run will need, told beforehand, is what it needs."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 
 from tests.training.conftest import TINY
 from vit_jax.errors import UserError
-from vit_jax.parallel import make_mesh
+from vit_jax.parallel import make_mesh, split
 from vit_jax.training import TrainState, make_optimizer
 from vit_jax.training import plan as plan_module
-from vit_jax.training.network import make_network
+from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.options import load_config, override
 from vit_jax.training.plan import plan, plan_for
 from vit_jax.training.task import open_task
@@ -19,6 +23,10 @@ def config_of(*fields):
     return override(load_config(str(TINY)), [f"--config.{field}" for field in fields])
 
 
+DEEP = (
+    *("accum_steps=1", "model.hidden_size=64", "model.mlp_dim=256", "model.num_layers=3"),
+    *("pp.train=resize(32)|value_range(-1, 1)", "pp.eval=resize(32)|value_range(-1, 1)"),
+)
 CONFIGS = {
     "AdamW in slices": config_of(),
     "SGD, mixup, float32 pictures": config_of(
@@ -26,6 +34,11 @@ CONFIGS = {
         "model.hidden_size=64", "model.num_layers=3", "pp.train=resize(32)|value_range(-1, 1)",
         "pp.eval=resize(32)|value_range(-1, 1)",
     ),
+    "bfloat16 moments, in a loop": config_of(*DEEP, "scan_layers=True"),
+    "in a loop, computed again": config_of(
+        *DEEP, "optim_dtype=float32", "scan_layers=True", "remat=full"
+    ),
+    "fsdp in a loop": config_of(*DEEP, "sharding=fsdp", "scan_layers=True", "remat=dots"),
 }  # fmt: skip
 
 
@@ -35,19 +48,33 @@ def real_step(config):
     vit = make_network(config, picture_shape=task.picture_shape, labels=task.labels, preprocess="")
     mesh = make_mesh(config)
     tx = make_optimizer(config, config.total_steps)
-    state = TrainState.create(params=vit.params, tx=tx, mesh=mesh)
+    model, params = as_trained(config, vit.model, vit.params)
+    state = TrainState.create(params=params, tx=tx, mesh=mesh)
     batches = task.train_batches(0)
-    batch = jax.device_put(next(batches))
+    batch = jax.device_put(next(batches), split(mesh))
     batches.close()
-    return step_of(task, vit.model, tx, mesh), state, batch
+    return step_of(task, model, tx, mesh), state, batch
 
 
 def nbytes(tree):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Of arrays, what lies on the first device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_memory_is_that_of_the_real_step(name):
+    if "fsdp" not in name:
+        check_memory(name)
+        return
+    code = f"from tests.training.test_plan import check_memory; check_memory({name!r})"
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    subprocess.run([sys.executable, "-c", code], env=os.environ | flags, check=True)
+
+
+def check_memory(name):
     config = CONFIGS[name]
     step, state, batch = real_step(config)
     needed = step.lower(state, batch).compile().memory_analysis()
@@ -98,19 +125,49 @@ def test_what_would_make_it_fit_does_and_nothing_less_would():
     middle = (whole.training.total + least.training.total) / 2
 
     found = plan(config, memory=middle)
-    slices = found.accum_steps_to_fit
+    slices = found.changes["accum_steps"]
     assert slices in (2, 4, 8, 16, 32, 64)
     for accum_steps, fits in ((slices, True), (slices // 2, False)):
         other = plan(override(config, [f"--config.accum_steps={accum_steps}"]))
         assert (other.training.total <= middle) == fits
-    if found.evaluation.total <= middle:
-        assert found.batch_eval_to_fit == 512
-    else:
-        other = plan(override(config, [f"--config.batch_eval={found.batch_eval_to_fit}"]))
+    if found.evaluation.total > middle:
+        other = plan(override(config, [f"--config.batch_eval={found.changes['batch_eval']}"]))
         assert other.evaluation.total <= middle
 
-    assert plan(config, memory=whole.training.total * 9).accum_steps_to_fit == 1
-    assert plan(config, memory=1000).accum_steps_to_fit is None
+    assert plan(config, memory=whole.training.total * 9).changes == {}
+    assert plan(config, memory=1000).changes is None
+
+
+@pytest.mark.slow
+def test_what_slices_cannot_save_is_computed_again():
+    """A run that holds many activations of one picture, and has no more than that at once."""
+    config = config_of(*DEEP, "batch=8", "batch_eval=8", "model.num_layers=8")
+    whole = plan(config)
+    again = plan(override(config, ["--config.scan_layers=True", "--config.remat=full"]))
+    memory = again.training.total * 1.02
+    assert whole.training.total > memory
+
+    found = plan(config, memory=memory)
+
+    assert found.changes["scan_layers"] is True
+    assert found.changes["remat"] in ("dots", "full")
+    flags = [f"--config.{field}={value}" for field, value in found.changes.items()]
+    other = plan(override(config, flags))
+    assert max(other.training.total, other.evaluation.total) <= memory
+
+
+@pytest.mark.slow
+def test_a_state_that_is_too_large_for_a_device_is_split():
+    config = config_of(*DEEP, "batch=8", "batch_eval=8", "model.mlp_dim=4096")
+    state = plan(config).training
+    memory = (state.parameters + state.optimizer) * 1.2
+
+    found = plan_for(config, 8, memory=memory)
+
+    assert found.changes["sharding"] == "fsdp"
+    flags = [f"--config.{field}={value}" for field, value in found.changes.items()]
+    other = plan_for(override(config, flags), 8)
+    assert max(other.training.total, other.evaluation.total) <= memory
 
 
 def test_on_several_devices_the_batch_is_split_and_the_weights_are_not():

@@ -107,17 +107,13 @@ def _verdict(found: dict[str, Any]) -> str:
     size = f"{found['memory'] / 2**30:.1f} GiB"
     if found["fits"]:
         return f"yes, into {size}"
-    changes = []
-    for phase, field in (("training", "accum_steps"), ("evaluation", "batch_eval")):
-        best = found[f"{field}_to_fit"]
-        if best is None:
-            lasting = found[phase]["parameters"] + found[phase]["optimizer"]
-            return (
-                f"no, {phase} does not fit into {size} with any {field} ({lasting / 2**30:.1f} GiB "
-                "are the state alone): take a smaller model or picture, or a larger device"
-            )
-        if best != found[field]:
-            changes.append(f"--config.{field}={best}")
+    if found["changes"] is None:
+        state = (found["training"]["parameters"] + found["training"]["optimizer"]) / 2**30
+        return (
+            f"no, not into {size}, whatever the accum_steps, batch_eval, remat and sharding (the "
+            f"state is {state:.1f} GiB): take a smaller model or picture, or larger or more devices"
+        )
+    changes = (f"--config.{field}={value}" for field, value in found["changes"].items())
     return f"no, not into {size}; it would with {' '.join(changes)}"
 
 

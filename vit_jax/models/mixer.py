@@ -4,6 +4,7 @@ The names of the sub-modules are those of the official checkpoints. Shapes: n pi
 d = hidden_size.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models.blocks import BlockLoop, DropPath, run_blocks
 from vit_jax.models.vit import LAYER_NORM_EPSILON, check_images, check_patch_size, check_rates
 
 
@@ -32,13 +34,14 @@ class MixerBlock(nn.Module):
 
     tokens_mlp_dim: int
     channels_mlp_dim: int
-    drop_path_rate: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        drop_path = nn.Dropout(
-            self.drop_path_rate, broadcast_dims=(1, 2), deterministic=deterministic
+    def __call__(
+        self, x: jax.Array, *, deterministic: bool, drop_path_rate: float | jax.Array = 0.0
+    ) -> jax.Array:
+        drop_path = functools.partial(
+            DropPath(name="Dropout_0"), rate=drop_path_rate, deterministic=deterministic
         )
         y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
         y = MixerMlp(self.tokens_mlp_dim, self.dtype, name="token_mixing")(y.swapaxes(1, 2))
@@ -60,6 +63,7 @@ class MlpMixer(nn.Module):
       head_bias_init: initial value of the head's bias (its kernel starts at zero).
       stochastic_depth_rate: active only with train=True, which then needs an rng named "dropout".
       dtype: what is computed in, float32 or bfloat16; parameters and logits are float32.
+      loop: how the blocks are computed.
     """
 
     num_classes: int | None
@@ -71,6 +75,7 @@ class MlpMixer(nn.Module):
     head_bias_init: float = 0.0
     stochastic_depth_rate: float = 0.0
     dtype: Any = jnp.float32
+    loop: BlockLoop = BlockLoop()
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -115,14 +120,18 @@ class MlpMixer(nn.Module):
         )(images.astype(self.dtype))
         features = {"stem": stem}
         x = stem.reshape(len(images), rows * columns, self.hidden_size)
-        for i in range(self.num_layers):
-            x = features[f"MixerBlock_{i}"] = MixerBlock(
-                self.tokens_mlp_dim,
-                self.channels_mlp_dim,
-                self.stochastic_depth_rate * i / max(self.num_layers - 1, 1),
-                self.dtype,
-                name=f"MixerBlock_{i}",
-            )(x, deterministic=not train)
+        names = ("tokens_mlp_dim", "channels_mlp_dim", "dtype")
+        x, block_features = run_blocks(
+            MixerBlock,
+            {name: getattr(self, name) for name in names},
+            x,
+            name="MixerBlock",
+            depth=self.num_layers,
+            drop_path_rate=self.stochastic_depth_rate,
+            loop=self.loop,
+            deterministic=not train,
+        )
+        features |= block_features
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="pre_head_layer_norm")(x)
         features["pre_head_layer_norm"] = x
         x = features["pre_logits"] = x.astype(jnp.float32).mean(axis=1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.models.attention import ATTENTION_NAME, MultiHeadAttention
+from vit_jax.models.blocks import BlockLoop, DropPath, run_blocks
 from vit_jax.models.normalization import LayerNorm
 from vit_jax.models.resnet import resnet_features, resnet_output_size, resnet_stride
 
@@ -86,35 +87,33 @@ class MlpBlock(nn.Module):
 class EncoderBlock(nn.Module):
     """One pre-LayerNorm encoder block (equations 2 and 3). (n, t, d) -> (n, t, d).
 
-    `drop_path_rate` is the probability with which each of the two residual branches is left out
-    for a picture while training (stochastic depth, arXiv:1603.09382).
+    With probability `drop_path_rate` each of the two residual branches is left out for a picture
+    while training (stochastic depth, arXiv:1603.09382).
     """
 
     num_heads: int
     mlp_dim: int
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
-    drop_path_rate: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        def drop_path(branch):
-            # One draw a picture: the mask is broadcast over tokens and features.
-            return nn.Dropout(
-                self.drop_path_rate, broadcast_dims=(1, 2), deterministic=deterministic
-            )(branch)
+    def __call__(
+        self, x: jax.Array, *, deterministic: bool, drop_path_rate: float | jax.Array = 0.0
+    ) -> jax.Array:
+        def drop_path(branch, name):  # The draws follow from the name.
+            return DropPath(name=name)(branch, drop_path_rate, deterministic=deterministic)
 
         y = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
         y = MultiHeadAttention(
             self.num_heads, self.attention_dropout_rate, self.dtype, name=ATTENTION_NAME
         )(y, y, deterministic=deterministic)
         y = nn.Dropout(self.dropout_rate, deterministic=deterministic)(y)
-        x = x + drop_path(y)
+        x = x + drop_path(y, "Dropout_1")
 
         y = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
         y = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype)(y, deterministic=deterministic)
-        return x + drop_path(y)
+        return x + drop_path(y, "Dropout_2")
 
 
 class MAPHead(nn.Module):
@@ -152,29 +151,28 @@ class Encoder(nn.Module):
     attention_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     dtype: Any = jnp.float32
+    loop: BlockLoop = BlockLoop()
 
     @nn.compact
     def __call__(
         self, x: jax.Array, *, deterministic: bool, positions: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        features = {}
         if positions is None:
             x = AddPositionEmbs(name="posembed_input")(x)
         else:
             x = x + positions.astype(x.dtype)
         x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
-        for i in range(self.num_layers):
-            x = EncoderBlock(
-                self.num_heads,
-                self.mlp_dim,
-                self.dropout_rate,
-                self.attention_dropout_rate,
-                # The rate grows linearly with depth, up to the full one in the last block.
-                self.stochastic_depth_rate * i / max(self.num_layers - 1, 1),
-                self.dtype,
-                name=f"encoderblock_{i}",
-            )(x, deterministic=deterministic)
-            features[f"encoderblock_{i}"] = x
+        names = ("num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate", "dtype")
+        x, features = run_blocks(
+            EncoderBlock,
+            {name: getattr(self, name) for name in names},
+            x,
+            name="encoderblock",
+            depth=self.num_layers,
+            drop_path_rate=self.stochastic_depth_rate,
+            loop=self.loop,
+            deterministic=deterministic,
+        )
         return LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="encoder_norm")(x), features
 
 
@@ -225,6 +223,7 @@ class VisionTransformer(nn.Module):
       position_embedding: "learned" or "sincos2d" (fixed, see `sincos_positions`).
       dtype: what is computed in, float32 or bfloat16. Parameters, statistics of the LayerNorms,
         attention softmax and the returned logits are float32 in any case.
+      loop: how the blocks are computed.
     """
 
     num_classes: int | None
@@ -242,6 +241,7 @@ class VisionTransformer(nn.Module):
     resnet: tuple[int, ...] | None = None
     position_embedding: str = "learned"
     dtype: Any = jnp.float32
+    loop: BlockLoop = BlockLoop()
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -324,6 +324,7 @@ class VisionTransformer(nn.Module):
             self.attention_dropout_rate,
             self.stochastic_depth_rate,
             self.dtype,
+            self.loop,
             name="Transformer",
         )(x, deterministic=not train, positions=positions)
 

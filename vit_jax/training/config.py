@@ -16,6 +16,7 @@ from vit_jax import data
 from vit_jax.checkpoints import ENDINGS, split_tower
 from vit_jax.errors import UserError
 from vit_jax.models import MlpMixer, VisionTransformer, variant
+from vit_jax.models.blocks import REMAT
 from vit_jax.parallel import SHARDINGS
 
 CHOICES = {
@@ -27,6 +28,8 @@ CHOICES = {
     "corrupt": ("error", "skip"),
     "image_dtype": ("uint8", "float32"),
     "sharding": SHARDINGS,
+    "compile": ("jit", "pmap"),
+    "remat": tuple(REMAT),
 }
 # least <= value < bound.
 LIMITS = {
@@ -87,6 +90,8 @@ FREE_FIELDS = frozenset(
         "keep_checkpoints",
         "profile",
         "sharding",
+        "remat",
+        "compile_cache",
         "tfds_data_dir",
         "tfds_manual_dir",
     }
@@ -147,6 +152,16 @@ def default_config() -> ConfigDict:
     # Where weights and optimizer lie: "replicate": whole on every device; "fsdp": in parts over all
     # devices; "hybrid": in parts over the devices of each process. See docs/scaling.md.
     config.sharding = "replicate"
+
+    # "jit", or "pmap" for data parallelism over the devices of one process by `jax.pmap`.
+    config.compile = "jit"
+    # Where compiled programs are kept for the next start: a folder; empty for "compiled" in the
+    # cache (see README.md), "off" for nowhere.
+    config.compile_cache = ""
+    config.scan_layers = False  # Compile one block and a loop over them, in place of each block.
+    # What of a block is computed again on the way back, to save memory: "none"; "dots": all but
+    # the products of tokens and weights; "full": all. See docs/scaling.md.
+    config.remat = "none"
 
     # How.
     config.optim = "sgd"
@@ -224,6 +239,11 @@ def check_config(config: ConfigDict) -> ConfigDict:
         raise UserError(
             f"config.profile is {full.profile}, expected the steps (start, stop), e.g. (10, 13), "
             "or () for no trace"
+        )
+    if full.compile == "pmap" and full.sharding != "replicate":
+        raise UserError(
+            f"config.compile is pmap, which has the weights whole on every device, and "
+            f"config.sharding {full.sharding}: leave one of them out"
         )
     if full.warmup_steps > full.total_steps:
         raise UserError(
@@ -304,7 +324,7 @@ def model_fields() -> dict[str, Any]:
         for module in (MlpMixer, VisionTransformer)
         for f in dataclasses.fields(module)
     }
-    for computed in ("name", "parent", "num_classes", "dtype"):
+    for computed in ("name", "parent", "num_classes", "dtype", "loop"):
         del fields[computed]
     return fields | variant("R50+ViT-B_16") | variant("Mixer-B_16")
 
@@ -374,7 +394,8 @@ def config_from_json(text: str) -> ConfigDict:
 
 def differing_fields(a: ConfigDict, b: ConfigDict) -> list[str]:
     """What differs between two configurations and matters: ["config.batch 32 -> 64", ...]."""
-    flat_a, flat_b = flatten(a), flatten(b)
+    # A field that is younger than a run has its default there.
+    flat_a, flat_b = ({**flatten(default_config()), **flatten(x)} for x in (a, b))
     return [
         f"{key} {flat_a.get(key)!r} -> {flat_b.get(key)!r}"
         for key in sorted(flat_a.keys() | flat_b.keys())

@@ -19,6 +19,7 @@ from vit_jax.models import (
     model_class,
     variant,
 )
+from vit_jax.models.blocks import BlockLoop, stack_blocks
 from vit_jax.pretrained import WEIGHTLESS, Pretrained, load
 from vit_jax.training.config import weights_source
 
@@ -93,6 +94,15 @@ def named_model(config: ConfigDict, num_classes: int) -> VisionTransformer | Mlp
             f"config.model.classifier {classifier!r} gives no classes: use {', '.join(POOLED)}"
         )
     return model
+
+
+def as_trained(config: ConfigDict, model: Any, params: Any) -> tuple[Any, Any]:
+    """A network and its weights in the form in which they are trained.
+
+    `unstack_blocks` gives the weights their official names back.
+    """
+    loop = BlockLoop(config.scan_layers, config.remat)
+    return model.clone(loop=loop), stack_blocks(params) if loop.scan else params
 
 
 def _named(config: ConfigDict) -> tuple[str, dict[str, Any]]:

@@ -1,10 +1,12 @@
 """What a run will need, from the shapes of its arrays and the compiled program alone."""
 
+import bisect
 import concurrent.futures
 import dataclasses
+import functools
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,15 +17,27 @@ from ml_collections import ConfigDict
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import make_eval_step
+from vit_jax.models.blocks import REMAT
 from vit_jax.models.cost import training_flops
 from vit_jax.parallel import divisible, make_mesh, shardings, split
 from vit_jax.training.config import config_from_json, config_to_json
-from vit_jax.training.network import make_network, named_model
+from vit_jax.training.network import as_trained, make_network, named_model
 from vit_jax.training.optimizer import make_optimizer
 from vit_jax.training.state import TrainState
 from vit_jax.training.task import Task, eval_spec, open_task
 
 EVAL_BATCHES = 3  # That `evaluate` has on the device: two at work, one waiting.
+
+# What saves memory beside accum_steps, from what costs least time to what costs most.
+SAVINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"sharding": "fsdp"},
+    {"scan_layers": True, "remat": "dots"},
+    {"scan_layers": True, "remat": "full"},
+    {"sharding": "fsdp", "scan_layers": True, "remat": "dots"},
+    {"sharding": "fsdp", "scan_layers": True, "remat": "full"},
+)
+FEW = 8  # Pictures at once on a device; with fewer, it is hardly made use of.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +72,8 @@ class Plan:
       flops_per_step: of the network's own operations, see `training_flops`.
       training, evaluation: memory of each device.
       accum_steps, batch_eval: of the configuration.
-      accum_steps_to_fit, batch_eval_to_fit: with which it fits into the memory that was given:
-        those of the configuration if they do, None if nothing does or no memory was given.
+      changes: {field: value} with which it fits into the memory that was given: none if it does as
+        it is; None if nothing that was tried does, or no memory was given.
     """
 
     parameters: int
@@ -73,8 +87,7 @@ class Plan:
     evaluation: Memory
     accum_steps: int
     batch_eval: int
-    accum_steps_to_fit: int | None = None
-    batch_eval_to_fit: int | None = None
+    changes: Mapping[str, Any] | None = None
 
     def seconds_per_step(self, tflops: float, mfu: float) -> float:
         """Time of a step on devices that could do `tflops` TFLOP/s and do a share `mfu` of it."""
@@ -105,13 +118,13 @@ def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None
     picture = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), picture)["params"]
 
-    def training(accum_steps: int) -> Memory:
-        return _training(task, model, params, accum_steps)
+    @functools.cache
+    def needs(phase: Callable[..., Memory], **fields: Any) -> Memory:
+        changed = config.copy_and_resolve_references()
+        changed.update(fields)
+        return phase(dataclasses.replace(task, config=changed), model, params)
 
-    def evaluation(batch_eval: int) -> Memory:
-        return _evaluation(task, model, params, batch_eval)
-
-    accum_steps, batch_eval = config.accum_steps, divisible(config.batch_eval)
+    batch_eval = divisible(config.batch_eval)
     found = Plan(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         picture_shape=shape,
@@ -120,23 +133,59 @@ def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None
         batch=config.batch,
         total_steps=config.total_steps,
         flops_per_step=config.batch * training_flops(model, shape[:2], channels=shape[2]),
-        training=training(accum_steps),
-        evaluation=evaluation(batch_eval),
-        accum_steps=accum_steps,
+        training=needs(_training, accum_steps=config.accum_steps),
+        evaluation=needs(_evaluation, batch_eval=batch_eval),
+        accum_steps=config.accum_steps,
         batch_eval=batch_eval,
     )
     if memory is None:
         return found
+    return dataclasses.replace(found, changes=_changes(config, needs, memory))
+
+
+def _changes(
+    config: ConfigDict, needs: Callable[..., Memory], memory: float
+) -> dict[str, Any] | None:
+    """Fields with which a run fits; see `Plan`."""
+    batch_eval = divisible(config.batch_eval)
     a_device = config.batch // jax.device_count()
-    slices = [n for n in range(accum_steps + 1, a_device + 1) if a_device % n == 0]
-    smaller = [divisible(batch_eval >> n) for n in range(1, batch_eval.bit_length())]
-    return dataclasses.replace(
-        found,
-        accum_steps_to_fit=_first(accum_steps, found.training, slices, training, memory),
-        batch_eval_to_fit=_first(
-            batch_eval, found.evaluation, list(dict.fromkeys(smaller)), evaluation, memory
-        ),
-    )
+    slices = [n for n in range(config.accum_steps, a_device + 1) if a_device % n == 0]
+    smaller = [divisible(batch_eval >> n) for n in range(batch_eval.bit_length())]
+
+    def first(phase: Callable, field: str, sizes: Sequence[int], saving: Mapping) -> int | None:
+        """The first of sizes, which need less and less, that fits."""
+        sizes = list(dict.fromkeys(sizes))
+
+        def fits(at: int) -> bool:
+            return needs(phase, **saving, **{field: sizes[at]}).total <= memory
+
+        if not fits(-1):
+            return None
+        return sizes[bisect.bisect_left(range(len(sizes) - 1), True, key=fits)]
+
+    savings = [new for new in (_new(config, saving) for saving in SAVINGS) if new is not None]
+    if first(_training, "accum_steps", slices[-1:], savings[-1]) is None:
+        return None
+    few = min(FEW, a_device // config.accum_steps)
+    for least in (few, 1):
+        for saving in savings:
+            enough = [n for n in slices if a_device // n >= least]
+            accum_steps = first(_training, "accum_steps", enough, saving)
+            at_once = accum_steps and first(_evaluation, "batch_eval", smaller, saving)
+            if accum_steps and at_once:
+                changes = {**saving, "accum_steps": accum_steps, "batch_eval": at_once}
+                now = {**config, "batch_eval": batch_eval}
+                return {field: value for field, value in changes.items() if now[field] != value}
+    return None
+
+
+def _new(config: ConfigDict, saving: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What of a saving a configuration has not yet; None if it has all of it, or can't have it."""
+    shards = jax.device_count() > 1 and config.sharding == "replicate" and config.compile == "jit"
+    remats = list(REMAT).index(saving.get("remat", "none")) >= list(REMAT).index(config.remat)
+    if ("sharding" in saving and not shards) or ("remat" in saving and not remats):
+        return None
+    return {field: value for field, value in saving.items() if config[field] != value}
 
 
 def plan_for(config: ConfigDict, devices: int, **options: Any) -> Plan:
@@ -216,12 +265,19 @@ def _state(config: ConfigDict, params: Any) -> tuple[Any, TrainState]:
     )
 
 
-def _training(task: Task, model: Any, params: Any, accum_steps: int) -> Memory:
+def _as_trained(config: ConfigDict, model: Any, params: Any) -> tuple[Any, Any]:
+    """See `as_trained`; of shapes."""
+    stacked = jax.eval_shape(lambda params: as_trained(config, model, params)[1], params)
+    return as_trained(config, model, {})[0], stacked
+
+
+def _training(task: Task, model: Any, params: Any) -> Memory:
     from vit_jax.training.trainer import step_of
 
     config = task.config.copy_and_resolve_references()
-    config.accum_steps = accum_steps
+    config.compile = "jit"  # The same program, and one that can be looked at.
     mesh = make_mesh(config)
+    model, params = _as_trained(config, model, params)
     tx, state = _state(config, params)
     batch = _batch(task, task.train_ops, config.batch)
     step: Any = step_of(dataclasses.replace(task, config=config), model, tx, mesh)
@@ -239,15 +295,17 @@ def _training(task: Task, model: Any, params: Any, accum_steps: int) -> Memory:
     )
 
 
-def _evaluation(task: Task, model: Any, params: Any, batch_eval: int) -> Memory:
+def _evaluation(task: Task, model: Any, params: Any) -> Memory:
     """While an evaluation goes on, the optimizer and the next training batches stay where they
     are."""
-    mesh = make_mesh(task.config)
-    _, state = _state(task.config, params)
-    batch = _batch(task, task.eval_ops, batch_eval)
-    step: Any = make_eval_step(model, mesh=mesh, loss=task.config.loss)
+    config = task.config
+    mesh = make_mesh(config)
+    model, params = _as_trained(config, model, params)
+    _, state = _state(config, params)
+    batch = _batch(task, task.eval_ops, config.batch_eval)
+    step: Any = make_eval_step(model, mesh=mesh, loss=config.loss)
     needed = step.lower(state.params, batch).compile().memory_analysis()
-    ahead = _bytes(_batch(task, task.train_ops, task.config.batch), mesh) * task.config.prefetch
+    ahead = _bytes(_batch(task, task.train_ops, config.batch), mesh) * config.prefetch
     weights = _bytes(state.params)
     return Memory(
         parameters=weights,
@@ -265,19 +323,3 @@ def _bytes(tree: Any, mesh: Any = None) -> int:
         place = leaf.sharding if mesh is None else split(mesh)
         total += int(np.prod(place.shard_shape(leaf.shape))) * leaf.dtype.itemsize
     return total
-
-
-def _first(
-    size: int, known: Memory, others: list[int], needs: Callable[[int], Memory], memory: float
-) -> int | None:
-    """`size`, or the first of `others`, which need less and less, that fits; None if none does."""
-    if known.total <= memory:
-        return size
-    low, high = 0, len(others)
-    while low < high:
-        middle = (low + high) // 2
-        if needs(others[middle]).total <= memory:
-            high = middle
-        else:
-            low = middle + 1
-    return others[low] if low < len(others) else None

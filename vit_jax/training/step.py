@@ -1,5 +1,6 @@
 """One training step: from a batch to changed weights, in one compiled function."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
+from vit_jax.models.blocks import BlockLoop, in_block
 from vit_jax.parallel import make_mesh, replicated, shardings, split
 from vit_jax.training.mixing import mix
 from vit_jax.training.state import TrainState
@@ -25,6 +27,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     mesh: Mesh | None = None,
+    compile: str = "jit",
     accum_steps: int = 1,
     loss: str = "softmax",
     label_smoothing: float = 0.0,
@@ -40,6 +43,9 @@ def make_train_step(
       mesh: see `make_mesh`, by default of all devices. The batch is split over it, the state
         lies where `shardings` says. Each weight that is split is gathered where it is used, once
         forwards and once backwards, and its gradient is at once split again.
+      compile: "jit", or "pmap" for `jax.pmap` over the devices of the only process, each of which
+        has the whole state. If there are several, each draws its own dropout and mixes the
+        pictures of its own part of the batch.
       accum_steps: the batch is computed in this many slices one after the other, which saves
         memory. It has to divide the number of pictures a device.
       loss: "softmax" or "sigmoid" cross-entropy.
@@ -56,7 +62,19 @@ def make_train_step(
       "param_norm".
     """
     mesh = make_mesh() if mesh is None else mesh
-    parts = mesh.size * accum_steps
+    pieces, in_parts = mesh.size * accum_steps, mesh.shape["part"] > 1
+    if compile == "pmap" and (in_parts or jax.process_count() > 1):
+        raise UserError(
+            "config.compile pmap is for one process with the weights whole on every device: use "
+            "config.compile=jit"
+        )
+    loop, of_blocks = getattr(model, "loop", BlockLoop()), hasattr(model, "loop")
+    gather = functools.partial(_gathered, mesh=mesh)
+    if in_parts and of_blocks:  # Inside of them, so that each is gathered when its turn comes.
+        model = model.clone(loop=dataclasses.replace(loop, gather=gather))
+
+    def whole(path: Any, x: jax.Array) -> jax.Array:
+        return x if of_blocks and in_block(path) else gather(x)
 
     def logits_of(params: Any, images: jax.Array) -> Any:
         return model.apply({"params": params}, images)
@@ -66,42 +84,77 @@ def make_train_step(
     def loss_fn(
         params: Any, images: jax.Array, labels: jax.Array, key: jax.Array, *, levels: bool
     ) -> jax.Array:
-        params = jax.tree.map(functools.partial(_gathered, mesh=mesh), params)
+        if in_parts:
+            params = jax.tree_util.tree_map_with_path(whole, params)
         if levels:  # As the operation value_range does; mixed ones are no integers any more.
             images = (images.astype(jnp.float32) - 127.5) / 127.5
             images = images * ((high - low) / 2) + (high + low) / 2
         logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         return example_losses(logits, labels, loss, label_smoothing).mean()
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        if len(batch["image"]) % parts:
-            raise UserError(
-                f"the batch holds {len(batch['image'])} pictures, expected a multiple of {parts}: "
-                f"{mesh.size} devices x {accum_steps} accum_steps"
-            )
+    def update(
+        state: TrainState, batch: Batch, axis: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """With an axis of `pmap`, of the part of the batch that is on this device."""
         key = state.dropout_key()
         levels = batch["image"].dtype == jnp.uint8
         if mixup or cutmix:
             classes = jax.eval_shape(logits_of, state.params, batch["image"]).shape[-1]
             batch = mix(batch, key, classes, mixup=mixup, cutmix=cutmix)
         forward: Callable = functools.partial(loss_fn, levels=levels)
-        if mesh.shape["part"] > 1:  # Gathered weights are not kept until they are used backwards.
+        # Gathered weights are not kept until they are used backwards. (Blocks that are computed
+        # again do that for themselves; this would keep what they don't.)
+        if in_parts and loop.remat == "none":
             forward = jax.checkpoint(forward, policy=_all_but_gathered)
+        if axis and mesh.size > 1:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         value_and_grad = jax.value_and_grad(forward)
-        value, grads = _accumulate(value_and_grad, accum_steps, mesh, state.params, batch, key)
+        value, grads = _accumulate(value_and_grad, accum_steps, state.params, batch, key)
+        if axis:
+            value, grads = jax.lax.pmean((value, grads), axis)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norms = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
         metrics = {"loss": value} | {name: optax.tree.norm(x) for name, x in norms.items()}
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        if axis:
+            return state, metrics
         return jax.lax.with_sharding_constraint(state, shardings(state, mesh)), metrics
 
-    return jax.jit(
-        step,
+    def check(batch: Batch) -> None:
+        if len(batch["image"]) % pieces:
+            raise UserError(
+                f"the batch holds {len(batch['image'])} pictures, expected a multiple of {pieces}: "
+                f"{mesh.size} devices x {accum_steps} accum_steps"
+            )
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        check(batch)
+        return update(state, batch)
+
+    if compile == "jit":
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(None, split(mesh)),
+            out_shardings=(None, replicated(mesh)),
+        )
+    on_each = jax.pmap(
+        functools.partial(update, axis="devices"),
+        "devices",
+        in_axes=(None, 0),
+        out_axes=None,
         donate_argnums=0,
-        in_shardings=(None, split(mesh)),
-        out_shardings=(None, replicated(mesh)),
+        devices=[*mesh.devices.flat],
     )
+
+    def mapped(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        check(batch)
+        return on_each(
+            state, jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), dict(batch))
+        )
+
+    return mapped
 
 
 def _gathered(x: jax.Array, *, mesh: Mesh) -> jax.Array:
@@ -127,7 +180,7 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _accumulate(
-    value_and_grad: Callable, slices: int, mesh: Mesh, params: Any, batch: Batch, key: jax.Array
+    value_and_grad: Callable, slices: int, params: Any, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Any]:
     """Mean loss and gradient over the slices of a batch; each slice has its own dropout."""
     if slices == 1:

@@ -14,9 +14,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax.cache import keep_compiled
 from vit_jax.data import Source
 from vit_jax.errors import full_disk_explained
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
+from vit_jax.models.blocks import unstack_blocks
 from vit_jax.parallel import join, make_mesh, split, to_host
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
@@ -24,7 +26,7 @@ from vit_jax.training.config import FREE_FIELDS, check_config, flatten, weights_
 from vit_jax.training.feed import Feed, Figures
 from vit_jax.training.hardware import Usage
 from vit_jax.training.metrics import MetricsWriter
-from vit_jax.training.network import make_network
+from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.optimizer import make_optimizer, schedule_of
 from vit_jax.training.outcome import (
     Result,
@@ -93,6 +95,7 @@ def _train(
     sources: tuple[Source, Source] | None,
 ) -> Result:
     with together():
+        compiled = keep_compiled(config.compile_cache)
         mesh = make_mesh(config)
         task = open_task(config, sources)
         vit = make_network(
@@ -105,11 +108,13 @@ def _train(
         fingerprints = task.fingerprints
     check_same(_what_matters(config, fingerprints))
     tx = make_optimizer(config, config.total_steps)
-    state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, mesh=mesh)
-    vit = dataclasses.replace(vit, params={})  # The host's memory is not needed any more.
-    train_step = step_of(task, vit.model, tx, mesh)
+    model, params = as_trained(config, vit.model, vit.params)
+    vit = dataclasses.replace(vit, params={})
+    state = TrainState.create(params=params, tx=tx, seed=config.seed, mesh=mesh)
+    del params  # The host's memory is not needed any more.
+    train_step = step_of(task, model, tx, mesh)
     usage = Usage(vit.model, task.picture_shape)
-    eval_step = make_eval_step(vit.model, mesh=mesh, loss=config.loss)
+    eval_step = make_eval_step(model, mesh=mesh, loss=config.loss)
     learning_rate = schedule_of(config, config.total_steps)
     with together():
         if is_first():
@@ -139,7 +144,7 @@ def _train(
         profile = stack.enter_context(Profile(config.profile, workdir / FOLDER))
         scores: Scores | None = None
         stop = SharedStop(own_stop, mesh)
-        progress.message(introduction)
+        progress.message(f"{introduction}; {compiled}")
         if start:
             progress.message(f"going on from step {start}, saved in {folder}")
 
@@ -233,7 +238,7 @@ def _train(
 
 def _what_matters(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """What all processes of a run must have the same."""
-    free = {f"config.{field}" for field in FREE_FIELDS - {"sharding"}}
+    free = {f"config.{field}" for field in FREE_FIELDS - {"sharding", "remat"}}
     fields = {k: v for k, v in flatten(config).items() if k not in free}
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -250,6 +255,7 @@ def step_of(
         model,
         tx,
         mesh=mesh,
+        compile=task.config.compile,
         accum_steps=task.config.accum_steps,
         loss=task.config.loss,
         label_smoothing=task.config.label_smoothing,
@@ -285,7 +291,7 @@ def _evaluate(
 
 
 def _with_params(vit: Pretrained, state: TrainState) -> Pretrained:
-    return dataclasses.replace(vit, params=to_host(state.params))
+    return dataclasses.replace(vit, params=unstack_blocks(to_host(state.params)))
 
 
 def _introduction(config: ConfigDict, vit: Pretrained, task: Task) -> str:
