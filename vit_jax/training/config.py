@@ -16,6 +16,7 @@ from vit_jax import data
 from vit_jax.checkpoints import ENDINGS, split_tower
 from vit_jax.errors import UserError
 from vit_jax.models import MlpMixer, VisionTransformer, variant
+from vit_jax.models.attention import ATTENTION
 from vit_jax.models.blocks import REMAT
 from vit_jax.parallel import SHARDINGS
 
@@ -30,6 +31,7 @@ CHOICES = {
     "sharding": SHARDINGS,
     "compile": ("jit", "pmap"),
     "remat": tuple(REMAT),
+    "attention": ("auto", *ATTENTION),
 }
 # least <= value < bound.
 LIMITS = {
@@ -91,6 +93,7 @@ FREE_FIELDS = frozenset(
         "profile",
         "sharding",
         "remat",
+        "attention",
         "compile_cache",
         "tfds_data_dir",
         "tfds_manual_dir",
@@ -162,6 +165,10 @@ def default_config() -> ConfigDict:
     # What of a block is computed again on the way back, to save memory: "none"; "dots": all but
     # the products of tokens and weights; "full": all. See docs/scaling.md.
     config.remat = "none"
+
+    # By what attention is computed: "xla"; "cudnn", by NVIDIA's kernel, which needs a GPU, dtype
+    # bfloat16 and no dropout in attention; "auto" takes cudnn where it works.
+    config.attention = "auto"
 
     # How.
     config.optim = "sgd"
@@ -324,7 +331,7 @@ def model_fields() -> dict[str, Any]:
         for module in (MlpMixer, VisionTransformer)
         for f in dataclasses.fields(module)
     }
-    for computed in ("name", "parent", "num_classes", "dtype", "loop"):
+    for computed in ("name", "parent", "num_classes", "dtype", "loop", "attention"):
         del fields[computed]
     return fields | variant("R50+ViT-B_16") | variant("Mixer-B_16")
 
