@@ -11,6 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+# By what it is computed: products and a softmax that XLA compiles, or cuDNN's one kernel.
+ATTENTION = ("xla", "cudnn")
+
 # Its name in the official checkpoints.
 ATTENTION_NAME = "MultiHeadDotProductAttention_0"
 
@@ -30,6 +33,12 @@ def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None =
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     return jax.nn.softmax(scores).astype(query.dtype)
+
+
+def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`attention_weights(query, key) @ value` by cuDNN: (n, h, t, d / h) of bfloat16 or float16."""
+    rows = (x.swapaxes(1, 2) for x in (query, key, value))
+    return jax.nn.dot_product_attention(*rows, implementation="cudnn").swapaxes(1, 2)
 
 
 def split_heads(tokens: jax.Array, num_heads: int) -> jax.Array:
@@ -54,11 +63,14 @@ class MultiHeadAttention(nn.Module):
       num_heads: h; it divides d.
       dropout_rate: of the weights, each drawn on its own; needs an rng named "dropout".
       dtype: what is computed in. Parameters and softmax are float32.
+      implementation: one of ATTENTION. "cudnn" is for NVIDIA GPUs, dtype bfloat16 and no dropout;
+        weights that are looked at are XLA's in any case.
     """
 
     num_heads: int
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    implementation: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, asked: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -70,12 +82,22 @@ class MultiHeadAttention(nn.Module):
             return split_heads(tokens, self.num_heads)
 
         query, key, value = project("query", x), project("key", asked), project("value", asked)
-        weights = attention_weights(query, key)
-        self.sow("intermediates", "attention_weights", weights)
-        if not self.is_initializing():  # They would be a part of the network's variables.
-            weights = self.perturb("attention_weights", weights)
-        weights = nn.Dropout(self.dropout_rate, deterministic=deterministic)(weights)
-        return _Projection((*heads, d), (d,), self.dtype, name="out")(join_heads(weights @ value))
+        if self.implementation == "cudnn" and not self._watched():
+            y = cudnn_attention(query, key, value)
+        else:
+            weights = attention_weights(query, key)
+            self.sow("intermediates", "attention_weights", weights)
+            if not self.is_initializing():  # They would be a part of the network's variables.
+                weights = self.perturb("attention_weights", weights)
+            y = nn.Dropout(self.dropout_rate, deterministic=deterministic)(weights) @ value
+        return _Projection((*heads, d), (d,), self.dtype, name="out")(join_heads(y))
+
+    def _watched(self) -> bool:
+        """Whether somebody wants the weights; so does nobody but `init`, which may run on a CPU."""
+        collections = ("intermediates", "perturbations")
+        return any(self.is_mutable_collection(name) for name in collections) or self.has_variable(
+            "perturbations", "attention_weights"
+        )
 
 
 class _Projection(nn.Module):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models.blocks import BlockLoop, DropPath, run_blocks
+from vit_jax.models.normalization import LayerNorm
 from vit_jax.models.vit import LAYER_NORM_EPSILON, check_images, check_patch_size, check_rates
 
 
@@ -43,10 +44,10 @@ class MixerBlock(nn.Module):
         drop_path = functools.partial(
             DropPath(name="Dropout_0"), rate=drop_path_rate, deterministic=deterministic
         )
-        y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
+        y = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
         y = MixerMlp(self.tokens_mlp_dim, self.dtype, name="token_mixing")(y.swapaxes(1, 2))
         x = x + drop_path(y.swapaxes(1, 2))
-        y = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
+        y = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
         y = MixerMlp(self.channels_mlp_dim, self.dtype, name="channel_mixing")(y)
         return x + drop_path(y)
 
@@ -132,7 +133,7 @@ class MlpMixer(nn.Module):
             deterministic=not train,
         )
         features |= block_features
-        x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="pre_head_layer_norm")(x)
+        x = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="pre_head_layer_norm")(x)
         features["pre_head_layer_norm"] = x
         x = features["pre_logits"] = x.astype(jnp.float32).mean(axis=1)
         if self.num_classes is not None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.models.attention import ATTENTION_NAME, MultiHeadAttention
+from vit_jax.models.attention import ATTENTION, ATTENTION_NAME, MultiHeadAttention
 from vit_jax.models.blocks import BlockLoop, DropPath, run_blocks
 from vit_jax.models.normalization import LayerNorm
 from vit_jax.models.resnet import resnet_features, resnet_output_size, resnet_stride
@@ -96,6 +96,7 @@ class EncoderBlock(nn.Module):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -106,7 +107,11 @@ class EncoderBlock(nn.Module):
 
         y = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
         y = MultiHeadAttention(
-            self.num_heads, self.attention_dropout_rate, self.dtype, name=ATTENTION_NAME
+            self.num_heads,
+            self.attention_dropout_rate,
+            self.dtype,
+            self.attention,
+            name=ATTENTION_NAME,
         )(y, y, deterministic=deterministic)
         y = nn.Dropout(self.dropout_rate, deterministic=deterministic)(y)
         x = x + drop_path(y, "Dropout_1")
@@ -152,6 +157,7 @@ class Encoder(nn.Module):
     stochastic_depth_rate: float = 0.0
     dtype: Any = jnp.float32
     loop: BlockLoop = BlockLoop()
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -162,7 +168,8 @@ class Encoder(nn.Module):
         else:
             x = x + positions.astype(x.dtype)
         x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
-        names = ("num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate", "dtype")
+        names = ("num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate")
+        names += ("dtype", "attention")
         x, features = run_blocks(
             EncoderBlock,
             {name: getattr(self, name) for name in names},
@@ -224,6 +231,7 @@ class VisionTransformer(nn.Module):
       dtype: what is computed in, float32 or bfloat16. Parameters, statistics of the LayerNorms,
         attention softmax and the returned logits are float32 in any case.
       loop: how the blocks are computed.
+      attention: by what the blocks compute attention, see `MultiHeadAttention`.
     """
 
     num_classes: int | None
@@ -242,6 +250,7 @@ class VisionTransformer(nn.Module):
     position_embedding: str = "learned"
     dtype: Any = jnp.float32
     loop: BlockLoop = BlockLoop()
+    attention: str = "xla"
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -325,6 +334,7 @@ class VisionTransformer(nn.Module):
             self.stochastic_depth_rate,
             self.dtype,
             self.loop,
+            self.attention,
             name="Transformer",
         )(x, deterministic=not train, positions=positions)
 
@@ -368,6 +378,10 @@ class VisionTransformer(nn.Module):
             raise UserError(
                 f"unknown position_embedding {self.position_embedding!r}, expected one of "
                 f"{', '.join(POSITION_EMBEDDINGS)}"
+            )
+        if self.attention not in ATTENTION:
+            raise UserError(
+                f"unknown attention {self.attention!r}, expected one of {', '.join(ATTENTION)}"
             )
         if self.hidden_size % self.num_heads:
             raise UserError(

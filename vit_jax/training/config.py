@@ -16,6 +16,7 @@ from vit_jax import data
 from vit_jax.checkpoints import ENDINGS, split_tower
 from vit_jax.errors import UserError
 from vit_jax.models import MlpMixer, VisionTransformer, variant
+from vit_jax.models.attention import ATTENTION
 from vit_jax.models.blocks import REMAT
 from vit_jax.parallel import SHARDINGS
 
@@ -31,6 +32,7 @@ CHOICES = {
     "compile": ("jit", "pmap"),
     "remat": tuple(REMAT),
     "on_bad_step": ("stop", "skip", "rollback"),
+    "attention": ("auto", *ATTENTION),
 }
 # least <= value < bound.
 LIMITS = {
@@ -94,6 +96,7 @@ FREE_FIELDS = frozenset(
         "profile",
         "sharding",
         "remat",
+        "attention",
         "compile_cache",
         "silence_timeout",
         "tfds_data_dir",
@@ -103,7 +106,7 @@ FREE_FIELDS = frozenset(
     }
 )
 # But all processes of a run must have the same of these.
-CHANGING = {"sharding", "remat", "on_bad_step", "spike", "silence_timeout"}
+CHANGING = {"sharding", "remat", "attention", "on_bad_step", "spike", "silence_timeout"}
 
 
 def default_config() -> ConfigDict:
@@ -170,6 +173,10 @@ def default_config() -> ConfigDict:
     # What of a block is computed again on the way back, to save memory: "none"; "dots": all but
     # the products of tokens and weights; "full": all. See docs/scaling.md.
     config.remat = "none"
+
+    # By what attention is computed: "xla"; "cudnn", by NVIDIA's kernel, which needs a GPU, dtype
+    # bfloat16 and no dropout in attention; "auto" takes cudnn where it works.
+    config.attention = "auto"
 
     # How.
     config.optim = "sgd"
@@ -341,7 +348,7 @@ def model_fields() -> dict[str, Any]:
         for module in (MlpMixer, VisionTransformer)
         for f in dataclasses.fields(module)
     }
-    for computed in ("name", "parent", "num_classes", "dtype", "loop"):
+    for computed in ("name", "parent", "num_classes", "dtype", "loop", "attention"):
         del fields[computed]
     return fields | variant("R50+ViT-B_16") | variant("Mixer-B_16")
 

@@ -21,6 +21,7 @@ from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_ste
 from vit_jax.models.blocks import unstack_blocks
 from vit_jax.parallel import join, make_mesh, split, to_host
 from vit_jax.pretrained import Pretrained
+from vit_jax.training.attention import choose_attention
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.config import CHANGING, FREE_FIELDS, check_config, flatten, weights_source
 from vit_jax.training.feed import Feed, Figures
@@ -109,11 +110,13 @@ def _train(
             labels=task.labels,
             preprocess=task.eval_ops.spec,
         )
+        attention, told = choose_attention(config, vit.model, task.picture_shape[:2], mesh)
         introduction = _introduction(config, vit, task)
         fingerprints = task.fingerprints
-    check_same(_what_matters(config, fingerprints))
+    check_same(_what_matters(config, fingerprints) | {"attention": attention})
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
+    model = model if attention == "xla" else model.clone(attention=attention)
     vit = dataclasses.replace(vit, params={})
     state = TrainState.create(params=params, tx=tx, seed=config.seed, mesh=mesh)
     del params  # The host's memory is not needed any more.
@@ -161,7 +164,7 @@ def _train(
         stop = SharedStop(own_stop, mesh)
         stack.push(watch.fail)
         stack.enter_context(full_disk_explained(f"the workdir {workdir}"))
-        progress.message(f"{introduction}; {compiled}")
+        progress.message("; ".join(filter(None, (introduction, told, compiled))))
         if damaged:
             progress.message(damaged)
         if start:
