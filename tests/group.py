@@ -86,7 +86,11 @@ class Group:
         """Exit status, output and errors of each."""
         ends = []
         for process, files in zip(self.processes, self._texts, strict=True):
-            process.wait(PATIENCE)
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
             for file in files:
                 file.seek(0)
             ends.append((process.returncode, *(file.read() for file in files)))

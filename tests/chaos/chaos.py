@@ -38,7 +38,7 @@ class Chaos:
         self.workdir, self.count = workdir, processes
         self.chance = random.Random(seed)
         self.fields = (
-            *(f"total_steps={EACH * faults}", "checkpoint_every=10", "eval_every=100"),
+            *(f"total_steps={EACH * (faults + 1)}", "checkpoint_every=10", "eval_every=100"),
             *("progress_every=1", "keep_checkpoints=3", f"silence_timeout={SILENCE}"),
         )
         self.kinds: list[Callable[[Group], list[set[int]] | None]] = [
@@ -120,11 +120,12 @@ class Chaos:
         order = [self.kinds[i % len(self.kinds)] for i in range(faults)]
         self.chance.shuffle(order)
         done: collections.Counter = collections.Counter()
-        group, before = self.start(), time.monotonic()
+        group, before, at = self.start(), time.monotonic(), 0
         for i, fault in enumerate(order):
-            step = EACH * i + self.chance.randrange(1, EACH)
+            # Not while it starts: who does not come is waited for, for minutes.
+            step = max(EACH * i + self.chance.randrange(1, EACH), at + 1)
             assert group.wait_for(step), group.end()
-            at, begun = group.step, time.monotonic()
+            begun = time.monotonic()
             expected = fault(group)
             if expected is not None:
                 ends = group.end()
@@ -135,12 +136,13 @@ class Chaos:
                 ), (fault.__name__, expected, ends)
                 texts = (out or err for status, out, err in ends if status >= 0)
                 said = next(texts).strip().splitlines()[-1]
+                at = group.step
                 group = self.start()
             else:
                 took, said = time.monotonic() - begun, "goes on"
             done[fault.__name__] += 1
             total = time.monotonic() - before
-            what = f"{i + 1:3} {fault.__name__:9} at step {at:5}, {took:4.1f} s: {said}"
+            what = f"{i + 1:3} {fault.__name__:9} at step {step:5}, {took:4.1f} s: {said}"
             print(f"{total:6.0f} s {what}", flush=True)
         ends = group.end()
         assert all(status == 0 for status, _, _ in ends), ends

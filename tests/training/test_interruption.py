@@ -190,17 +190,19 @@ def test_a_second_run_in_the_same_workdir_is_refused_until_the_first_is_gone(tmp
     assert second.end(signal.SIGTERM)[0] == 75
 
 
-def test_a_damaged_checkpoint_is_told_in_one_line(whole, tmp_path, capfd):
+def test_checkpoints_that_are_all_damaged_are_told_in_one_line(whole, tmp_path, capfd):
     workdir = shutil.copytree(whole, tmp_path / "run")
     (workdir / "report.png").unlink()
-    for file in (workdir / "checkpoints" / "40" / "state" / "d").iterdir():
+    for file in (workdir / "checkpoints").glob("*/state/d/*"):
         os.truncate(file, 100)
     assert main(["train", f"--config={TINY}", f"--workdir={workdir}"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(
-        f"vit-jax: the checkpoint {workdir}/checkpoints/40 can't be read (OUT_OF"
+        f"vit-jax: the checkpoint {workdir}/checkpoints/40 can't be used (OUT_OF"
     )
-    assert line.endswith("): remove that folder to go on from the one before")
+    assert line.endswith(
+        "), nor 1 before it: mend the cause, or remove these folders to begin anew"
+    )
 
 
 def test_any_batch_size_evaluates_each_picture_once_on_eight_devices(tmp_path):

@@ -1,72 +1,36 @@
-"""Several processes train as one: they meet, agree, count, save and stop together."""
+"""Several processes train as one: they meet, agree, count, save, stop and fail together."""
 
-import contextlib
-import os
 import re
+import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tests.group import TINY, Group, free_port
 from vit_jax import load
 from vit_jax.errors import UserError
 from vit_jax.training import processes, run
 from vit_jax.training.metrics import read_metrics
 
-TINY = Path(__file__).resolve().parents[1] / "tiny.py"
-PATIENCE = 200
-# Wide enough that a layer is split; exact momentum, so that only sums are rounded differently.
+# Wide enough that a layer is split; exact momentum, so that only sums are rounded differently; test
+# pictures in a number that no number of devices divides.
 FIELDS = ("model.mlp_dim=1024", "optim_dtype=float32", "progress_every=1", "batch_eval=7")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Group:
-    """`vit-jax train` as several processes."""
-
-    def __init__(self, workdir: Path, *fields: str, count: int = 2, devices: int = 1, own=None):
-        self.workdir, self.processes = workdir, []
-        address = f"127.0.0.1:{free_port()}"
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        for i in range(count):
-            command = [sys.executable, "-m", "vit_jax", "train", f"--config={TINY}"]
-            command += [f"--workdir={workdir}", *(f"--config.{field}" for field in fields)]
-            command += (own or {}).get(i, [])
-            if count > 1:
-                command += [f"--coordinator={address}", f"--num-processes={count}"]
-                command += [f"--process-id={i}"]
-            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            self.processes.append(subprocess.Popen(command, env=environment, **pipes))
-
-    def stop(self, process: int, step: int) -> None:
-        """Sends SIGTERM to one process when the run is at a step."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, UserError):
-                if any(x["step"] >= step for x in read_metrics(self.workdir / "metrics.jsonl")):
-                    break
-            assert self.processes[process].poll() is None, self.end()
-            time.sleep(0.002)
-        self.processes[process].send_signal(signal.SIGTERM)
-
-    def end(self) -> list[tuple[int, str, str]]:
-        """Exit status, output and errors of each."""
-        texts = [p.communicate(timeout=PATIENCE) for p in self.processes]
-        return [(p.returncode, *text) for p, text in zip(self.processes, texts, strict=True)]
+FIELDS += ("splits.test=test[:353]",)
+# What runs in some number of processes with some number of devices each is what runs in one.
+LAYOUTS = {
+    "8 devices": ("replicate", 1, 8),
+    "fsdp over 8 devices": ("fsdp", 1, 8),
+    "2 processes": ("replicate", 2, 1),
+    "4 processes x 2": ("replicate", 4, 2),
+    "fsdp over 2 x 4": ("fsdp", 2, 4),
+    "hybrid over 2 x 2": ("hybrid", 2, 2),
+}
 
 
 def assert_same_run(workdir, reference):
@@ -95,28 +59,121 @@ def alone(tmp_path_factory, _compile_once):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sharding", "devices"), [("replicate", 1), ("fsdp", 2), ("hybrid", 2)])
-def test_two_processes_give_the_run_of_one(sharding, devices, alone, tmp_path):
-    group = Group(tmp_path / "run", *FIELDS, f"sharding={sharding}", devices=devices)
-    (first, text, log), (second, nothing, silence) = group.end()
-    assert (first, second) == (0, 0), log + silence
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_gives_the_run_of_one_device(layout, alone, tmp_path):
+    sharding, count, devices = LAYOUTS[layout]
+    fields = (*FIELDS, f"sharding={sharding}")
+    ends = Group(tmp_path / "run", *fields, count=count, devices=devices).end()
+    assert [status for status, _, _ in ends] == [0] * count, ends
     assert_same_run(tmp_path / "run", alone)
-    assert re.search(r"test accuracy .* \(\d+ of 360\)", text)
-    assert (nothing, "step" in silence) == ("", False)
+    (_, text, _), *others = ends
+    assert re.search(r"test accuracy .* \(\d+ of 353\)", text)
+    assert all((out, "step" in err) == ("", False) for _, out, err in others)
+
+
+@pytest.mark.slow
+def test_one_run_goes_on_over_8_devices_4_x_2_one_fsdp_and_replicated_again(alone, tmp_path):
+    workdir = tmp_path / "run"
+    chain = [("replicate", 1, 8), ("replicate", 4, 2), ("replicate", 1, 1), ("fsdp", 2, 2)]
+    for i, (sharding, count, devices) in enumerate(chain):
+        fields = (*FIELDS, f"sharding={sharding}")
+        group = Group(workdir, *fields, count=count, devices=devices)
+        group.send(signal.SIGTERM, process=count - 1, step=7 * (i + 1))
+        ends = group.end()
+        assert [status for status, _, _ in ends] == [75] * count, ends
+    ((status, _, log),) = Group(workdir, *FIELDS, count=1).end()
+    assert status == 0, log
+    assert_same_run(workdir, alone)
+    pictures = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 1)).astype(np.float32)
+    np.testing.assert_allclose(load(workdir)(pictures), load(alone)(pictures), atol=1e-3)
+
+
+LONG = (*FIELDS, "total_steps=1000000", "eval_every=0")
+
+
+def test_when_a_process_is_killed_the_other_names_it_at_once_and_one_process_goes_on(
+    alone, tmp_path
+):
+    group = Group(tmp_path / "run", *FIELDS)
+    group.send(signal.SIGKILL, process=1, step=11)
+    since = time.monotonic()
+    (status, _, log), (killed, _, _) = group.end()
+    assert (status, killed) == (75, -9), log
+    assert time.monotonic() - since < 10
+    assert re.search(
+        r"\nvit-jax: process 1 on \S+ has gone without a word: start the same command again to go "
+        r"on from the last checkpoint\n$",
+        log,
+    )
+    ((status, _, log),) = Group(tmp_path / "run", *FIELDS, count=1).end()
+    assert (status, "going on from step 10" in log) == (0, True), log
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_when_the_first_of_four_is_killed_the_others_name_it(tmp_path):
+    group = Group(tmp_path / "run", *LONG, count=4)
+    group.send(signal.SIGKILL, process=0, step=5)
+    first, *others = group.end()
+    assert first[0] == -9
+    for status, _, log in others:
+        assert status == 75, log
+        assert "vit-jax: process 0 on " in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_is_silent_too_long_is_given_up_but_not_before(silent, tmp_path):
+    group = Group(tmp_path / "run", *LONG, "silence_timeout=8")
+    group.send(signal.SIGSTOP, silent, step=5)
+    time.sleep(3)
+    group.processes[silent].send_signal(signal.SIGCONT)
+    before = group.step
+    group.send(signal.SIGSTOP, silent, step=before + 5)
+    group.processes[1 - silent].wait(60)
+    group.processes[silent].send_signal(signal.SIGCONT)
+    for status, _, log in group.end():
+        assert status == 75, log
+        assert log.endswith(
+            "has given no sign of life for 8 s: start the same command again to go on from the "
+            "last checkpoint\n"
+        )
+        assert f"vit-jax: process {silent} on " in log
+
+
+@pytest.mark.slow
+def test_a_mistake_of_one_process_in_mid_run_ends_the_other_with_its_message(tmp_path):
+    folder = tmp_path / "pictures"
+    chance = np.random.default_rng(0)
+    for i in range(80):
+        path = folder / "train" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), chance.integers(256, size=(8, 8, 3), dtype=np.uint8))
+    shutil.copytree(folder / "train", folder / "test")
+    path.write_bytes(path.read_bytes()[:60])
+    group = Group(tmp_path / "run", "eval_every=0", f"dataset={folder}", "batch=4", "accum_steps=1")
+    logs = []
+    for status, _, log in group.end():
+        assert status == 2, log
+        assert "Traceback" not in log
+        logs.append(log.splitlines()[-1])
+    own, told = sorted(logs, key=len)
+    assert str(path) in own
+    assert re.fullmatch(f"vit-jax: process [01] on \\S+: {re.escape(own[9:])}", told)
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_at_one_step_and_any_devices_go_on(alone, tmp_path):
     workdir = tmp_path / "run"
     group = Group(workdir, *FIELDS, "sharding=fsdp")
-    group.stop(process=1, step=5)
+    group.send(signal.SIGTERM, process=1, step=5)
     (first, text, log), (second, _, silence) = group.end()
     assert (first, second) == (75, 75), log + silence
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert text.startswith(f"stopped by SIGTERM at step {saved} of 40, saved in")
 
     group = Group(workdir, *FIELDS, "sharding=fsdp", count=1, devices=8)
-    group.stop(process=0, step=saved + 3)
+    group.send(signal.SIGTERM, process=0, step=saved + 3)
     ((status, _, log),) = group.end()
     assert status == 75, log
     assert "going on from step" in log

@@ -37,15 +37,11 @@ class Checkpoints:
         for log in self._levels:
             log.setLevel(logging.CRITICAL)
         self.folder = folder
-        context = ocp.Context()
-        # By the clock on the wall, which may jump while something is saved: 68 years.
-        context.asynchronous.timeout_secs = 2**31
-        with context:
-            self._manager = ocp.training.Checkpointer(
-                folder.resolve(),
-                preservation_policy=_Keep(keep, every),
-                cleanup_tmp_directories=True,
-            )
+        self._manager = ocp.training.Checkpointer(
+            folder.resolve(),
+            preservation_policy=_Keep(keep, every),
+            cleanup_tmp_directories=True,
+        )
         self._every = every
         self._saving: Any = None
         self._saving_step: int | None = None
