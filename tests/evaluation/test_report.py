@@ -57,7 +57,7 @@ def texts_of(figure):
 
 def is_whole(figure):
     """Whether all that is drawn lies inside the picture."""
-    drawn, frame = figure.get_tightbbox(), figure.bbox_inches
+    drawn, frame = figure.get_tightbbox(), figure.bbox_inches.padded(1e-6)
     return (
         frame.x0 <= drawn.x0 <= drawn.x1 <= frame.x1
         and frame.y0 <= drawn.y0 <= drawn.y1 <= frame.y1

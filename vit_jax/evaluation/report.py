@@ -35,7 +35,7 @@ MAX_MISTAKES = 24  # pictures on a page
 PIXELS = 320  # of a picture's longer side, to be looked at
 MAX_PICTURES, COLUMNS = 12, 6  # of report.png
 CAPTION_CHARS = 26  # what fits above a picture
-SETTINGS_LINES, SETTINGS_CHARS = 24, 58
+SETTINGS_LINES, SETTINGS_CHARS = 24, 58  # with room for a note below
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -175,13 +175,14 @@ def draw_report(report: Report) -> "Figure":
     headline = textwrap.shorten(report.title, 110, placeholder=" ...")
     figure.suptitle(headline, fontsize=15, fontweight="bold", parse_math=False)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    left, right = parts[0].subfigures(1, 2, width_ratios=[1, 1.15])
-    _draw_curves(left, report.metrics)
-    left, middle, settings = parts[1].subfigures(1, 3, width_ratios=[1, 1.15, 1.15])
+    curves, settings = parts[0], parts[1]
     if report.scores:
+        curves, right = parts[0].subfigures(1, 2, width_ratios=[1, 1.15])
+        left, middle, settings = parts[1].subfigures(1, 3, width_ratios=[1, 1.15, 1.15])
         draw_confusion(right, report.scores.confusion, names)
         draw_reliability(left, report.scores.calibration)
         draw_classes(middle.subplots(), report.scores, names)
+    _draw_curves(curves, report.metrics)
     _write_settings(settings, report)
     if rows:
         _draw_pictures(parts[2], examples, rows)
@@ -206,14 +207,13 @@ def _write_settings(figure: "SubFigure", report: Report) -> None:
     room = SETTINGS_LINES - len(report.environment) - 2
     if len(lines) > room:
         lines = [*lines[: room - 1], f"... {len(lines) - room + 1} more"]
-    lines += ["", *(f"{k} {v}" for k, v in report.environment.items()), report.note]
+    lines += ["", *(f"{k} {v}" for k, v in report.environment.items())]
     ax = figure.subplots()
     ax.axis("off")
     ax.set_title("Configuration, where not by default", fontsize=11, loc="left")
-    shown = [
-        elide("".join(c if c.isprintable() else "?" for c in x), SETTINGS_CHARS) for x in lines
-    ]
-    text = "\n".join(shown)
+    shown = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+    note = textwrap.wrap(report.note, SETTINGS_CHARS)[:3]
+    text = "\n".join([*(elide(line, SETTINGS_CHARS) for line in shown), "", *note])
     drawn = ax.text(0, 1, text, transform=ax.transAxes, family="monospace", fontsize=7.5, va="top")
     drawn.set(parse_math=False, in_layout=False)
 

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax import data
-from vit_jax.checkpoints import load_weights, to_tree
+from vit_jax.checkpoints import open_arrays, read_spec, to_tree
 from vit_jax.evaluation.metrics import Scores
 from vit_jax.evaluation.pictures import evaluate_pictures
 from vit_jax.evaluation.report import Report, choose_examples, environment
@@ -87,12 +87,15 @@ def review(workdir: str | os.PathLike, *, batch_size: int = 64) -> Report:
 def _saved(folder: Path, config: ConfigDict, labels: tuple[str, ...]) -> Pretrained:
     """The network of a checkpoint."""
     preprocess = eval_spec(config)
-    arrays, spec = load_weights(
-        folder,
-        tower="params",
-        classifier=config.model.get("classifier"),
-        image_size=data.parse(preprocess, train=False).output_size,
-    )
+    with open_arrays(folder) as stored:
+        params = {k[7:]: array for k, array in stored.items() if k.startswith("params/")}
+        spec = read_spec(
+            params,
+            classifier=config.model.get("classifier"),
+            image_size=data.parse(preprocess, train=False).output_size,
+            where=str(folder),
+        )
+        arrays = {k: np.asarray(array) for k, array in params.items()}
     return Pretrained(spec.model(), to_tree(arrays), spec, labels, preprocess)
 
 
