@@ -12,7 +12,7 @@ from vit_jax import __version__
 from vit_jax.errors import UserError, full_disk_explained
 
 COMMANDS = (
-    *("models", "info", "convert", "train", "evaluate", "predict", "data"),
+    *("models", "info", "convert", "train", "evaluate", "predict", "explain", "data"),
     *("plan", "doctor"),
 )
 

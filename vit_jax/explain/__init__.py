@@ -12,6 +12,7 @@ from vit_jax.explain.features import (
     position_similarity,
     token_norms,
 )
+from vit_jax.explain.pages import page_figure, page_html
 from vit_jax.explain.plots import (
     plot_attention_distance,
     plot_attention_maps,
@@ -24,13 +25,18 @@ from vit_jax.explain.plots import (
     plot_token_norms,
 )
 from vit_jax.explain.relevance import relevance
+from vit_jax.explain.summary import Explanation, explanations
 
 __all__ = [
+    "Explanation",
     "attention_distance",
     "attention_maps",
     "embedding_filters",
+    "explanations",
     "feature_pca",
     "map_attention",
+    "page_figure",
+    "page_html",
     "plot_attention_distance",
     "plot_attention_maps",
     "plot_embedding_filters",

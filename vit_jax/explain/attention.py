@@ -69,6 +69,14 @@ def rollout_map(tower: Tower, seen: Seen) -> np.ndarray:
     return on_grid(tower, row).astype(np.float32)
 
 
+def head_maps(tower: Tower, seen: Seen, block: int = -1) -> np.ndarray:
+    """float32 (heads, rows, columns): what the token that the head reads attends to in a block.
+
+    Without class token that is all tokens, averaged as `reading` weighs them.
+    """
+    return on_grid(tower, reading(tower, seen) @ seen.attention[block])
+
+
 def attention_distance(vit: Pretrained, pictures: Pictures) -> np.ndarray:
     """How far each head looks (Figure 7 of arXiv:2010.11929).
 

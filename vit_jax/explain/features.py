@@ -43,7 +43,9 @@ def feature_pca(vit: Pretrained, pictures: Pictures) -> np.ndarray:
     tokens = np.stack([observe(tower, view.pixels).tokens for view in views(vit, pictures)])
     patches = tokens[:, tower.first_patch :].reshape(-1, tokens.shape[-1])
     centred = patches - patches.mean(axis=0)
-    scores = centred @ _components(centred, 3).T
+    components = _components(centred, 3)
+    scores = np.zeros((len(centred), 3))  # Of fewer than three patches there are fewer.
+    scores[:, : len(components)] = centred @ components.T
     low, high = np.quantile(scores, (0.01, 0.99), axis=0)
     colours = ((scores - low) / (high - low).clip(1e-12)).clip(0, 1)
     return colours.reshape(len(tokens), *tower.spec.grid_size, 3).astype(np.float32)

@@ -38,11 +38,11 @@ class Seen(NamedTuple):
       tokens: (t, d), the output of the encoder.
     """
 
-    answer: np.ndarray
-    attention: np.ndarray
-    pooling: np.ndarray | None
-    blocks: np.ndarray
-    tokens: np.ndarray
+    answer: Any
+    attention: Any
+    pooling: Any
+    blocks: Any
+    tokens: Any
 
 
 def open_tower(vit: Pretrained) -> Tower:

@@ -43,14 +43,17 @@ def views(vit: Pretrained, pictures: Pictures) -> Iterator[View]:
     Raises UserError if a picture can't be read, or has another shape than the network takes.
     """
     preprocess = data.parse(vit.preprocess)
-    if isinstance(pictures, np.ndarray) and np.issubdtype(pictures.dtype, np.floating):
+    if not len(pictures):
+        raise UserError("there are no pictures to explain: give one at least")
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 4 and pictures.dtype.kind == "f":
         for pixels in pictures:
             image = preprocess.undo_range(pixels)
             yield View(image, pixels.astype(np.float32), _grid_box(vit, (0, 0, *image.shape[:2])))
         return
     if isinstance(pictures, str | os.PathLike | np.ndarray):
         raise UserError(
-            "expected a list of pictures, e.g. [picture], or preprocessed ones, float (n, h, w, c)"
+            "expected a list of pictures, e.g. [picture], or an array of preprocessed ones, "
+            "float (n, h, w, c)"
         )
     for picture in pictures:
         image = vit.read(picture)
@@ -62,16 +65,13 @@ def _kept(preprocess: data.Preprocess, shape: tuple[int, ...]) -> tuple[float, .
 
     The steps that move pixels are let loose on a picture whose values are the pixels' places.
     """
-    places = np.stack(np.mgrid[: shape[0], : shape[1]], axis=-1).astype(np.float32)
+    places = np.moveaxis(np.mgrid[: shape[0], : shape[1]], 0, -1).astype(np.float32)
     rng = np.random.default_rng(0)
     for step in preprocess.steps:
         if step.size != KEPT:
             places = step.apply(places, rng)
-    middle = places.shape[0] // 2, places.shape[1] // 2
-    (top, height), (left, width) = (
-        _span(line, full)
-        for line, full in zip((places[:, middle[1], 0], places[middle[0], :, 1]), shape[:2])
-    )
+    top, height = _span(places[:, 0, 0], shape[0])
+    left, width = _span(places[0, :, 1], shape[1])
     return top, left, height, width
 
 
@@ -86,10 +86,7 @@ def _grid_box(vit: Pretrained, box: Sequence[float]) -> tuple[float, float, floa
     """The part of the box that patches cover: border pixels that fill none are cut off."""
     spec = getattr(vit.spec, "image", vit.spec)
     model = spec.model()
-    height, width = (
-        length * min(count * stride / size, 1)  # A hybrid's convolutions look beyond the border.
-        for length, count, stride, size in zip(
-            box[2:], model.grid_size(spec.image_size), model.stride, spec.image_size
-        )
-    )
-    return box[0], box[1], height, width
+    cells = np.array(model.grid_size(spec.image_size)) * model.stride
+    # A hybrid's convolutions look beyond the border.
+    height, width = box[2:] * np.minimum(cells / spec.image_size, 1)
+    return box[0], box[1], float(height), float(width)

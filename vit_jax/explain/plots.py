@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.explain import attention, features, relevance
-from vit_jax.explain.network import Seen, Tower, observe, on_grid, open_tower, reading
+from vit_jax.explain.network import observe, open_tower
 from vit_jax.explain.pictures import Pictures, View, views
 from vit_jax.pretrained import Pretrained
 
@@ -29,11 +29,11 @@ def plot_rollout(vit: Pretrained, pictures: Pictures) -> "Figure":
 def plot_relevance(
     vit: Pretrained, pictures: Pictures, classes: Sequence[int | str] | None = None
 ) -> "Figure":
-    """`relevance` over each picture, an overlay a class; the shades of a picture compare."""
+    """`relevance` over each picture, an overlay a class, each with its own scale."""
     maps = relevance.relevance(vit, pictures, classes)
-    names = [class_name(vit, c) for c in classes] if classes else ["the most probable class"]
-    titles = [f"for {name}" for name in names]
-    return _rows(vit, pictures, [list(zip(titles, m, strict=True)) for m in maps], shared=True)
+    names = [relevance.class_name(vit, c) for c in classes or ()]
+    titles = [f"for {name}" for name in names or ["the most probable class"]]
+    return _rows(vit, pictures, [list(zip(titles, m, strict=True)) for m in maps])
 
 
 def plot_attention_maps(vit: Pretrained, pictures: Pictures, block: int = -1) -> "Figure":
@@ -47,8 +47,10 @@ def plot_attention_maps(vit: Pretrained, pictures: Pictures, block: int = -1) ->
     count = tower.spec.num_layers
     if not -count <= block < count:
         raise UserError(f"block is {block}, expected 0 to {count - 1}")
-    maps = (head_maps(tower, observe(tower, v.pixels), block) for v in views(vit, pictures))
-    titled = [[(f"block {block % count + 1}, head {i + 1}", m) for i, m in enumerate(ms)] for ms in maps]
+    titled = []
+    for view in views(vit, pictures):
+        maps = attention.head_maps(tower, observe(tower, view.pixels), block)
+        titled.append([(f"block {block % count + 1}, head {i + 1}", m) for i, m in enumerate(maps)])
     return _rows(vit, pictures, titled)
 
 
@@ -59,7 +61,7 @@ def plot_map_attention(vit: Pretrained, pictures: Pictures) -> "Figure":
 
 
 def plot_token_norms(vit: Pretrained, pictures: Pictures) -> "Figure":
-    """`token_norms` over each picture, an overlay for each block; each from 0 to its maximum."""
+    """`token_norms` over each picture, an overlay for each block."""
     maps = features.token_norms(vit, pictures)
     titled = [
         [(f"block {i + 1}: up to {m.max():.3g}", m) for i, m in enumerate(blocks)]
@@ -76,7 +78,7 @@ def plot_feature_pca(vit: Pretrained, pictures: Pictures) -> "Figure":
 
 def plot_position_similarity(vit: Pretrained) -> "Figure":
     """`position_similarity`: at each patch's place the map of its likeness to all others."""
-    figure = _figure(6.4, 6)
+    figure = new_figure(6.4, 6)
     draw_positions(figure.subplots(), features.position_similarity(vit))
     return figure
 
@@ -89,8 +91,10 @@ def draw_positions(ax: "Axes", similarity: np.ndarray) -> None:
     padded = np.pad(similarity, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
     tiles = padded.swapaxes(1, 2).reshape(rows * (rows + gap), columns * (columns + gap))
     shown = ax.imshow(tiles[:-gap, :-gap], cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
-    ax.set_xticks(np.arange(columns) * (columns + gap) + (columns - 1) / 2, range(1, columns + 1))
-    ax.set_yticks(np.arange(rows) * (rows + gap) + (rows - 1) / 2, range(1, rows + 1))
+    for axis, count in ((ax.xaxis, columns), (ax.yaxis, rows)):
+        axis.set_ticks(
+            np.arange(count) * (count + gap) + (count - 1) / 2, [str(i + 1) for i in range(count)]
+        )
     ax.tick_params(labelsize=7, length=0)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="column of the patch", ylabel="row of the patch")
@@ -104,7 +108,7 @@ def plot_embedding_filters(vit: Pretrained, count: int = 28) -> "Figure":
     filters = features.embedding_filters(vit, count)
     columns = min(7, len(filters))
     rows = math.ceil(len(filters) / columns)
-    figure = _figure(0.9 * columns, 0.9 * rows + 0.4)
+    figure = new_figure(0.9 * columns, 0.9 * rows + 0.4)
     figure.suptitle("Principal components of the embedding filters", fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
@@ -118,79 +122,75 @@ def plot_embedding_filters(vit: Pretrained, count: int = 28) -> "Figure":
 
 def plot_attention_distance(vit: Pretrained, pictures: Pictures) -> "Figure":
     """`attention_distance` averaged over pictures: a point for each head, by depth."""
+    from matplotlib.ticker import MaxNLocator
+
     distance = attention.attention_distance(vit, pictures).mean(axis=0)
-    figure = _figure(6.4, 4)
+    figure = new_figure(6.4, 4)
     ax = figure.subplots()
     depth = np.arange(1, len(distance) + 1)
     ax.plot(depth, distance, "o", color="#0072B2", markersize=5, alpha=0.7)
     ax.plot(depth, distance.mean(axis=1), color="#D55E00", linewidth=1.5, label="mean of the heads")
     ax.set(xlabel="block", ylabel="mean attention distance (pixels)", ylim=(0, None))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
     ax.grid(alpha=0.25)
     return figure
 
 
-def head_maps(tower: Tower, seen: Seen, block: int) -> np.ndarray:
-    """float32 (heads, rows, columns): what the head reads attends to, see `plot_attention_maps`."""
-    return on_grid(tower, reading(tower, seen) @ seen.attention[block])
-
-
-def class_name(vit: Pretrained, name: int | str) -> str:
-    """How a class is called on a page: by the first of its names."""
-    if vit.spec.num_classes is None or not vit.labels:
-        return str(name)
-    return vit.label(relevance.class_index(vit, name)).split(", ")[0]
-
-
-def overlay(view: View, values: np.ndarray | None, top: float | None = None) -> np.ndarray:
-    """The picture with a map over the part that the network saw; the rest is dimmed.
+def overlay(view: View, values: np.ndarray | None = None) -> np.ndarray:
+    """The picture with a map over the part that the network saw; the rest is darker.
 
     Args:
       view: the picture.
-      values: (rows, columns), at least 0, shown as heat; or (rows, columns, 3) in [0, 1], colours in
-        place of the picture; or None for the picture alone.
-      top: what is shown as the greatest heat, by default the map's maximum.
+      values: (rows, columns) shown as heat from the minimum to the maximum; or (rows, columns, 3)
+        in [0, 1], colours in place of the picture; or None for the picture alone.
 
     Returns:
       uint8 (h, w, 3) in the picture's own aspect.
     """
     from matplotlib import colormaps
 
-    from vit_jax.data.pictures import resize, shrink
+    from vit_jax.data.pictures import resize
 
-    image = view.image if view.image.shape[2] == 3 else view.image[..., :1].repeat(3, axis=2)
-    image = shrink(image, SIDE)
-    if (times := SIDE // 2 // max(image.shape[:2])) > 1:  # A tiny one is magnified as it is.
-        image = image.repeat(times, axis=0).repeat(times, axis=1)
+    image = shown_picture(view)
     if values is None:
         return image
-    scale = image.shape[0] / view.image.shape[0], image.shape[1] / view.image.shape[1]
-    top_, left, bottom, right = (
-        round(edge)
-        for edge in (
-            view.box[0] * scale[0],
-            view.box[1] * scale[1],
-            (view.box[0] + view.box[2]) * scale[0],
-            (view.box[1] + view.box[3]) * scale[1],
-        )
-    )
     grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
-    shown = 0.35 * grey
-    part = slice(max(top_, 0), bottom), slice(max(left, 0), right)
-    size = shown[part].shape[:2]
+    result = 0.35 * grey
+    (y, x, height, width), (h, w) = shares(view), image.shape[:2]
+    part = np.s_[round(y * h) : round((y + height) * h), round(x * w) : round((x + width) * w)]
+    size = grey[part].shape[:2]
     if values.ndim == 3:
-        shown[part] = 255 * resize(values.astype(np.float32), size)
+        result[part] = 255 * resize(values.astype(np.float32), size)
     else:
-        heat = values / max(top or values.max(), 1e-12)
+        low, high = values.min(), values.max()
+        heat = (values - low) / max(high - low, 1e-3 * high, 1e-12)  # A flat map stays cold.
         heat = resize(heat.astype(np.float32)[..., None], size).clip(0, 1)
         colours = 255 * colormaps["inferno"](heat[..., 0])[..., :3]
         weight = 0.35 + 0.4 * heat
-        shown[part] = (1 - weight) * grey[part] + weight * colours
-    return np.rint(shown).clip(0, 255).astype(np.uint8)
+        result[part] = (1 - weight) * grey[part] + weight * colours
+    return np.rint(result).clip(0, 255).astype(np.uint8)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def shown_picture(view: View) -> np.ndarray:
+    """The picture in a size to be looked at, uint8 (h, w, 3)."""
+    from vit_jax.data.pictures import shrink
+
+    image = view.image if view.image.shape[2] == 3 else view.image[..., :1].repeat(3, axis=2)
+    image = shrink(image, SIDE)
+    times = max(SIDE // 2 // max(image.shape[:2]), 1)  # A tiny one is magnified as it is.
+    return image.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def shares(view: View) -> tuple[float, float, float, float]:
+    """(top, left, height, width) of what the network saw, in shares of the picture's sides."""
+    (top, left, height, width), (h, w, _) = view.box, view.image.shape
+    top, left = max(top, 0.0), max(left, 0.0)
+    return top / h, left / w, min(height / h, 1.0), min(width / w, 1.0)
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -203,37 +203,31 @@ def _rows(
     vit: Pretrained,
     pictures: Pictures,
     maps: Sequence[Sequence[tuple[str, np.ndarray]]],
-    *,
-    shared: bool = False,
 ) -> "Figure":
-    """A row for each picture: itself, then its titled maps over it, wrapped after six.
-
-    With `shared` the heat of a picture's maps is to one scale.
-    """
+    """A row for each picture: itself, then its titled maps over it, wrapped after six."""
     shown = list(zip(views(vit, pictures), maps, strict=True))
     columns = min(1 + len(maps[0]), 6)
     lines = math.ceil((1 + len(maps[0])) / columns)
-    figure = _figure(2.3 * columns, sum(lines * 2.3 * _aspect(view) + 0.3 for view, _ in shown))
-    parts = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=[_aspect(v) for v, _ in shown])
+    figure = new_figure(2.3 * columns, sum(lines * 2.3 * aspect(view) + 0.3 for view, _ in shown))
+    ratios = [aspect(view) for view, _ in shown]
+    parts = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=ratios)
     for part, (view, titled) in zip(parts[:, 0], shown, strict=True):
         axes = part.subplots(lines, columns, squeeze=False).ravel()
         for ax in axes:
             ax.axis("off")
         draw_picture(axes[0], view, "")
-        top = max(m.max() for _, m in titled) if shared else None
         for ax, (title, values) in zip(axes[1:], titled, strict=False):
-            draw_picture(ax, view, title, values, top)
+            draw_picture(ax, view, title, values)
     return figure
 
 
-def _aspect(view: View) -> float:
-    return min(max(view.image.shape[0] / view.image.shape[1], 0.3), 3)
+def aspect(view: View) -> float:
+    """Height by width that a picture is given room for."""
+    return min(max(view.image.shape[0] / view.image.shape[1], 0.3), 3.0)
 
 
-def draw_picture(
-    ax: "Axes", view: View, title: str, values: np.ndarray | None = None, top: float | None = None
-) -> None:
+def draw_picture(ax: "Axes", view: View, title: str, values: np.ndarray | None = None) -> None:
     """Draws `overlay`."""
-    ax.imshow(overlay(view, values, top), interpolation="antialiased")
+    ax.imshow(overlay(view, values), interpolation="antialiased")
     ax.set_title(title, fontsize=8, parse_math=False)
     ax.axis("off")

@@ -23,10 +23,11 @@ def relevance(
     """Which patches speak for a class, by the method of Chefer et al. (arXiv:2103.15679).
 
     In each block attention A is weighed by the gradient of the class's logit y and averaged over
-    heads, A' = mean_h max(dy/dA * A, 0), and relevance R, at first I, grows by A' R. The head then
-    reads R: a class token its row; attention pooling its weights, weighed by their gradient, times
-    R; and the mean of the tokens x, as attention with equal weights, max(dy/dx . x, 0) times R,
-    which without blocks is the class activation map of arXiv:1512.04150.
+    heads, A' = mean_h max(dy/dA * A, 0), and relevance R, at first I, grows by A' R. What a token
+    gathered so, the rows of R - I, is made to sum to 1 and counts as much as the token itself. The
+    head then reads: of a class token its row; of attention pooling all rows by its weights, times
+    their gradient where that is positive; of the mean of the tokens x, which is attention with
+    equal weights, all rows by max(dy/dx . x, 0), the class activation map of arXiv:1512.04150.
 
     Args:
       vit: see `vit_jax.load`.
@@ -37,35 +38,39 @@ def relevance(
     Returns:
       float32 (n, k, rows, columns), at least 0; the scale has no meaning of its own.
 
-    Raises UserError if the network gives no classes or has not this one, or a picture can't be used.
+    Raises UserError if the network gives no classes or has not these, or a picture can't be used.
     """
     tower = open_tower(vit)
-    if tower.spec.classifier not in POOLED or (
-        tower.spec.num_classes is None and not isinstance(vit, PretrainedLiT)
-    ):
-        raise UserError("these weights give no classes to explain: load weights that have a head")
     if classes is None and isinstance(vit, PretrainedLiT):
         raise UserError("LiT weights classify by words: say which texts are to be explained")
     targets = None if classes is None else class_vectors(vit, classes)
     result = []
     for view in views(vit, pictures):
-        y = targets
-        if y is None:
-            answer = observe(tower, view.pixels).answer
-            y = np.eye(len(answer), dtype=np.float32)[[answer.argmax()]]
-        result.append([relevance_map(tower, view.pixels, one, vit) for one in y])
+        shown = targets
+        if shown is None:
+            shown = class_vectors(vit, [int(observe(tower, view.pixels).answer.argmax())])
+        result.append([relevance_map(vit, tower, view.pixels, target) for target in shown])
     return np.array(result, np.float32)
+
+
+def gives_classes(vit: Pretrained) -> bool:
+    """Whether the network answers for a picture as a whole, and of classes or of texts."""
+    lit = isinstance(vit, PretrainedLiT)
+    return lit or (vit.spec.num_classes is not None and vit.spec.classifier in POOLED)
 
 
 def class_vectors(vit: Pretrained, classes: Sequence[int | str]) -> np.ndarray:
     """float32 (k, width): what the network's answer is multiplied with to give y of each class.
 
-    Raises UserError if a class isn't known.
+    Raises UserError if the network gives no classes, or not one of these.
     """
+    if not gives_classes(vit):
+        raise UserError("these weights give no classes to explain: load weights that have a head")
     if isinstance(classes, str) or not len(classes):
         raise UserError(f"classes are {classes!r}, expected a list of names or indices")
     if isinstance(vit, PretrainedLiT):
         return vit.embed_texts([str(text) for text in classes])
+    assert vit.spec.num_classes is not None  # It gives classes.
     return np.eye(vit.spec.num_classes, dtype=np.float32)[[class_index(vit, c) for c in classes]]
 
 
@@ -73,29 +78,41 @@ def class_index(vit: Pretrained, name: int | str) -> int:
     """The index of a class given as such, by its name, or by a word of it ("tench" of "tench, Tinca
     tinca"). Raises UserError if there is none, or more than one."""
     labels, count = vit.labels or (), vit.spec.num_classes
-    assert count is not None
-    found = [i for i, label in enumerate(labels) if name == label] or [
-        i for i, label in enumerate(labels) if str(name).lower() in label.lower().split(", ")
+    assert count is not None  # See `gives_classes`.
+    named = not isinstance(name, int | np.integer)
+    found = [i for i, label in enumerate(labels) if named and name == label] or [
+        i for i, label in enumerate(labels) if named and name.lower() in label.lower().split(", ")
     ]
     if not found and str(name).isdecimal() and int(name) < count:
         return int(name)
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"{len(found)} classes are called {name!r}: give one of the indices {found}")
+        raise UserError(f"several classes are called {name!r}: give one of the indices {found}")
     words = {word for label in labels for word in (label, *label.split(", "))}
     near = difflib.get_close_matches(str(name), sorted(words), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"give a name or an index, 0 to {count - 1}"
     raise UserError(f"the weights know no class {name!r}: {hint}")
 
 
+def class_name(vit: Pretrained, name: int | str) -> str:
+    """What a class is called in few words: the first of its names, a text itself."""
+    if isinstance(vit, PretrainedLiT):
+        return str(name)
+    return first_name(vit.label(class_index(vit, name)))
+
+
+def first_name(label: str) -> str:
+    """The first of a label's names: "tench" of "tench, Tinca tinca"."""
+    return label.split(", ")[0]
+
+
 def relevance_map(
-    tower: Tower, pixels: np.ndarray, target: np.ndarray, vit: Pretrained
+    vit: Pretrained, tower: Tower, pixels: np.ndarray, target: np.ndarray
 ) -> np.ndarray:
     """float32 (rows, columns): relevance of one picture for one of `class_vectors`."""
     unit = isinstance(vit, PretrainedLiT)
-    relevant = _relevance(tower.model, unit, tower.params, pixels, target)
-    return on_grid(tower, np.asarray(relevant))
+    return on_grid(tower, np.asarray(_relevance(tower.model, unit, tower.params, pixels, target)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -132,12 +149,15 @@ def _relevance(
     (perturbed, slope), (attention, pooling, tokens) = jax.grad(y, has_aux=True)(zeros)
     attention_slope, pooling_slope = stacked_weights(model, perturbed)
     cam = jnp.maximum(attention_slope * attention, 0).astype(jnp.float32).mean(axis=1)
+    relevant = identity = jnp.eye(cam.shape[-1])
+    for block in cam:
+        relevant = relevant + block @ relevant
+    gathered = relevant - identity
+    gathered = gathered / jnp.maximum(gathered.sum(axis=-1, keepdims=True), 1e-30)
     if model.has_class_token:
-        row = jnp.zeros(cam.shape[-1]).at[0].set(1)
-    elif pooling is not None:
-        row = jnp.maximum(pooling_slope * pooling, 0).astype(jnp.float32).mean(axis=0)
+        return gathered[0]
+    if pooling is not None:
+        read = jnp.maximum(pooling_slope * pooling, 0).astype(jnp.float32).mean(axis=0)
     else:
-        row = jnp.maximum((slope * tokens)[0].astype(jnp.float32).sum(axis=-1), 0)
-    for block in cam[::-1]:  # (I + A_L') ... (I + A_1'), from the left.
-        row = row + row @ block
-    return row
+        read = jnp.maximum((slope * tokens)[0].astype(jnp.float32).sum(axis=-1), 0)
+    return read @ (identity + gathered)

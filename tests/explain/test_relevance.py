@@ -1,0 +1,158 @@
+"""Relevance is what its formula says, and names no patch that the network ignores."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests.explain.conftest import images
+from vit_jax import explain
+from vit_jax.errors import UserError
+from vit_jax.explain.network import observe, open_tower, stacked_weights
+from vit_jax.explain.relevance import class_index
+from vit_jax.models.attention import ATTENTION_NAME
+from vit_jax.pretrained import Pretrained
+
+
+def slopes(
+    vit: Pretrained, picture: np.ndarray, index: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """dy/dA of the blocks and of the pooling by central differences, without automatic ones."""
+    variables = {"params": vit.params}
+    _, state = vit.model.apply(variables, picture[None], mutable=["perturbations"])
+    flat, build = jax.flatten_util.ravel_pytree(state["perturbations"])
+
+    @jax.jit
+    @jax.vmap
+    def y(i, by):
+        changed = build(flat.at[i].add(by))
+        return vit.model.apply(variables | {"perturbations": changed}, picture[None])[0, index]
+
+    every = np.arange(len(flat))
+    eps = np.full(len(flat), 1e-2, np.float32)
+    found = (np.asarray(y(every, eps)) - np.asarray(y(every, -eps))) / 2e-2
+    return jax.device_get(stacked_weights(vit.model, build(found)))
+
+
+@pytest.mark.parametrize("kind", ["token", "MAP"])
+def test_relevance_is_the_formula_with_numerical_gradients(network, kind):
+    vit = network(kind)
+    picture = images(vit, 1)[0]
+    seen = observe(open_tower(vit), picture)
+    by_blocks, by_pooling = slopes(vit, picture, 3)
+    relevant = np.eye(len(seen.tokens))
+    for weights, slope in zip(seen.attention, by_blocks, strict=True):
+        relevant = relevant + np.maximum(weights * slope, 0).mean(axis=0) @ relevant
+    gathered = relevant - np.eye(len(relevant))
+    gathered /= gathered.sum(axis=1, keepdims=True)
+    if kind == "token":
+        expected = gathered[0, 1:]
+    else:
+        read = np.maximum(seen.pooling * by_pooling, 0).mean(axis=0)
+        expected = read @ (np.eye(len(relevant)) + gathered)
+
+    found = explain.relevance(vit, picture[None], [3])[0, 0].ravel()
+
+    assert found.max() > 0
+    np.testing.assert_allclose(found / found.max(), expected / expected.max(), atol=5e-3)
+
+
+def test_without_attention_the_mean_of_the_tokens_is_explained_by_the_activation_map(network):
+    vit = network("gap")
+    silent = jax.tree.map(np.array, vit.params)
+    for i in range(2):  # What attention gathers is nothing.
+        value = silent["Transformer"][f"encoderblock_{i}"][ATTENTION_NAME]["value"]
+        value["kernel"][:], value["bias"][:] = 0, 0
+    vit = dataclasses.replace(vit, params=silent)
+    picture = images(vit, 1)
+    tokens = observe(open_tower(vit), picture[0]).tokens
+    expected = np.maximum(tokens @ silent["head"]["kernel"][:, 2] / len(tokens), 0)
+
+    found = explain.relevance(vit, picture, [2])[0, 0]
+
+    assert expected.max() > 0
+    np.testing.assert_allclose(found.ravel(), expected, atol=1e-6)
+
+
+def ignoring(vit: Pretrained, token: int) -> Pretrained:
+    """The network with weights that make nobody attend to one token.
+
+    Its position makes feature 0 very negative; of each head one key feature is feature 0, and the
+    query has a large constant there.
+    """
+    params = jax.tree.map(np.array, vit.params)
+    encoder = params["Transformer"]
+    encoder["posembed_input"]["pos_embedding"][0, token, 0] = -1e4
+    modules = [encoder[f"encoderblock_{i}"] for i in range(vit.spec.num_layers)]
+    if vit.spec.classifier == "map":
+        modules.append(params["MAPHead_0"])
+    for module in modules:
+        query, key = module[ATTENTION_NAME]["query"], module[ATTENTION_NAME]["key"]
+        query["kernel"][..., 0], query["bias"][..., 0] = 0, 1000
+        key["kernel"][..., 0], key["kernel"][0, :, 0], key["bias"][..., 0] = 0, 1, 0
+        if "LayerNorm_0" in module:
+            module["LayerNorm_0"]["scale"][0], module["LayerNorm_0"]["bias"][0] = 1, 0
+    encoder["encoder_norm"]["scale"][0], encoder["encoder_norm"]["bias"][0] = 1, 0
+    return dataclasses.replace(vit, params=params)
+
+
+@pytest.mark.parametrize("kind", ["token", "MAP"])
+def test_a_patch_that_the_network_ignores_has_no_relevance(network, kind):
+    row, column = 2, 3
+    usual = network(kind)
+    vit = ignoring(usual, row * 6 + column + (kind == "token"))
+    picture = images(vit, 1)
+    other = picture.copy()
+    other[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] *= -1
+    np.testing.assert_array_equal(vit(picture), vit(other))  # It is ignored indeed.
+    assert np.abs(usual(picture) - usual(other)).max() > 1e-3
+
+    for classes in ([0], [4], None):
+        found = explain.relevance(vit, picture, classes)[0, 0]
+        assert found[row, column] == 0
+        assert found.max() > 0
+
+
+@pytest.mark.parametrize("kind", ["token", "gap", "sincos2d", "MAP", "hybrid", "root", "grey"])
+def test_every_kind_of_network_gives_a_map_a_class(network, kind):
+    vit = network(kind)
+    found = explain.relevance(vit, images(vit), ["ape", 4])
+    assert found.shape == (2, 2, *vit.spec.grid_size)
+    assert found.min() >= 0
+    assert found.max() > 0
+    best = explain.relevance(vit, images(vit))
+    index = int(vit(images(vit))[0].argmax())
+    np.testing.assert_array_equal(best[:1], explain.relevance(vit, images(vit)[:1], [index]))
+
+
+def test_of_lit_weights_texts_are_explained(network):
+    vit = network("LiT")
+    found = explain.relevance(vit, images(vit), ["a cat", "a dog"])
+    assert found.shape == (2, 2, 4, 4)
+    assert np.abs(found[:, 0] - found[:, 1]).max() > 0
+    with pytest.raises(UserError, match="say which texts"):
+        explain.relevance(vit, images(vit))
+
+
+def test_classes_go_by_index_label_or_a_word_of_it(network):
+    vit = dataclasses.replace(
+        network("token"), labels=("ape, Affe", "3", "cat", "crane", "crane, Kran")
+    )
+    index = class_index
+    assert [index(vit, name) for name in ("ape", "Affe", "affe", 3, "3", "0", "crane")] == [
+        *(0, 0, 0, 3, 1, 0, 3)
+    ]
+    with pytest.raises(UserError, match=r"no class 'caat': did you mean 'cat'\?"):
+        index(vit, "caat")
+    with pytest.raises(UserError, match=r"no class 5: give a name or an index, 0 to 4"):
+        index(vit, 5)
+    vit = dataclasses.replace(vit, labels=("a, crane", "b, crane", "c", "d", "e"))
+    with pytest.raises(UserError, match=r"several classes are called 'crane': .* \[0, 1\]"):
+        index(vit, "crane")
+
+
+def test_a_network_without_classes_has_none_to_explain(network):
+    vit = network("unpooled")
+    with pytest.raises(UserError, match="give no classes to explain"):
+        explain.relevance(vit, images(vit), [0])

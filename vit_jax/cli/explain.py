@@ -1,0 +1,84 @@
+"""`vit-jax explain WEIGHTS PICTURE ... --out PAGE`: why a network says what it says of pictures."""
+
+import argparse
+
+
+def add_parser(subparsers) -> None:
+    """Adds the command."""
+    from vit_jax.cli import add_command
+
+    parser = add_command(
+        subparsers,
+        "explain",
+        run,
+        "show what a network looks at on pictures",
+        "vit-jax explain runs/photos photo.jpg --out page.html",
+    )
+    parser.add_argument(
+        "weights", help="a file or name of weights, or the workdir of a finished run"
+    )
+    parser.add_argument("pictures", nargs="+", metavar="picture", help="picture files")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="PAGE",
+        help="the page to write: .png to print, .html to look around in, one file that needs no "
+        "network",
+    )
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        metavar="CLASS",
+        help="a class, by name or index, whose relevance is shown, in place of the two most "
+        "probable; of LiT weights a text, one of those chosen from; may be given several times",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the page and says what the network saw."""
+    import io
+    import json
+    import warnings
+
+    from vit_jax import explain, page
+    from vit_jax.checkpoints import atomic_file
+    from vit_jax.pretrained import load
+
+    kind = page.kind_of(args.out)
+    vit = load(args.weights)
+    explained = list(explain.explanations(vit, args.pictures, args.classes))
+    if kind == "html":
+        content = explain.page_html(vit, explained)
+    else:
+        file = io.BytesIO()
+        with warnings.catch_warnings():
+            # Names in scripts that the font lacks are drawn as boxes: a warning says no more.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            explain.page_figure(vit, explained).savefig(file, format="png")
+        content = file.getvalue()
+    with atomic_file(args.out) as out:
+        out.write(content)
+    if args.json:
+        print(json.dumps([_record(e) for e in explained], ensure_ascii=False))
+        return 0
+    for e in explained:
+        answer = f": {e.classes[0][0]} ({e.classes[0][1]:.1%})" if e.classes else ""
+        print(f"{e.name}{answer}")
+    print(f"page written to {args.out}")
+    return 0
+
+
+def _record(e) -> dict:
+    """The figures of an `Explanation`."""
+
+    def rounded(values) -> list:
+        return [[float(f"{x:.5g}") for x in row] for row in values.tolist()]
+
+    return {
+        "picture": e.name,
+        "classes": [{"label": label, "probability": p} for label, p in e.classes],
+        "rollout": rounded(e.rollout),
+        "relevance": [{"label": label, "map": rounded(m)} for label, m in e.relevance],
+    }

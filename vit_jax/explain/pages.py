@@ -1,0 +1,199 @@
+"""One page that shows why a network said what it said: a figure, or HTML to look around in."""
+
+import base64
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vit_jax import page
+from vit_jax.explain.features import position_similarity
+from vit_jax.explain.network import Tower, open_tower
+from vit_jax.explain.plots import (
+    aspect,
+    draw_picture,
+    draw_positions,
+    new_figure,
+    overlay,
+    plot_position_similarity,
+    shares,
+)
+from vit_jax.explain.relevance import first_name
+from vit_jax.explain.summary import Explanation
+from vit_jax.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 5  # of a figure: picture, classes, rollout and two of relevance; then the heads
+MAX_BYTES = 6 << 20  # attention weights on a page of HTML; as text they are a third more
+
+NOTES = {
+    "Attention rollout": "how much of each patch reaches the head, if half of a token stays where "
+    "it is in every block and half is passed on by attention, averaged over heads "
+    "(arXiv:2005.00928).",
+    "Relevance": "which patches speak for a class: attention weighed by the gradient of its logit "
+    "(arXiv:2103.15679). Each map has its own scale.",
+    "Heads": "what the token that the head reads attends to; without a class token that is all "
+    "tokens, averaged.",
+    "Position embeddings": "at each patch's place a map of how alike its embedding is to all "
+    "others.",
+}
+
+
+def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
+    """The explanations as one figure: a few rows for each picture, then the position embeddings."""
+    rows = [1 + math.ceil(len(e.heads) / COLUMNS) for e in explained]
+    heights = [2.6 * n * aspect(e.view) + 0.35 * n for n, e in zip(rows, explained, strict=True)]
+    figure = new_figure(13, sum(heights) + 5)
+    figure.suptitle(_title(vit), fontsize=13, parse_math=False)
+    parts = figure.subfigures(len(explained) + 1, 1, height_ratios=[*heights, 5])
+    for part, n, e in zip(parts, rows, explained, strict=False):
+        axes = part.subplots(n, COLUMNS, squeeze=False)
+        for ax in axes.ravel():
+            ax.axis("off")
+        draw_picture(axes[0, 0], e.view, Path(e.name).name)
+        _draw_classes(axes[0, 1], e.classes)
+        draw_picture(axes[0, 2], e.view, "attention rollout", e.rollout)
+        for ax, (name, values) in zip(axes[0, 3:], e.relevance, strict=False):
+            draw_picture(ax, e.view, f"relevance: {name}", values)
+        for ax, (name, values) in zip(axes[1:].ravel(), e.heads, strict=False):
+            draw_picture(ax, e.view, name, values)
+    left, right = parts[-1].subplots(1, 2)
+    draw_positions(left, position_similarity(vit))
+    right.axis("off")
+    notes = "\n\n".join(f"{title}: {note}" for title, note in NOTES.items())
+    right.text(0, 1, notes, va="top", wrap=True, fontsize=9)
+    return figure
+
+
+def _draw_classes(ax: "Axes", classes: Sequence[tuple[str, float]]) -> None:
+    """The most probable classes as bars with their names above."""
+    for row, (label, probability) in enumerate(classes):
+        name = shorten(first_name(label), 32, placeholder="…")
+        ax.barh(row + 0.25, probability, height=0.3, color="#0072B2")
+        ax.text(0, row, f"{probability:.1%}  {name}", va="bottom", fontsize=8, parse_math=False)
+    ax.set(xlim=(0, 1), ylim=(max(len(classes), 1), -0.6))
+
+
+def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
+    """The explanations as one file of HTML, which needs no network.
+
+    On each picture one may point at a patch and see what it attends to, in every block and head
+    whose weights fit the page: with `MAX_BYTES` for all its pictures, first the mean over heads of
+    each block, then the heads of the last blocks. They are rounded to 1/255 of a row's maximum.
+    """
+    tower = open_tower(vit)
+    body = [_notes("Attention rollout", "Relevance", "Heads")]
+    for i, e in enumerate(explained):
+        body.append(_section(tower, i, e, MAX_BYTES // len(explained)))
+    drawing = page.drawing(plot_position_similarity(vit), "likeness of the position embeddings")
+    body += ["<h2>Position embeddings</h2>", _notes("Position embeddings"), drawing]
+    script = Path(__file__).with_name("viewer.js").read_text(encoding="utf-8")
+    return page.document(_title(vit), "\n".join(body), style=_STYLE, script=script)
+
+
+_STYLE = """
+.maps img { width: 100% } .maps table { font-size: .875rem }
+.viewer { display: flex; flex-wrap: wrap; gap: 1rem } .viewer div { flex: 1 1 15rem;
+  max-width: 26rem } .viewer label { display: block; margin-bottom: .6rem }
+.viewer input { display: block; width: 100%; padding: 0 }
+.viewer canvas { width: 30rem; touch-action: pan-y; cursor: crosshair }
+"""
+
+_VIEWER = """
+<h3>What each patch attends to</h3>
+<div class="viewer" data-picture="{i}">
+<canvas tabindex="0" role="application" aria-label="Attention on {name}"
+aria-describedby="said{i}"></canvas>
+<div>
+<p class="dim">Point at a patch, touch it or move with the arrow keys: what it attends to lights
+up.</p>
+<label><span></span><input type="range" class="block" aria-label="Block"></label>
+<label><span></span><input type="range" class="head" aria-label="Head"></label>
+<button type="button">Class token</button>
+<p id="said{i}" role="status"></p>
+</div>
+</div>
+"""
+
+
+def _section(tower: Tower, i: int, e: Explanation, budget: int) -> str:
+    """The HTML of one picture."""
+    name = Path(e.name).name
+
+    def figure(title: str, values: np.ndarray) -> str:
+        image = page.picture(overlay(e.view, values), f"{title} of {name}", photo=True)
+        return f"<figure>{image}<figcaption>{page.escape(title)}</figcaption></figure>"
+
+    picture = page.picture(overlay(e.view), name, photo=True)
+    maps = [figure("attention rollout", e.rollout)]
+    maps += [figure(f"relevance: {label}", values) for label, values in e.relevance]
+    heads = [figure(title, values) for title, values in e.heads]
+    answers = [(first_name(label), probability) for label, probability in e.classes]
+    classes = page.table(["class", "probability"], answers, name=f"classes of {name}")
+    return "\n".join(
+        [
+            f'<section><h2>{page.escape(name)}</h2><div class="grid maps" style="--column: 13rem">',
+            f'<figure id="picture{i}">{picture}</figure>',
+            classes if e.classes else "",
+            *maps,
+            '</div><h3>Heads</h3><div class="grid maps" style="--column: 9rem">',
+            *heads,
+            "</div>",
+            _VIEWER.format(i=i, name=page.escape(name)),
+            page.data(f"attention{i}", _viewed(tower, e, budget)),
+            "</section>",
+        ]
+    )
+
+
+def _viewed(tower: Tower, e: Explanation, budget: int) -> dict[str, Any]:
+    """What the script of the page has to know of one picture."""
+    blocks, heads, t, _ = e.seen.attention.shape
+    chosen = layers(blocks, heads, budget // t**2)
+    weights = np.stack(
+        [
+            e.seen.attention[block].mean(axis=0) if head is None else e.seen.attention[block, head]
+            for block, head in chosen
+        ]
+    )
+    top = weights.max(axis=-1, keepdims=True)
+    levels = np.rint(255 * weights / top.clip(1e-12)).astype(np.uint8)
+    return {
+        "grid": tower.spec.grid_size,
+        "first": tower.first_patch,
+        "box": shares(e.view),
+        "layers": chosen,
+        "weights": base64.b64encode(levels.tobytes()).decode(),
+        "top": [float(f"{x:.4g}") for x in top.ravel()],
+    }
+
+
+def layers(blocks: int, heads: int, room: int) -> list[tuple[int, int | None]]:
+    """The (block, head) whose weights are on the page, by block; head None is the mean over heads.
+
+    Args:
+      blocks, heads: how many there are.
+      room: how many may be chosen; there is one at least.
+    """
+    count = min(blocks, max(room, 1))
+    means = np.unique(np.linspace(blocks - 1, 0, count).round().astype(int)).tolist()
+    whole = (room - count) // heads if heads > 1 else 0  # Blocks with all their heads.
+    return [
+        (block, head)
+        for block in means
+        for head in (None, *range(heads if block >= blocks - whole else 0))
+    ]
+
+
+def _notes(*titles: str) -> str:
+    return "\n".join(f'<p class="dim"><b>{title}:</b> {NOTES[title]}</p>' for title in titles)
+
+
+def _title(vit: Pretrained) -> str:
+    return f"What {vit.spec.description} looks at"
