@@ -37,7 +37,8 @@ h1 { font-size: 1.5rem; line-height: 1.2 } h2 { font-size: 1.15rem; margin: 2rem
 p { max-width: 46rem } .dim, figcaption { color: var(--dim); font-size: .875rem }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%,
   var(--column, 21rem)), 1fr)) }
-figure { margin: 0 } img, svg, canvas { max-width: 100%; height: auto; display: block }
+figure { margin: 0 } .grid > * { min-width: 0 }
+img, svg, canvas { max-width: 100%; height: auto; display: block }
 svg text { fill: currentColor }
 .tiny { image-rendering: pixelated; width: 100% }
 .wide { overflow: auto; max-height: 34rem }
@@ -47,6 +48,8 @@ th:first-child, td:first-child { text-align: left } thead th { position: sticky;
   background: var(--back); z-index: 1 }
 button, input, select { font: inherit; color: inherit; background: var(--soft);
   border: 1px solid var(--line); border-radius: .3rem; padding: .15rem .5rem }
+@media (max-width: 30rem) { table { font-size: .875rem } th, td { padding: .2rem .3rem }
+  th button { padding: .15rem .2rem } }
 th button { border: 0; font-weight: 600; cursor: pointer; white-space: nowrap }
 th[aria-sort=ascending] button::after { content: " \\25b2" }
 th[aria-sort=descending] button::after { content: " \\25bc" }

@@ -81,6 +81,13 @@ def test_every_example_counts_once_whatever_the_batches(n, batch_size, classes, 
     for i, share in enumerate(scores.per_class):
         expected = np.mean(order[y == i, 0] == i) if (y == i).any() else np.nan
         np.testing.assert_equal(share, expected)
+    for i, share in enumerate(scores.precision):
+        expected = np.mean(y[order[:, 0] == i] == i) if (order[:, 0] == i).any() else np.nan
+        np.testing.assert_equal(share, expected)
+    probability, right = softmax(z, axis=1).max(axis=1), order[:, 0] == y
+    bins = np.ceil(probability * 15)
+    gaps = [abs(np.sum(right[bins == b] - probability[bins == b])) for b in np.unique(bins)]
+    assert scores.calibration.error == pytest.approx(sum(gaps) / len(kept), abs=1e-6)
 
 
 def test_a_network_that_says_nothing_is_right_by_chance_only():
@@ -118,7 +125,9 @@ def test_the_sigmoid_loss_is_its_formula():
     labels = np.array([0, 1, 2, 3, 0, 1, 2])
     p, y = 1 / (1 + np.exp(-logits)), np.eye(4)[labels]
     expected = -(y * np.log(p) + (1 - y) * np.log(1 - p)).sum(axis=1).mean()
-    assert scores_of(logits, labels, step=SIGMOID_STEP).loss == pytest.approx(expected, rel=1e-6)
+    scores = scores_of(logits, labels, step=SIGMOID_STEP)
+    assert scores.loss == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(scores.probability, p.max(axis=1), rtol=1e-6)
 
 
 def test_sums_are_exact_for_more_examples_than_float32_can_count():

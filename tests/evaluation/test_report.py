@@ -11,37 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from tests.reports import curves, example, pictures_of, report_of, scores_of
+from vit_jax import data
 from vit_jax.errors import UserError
-from vit_jax.evaluation import report
-from vit_jax.evaluation.report import training_report
-
-SEED = 0
-
-
-def curves(evaluations=5, steps=100):
-    train = [
-        {"step": s, "train/loss": 2.3 / s, "train/lr": 0.01 * (1 - s / steps)}
-        for s in range(1, steps + 1)
-    ]
-    test = [
-        {"step": steps * (i + 1) // evaluations, "test/loss": 1 / (i + 1), "test/top1": 0.1 * i}
-        for i in range(evaluations)
-    ]
-    return train + test
-
-
-def confusion_of(k, n=2000):
-    rng = np.random.default_rng(SEED)
-    matrix = np.zeros((k, k), np.int64)
-    np.add.at(matrix, tuple(rng.integers(0, k, (2, n))), 1)
-    np.add.at(matrix, (np.arange(k), np.arange(k)), 5)
-    return matrix
-
-
-def pictures_of(k, n=12, shape=(32, 32, 3)):
-    rng = np.random.default_rng(SEED)
-    images = rng.integers(0, 256, (n, *shape), dtype=np.uint8)
-    return [(image, i % k, (i * i) % k, 0.5) for i, image in enumerate(images)]
+from vit_jax.evaluation import plots
+from vit_jax.evaluation.report import PIXELS, choose_examples, write_report
 
 
 @pytest.fixture
@@ -56,17 +30,10 @@ def drawn(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", keep)
 
-    def draw(k=3, labels=None, **changes):
-        arguments = {
-            "metrics": [],
-            "confusion": confusion_of(k),
-            "labels": labels or [f"class {i}" for i in range(k)],
-            "pictures": pictures_of(k, n=2),
-            "title": "ViT-Ti_16 on something",
-        }
+    def draw(k=3, **changes):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            training_report(tmp_path / "report.png", **(arguments | changes))
+            write_report(report_of(k, **changes), tmp_path / "report.png")
         with Image.open(tmp_path / "report.png") as image:
             image.load()
             assert image.width > 1000
@@ -90,7 +57,7 @@ def texts_of(figure):
 
 def is_whole(figure):
     """Whether all that is drawn lies inside the picture."""
-    drawn, frame = figure.get_tightbbox(), figure.bbox_inches
+    drawn, frame = figure.get_tightbbox(), figure.bbox_inches.padded(1e-6)
     return (
         frame.x0 <= drawn.x0 <= drawn.x1 <= frame.x1
         and frame.y0 <= drawn.y0 <= drawn.y1 <= frame.y1
@@ -105,13 +72,15 @@ def test_any_number_of_classes_is_drawn_with_no_text_cut_off(drawn, k):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"metrics": [], "pictures": []},
+        {"metrics": [], "examples": []},
+        {"scores": None, "examples": [], "labels": (), "note": "no weights yet " * 20},
+        {"metrics": curves(), "config": {f"config.{i}": "x" * i for i in range(99)}},
         {"metrics": [{"step": 5, "train/loss": 0.0, "train/lr": 0.0}]},
-        {"metrics": [{"step": 0, "test/top1": 1.0}], "confusion": np.zeros((3, 3), np.int64)},
+        {"metrics": [{"step": 0, "test/top1": 1.0}], "scores": scores_of(np.zeros((3, 3), int))},
         {"metrics": curves(evaluations=1), "title": "a long title " * 30},
         {"metrics": [{"step": 1, "train/loss": float("nan")}]},
-        {"pictures": pictures_of(3, n=7), "labels": ["$x_1$", "50% \\frac", "two\nlines"]},
-        {"pictures": pictures_of(3, n=2, shape=(300, 30, 3)), "labels": ["猫", "犬", "鳥"]},
+        {"examples": pictures_of(3, n=7), "labels": ["$x_1$", "50% \\frac", "two\nlines"]},
+        {"examples": pictures_of(3, n=2, shape=(300, 30, 3)), "labels": ["猫", "犬", "鳥"]},
         {"labels": ["golden retriever of the northern highlands"] * 3},
     ],
     ids="-".join,
@@ -145,7 +114,7 @@ def test_a_run_without_evaluation_has_no_accuracy_panel(drawn):
 
 def test_the_confusion_matrix_is_normalised_by_row_and_counted(drawn):
     counts = np.array([[6, 2, 0], [0, 0, 0], [1, 0, 3]])
-    (ax,) = axes_titled(drawn(confusion=counts), "Confusion")
+    (ax,) = axes_titled(drawn(scores=scores_of(counts)), "Confusion")
     shares = [[0.75, 0.25, 0], [0, 0, 0], [0.25, 0, 0.75]]
     np.testing.assert_allclose(ax.images[0].get_array(), shares)
     assert [t.get_text() for t in ax.texts] == ["6", "2", "1", "3"]
@@ -153,7 +122,7 @@ def test_the_confusion_matrix_is_normalised_by_row_and_counted(drawn):
 
 
 def test_counts_stay_inside_their_cells(drawn):
-    (ax,) = axes_titled(drawn(15, confusion=np.full((15, 15), 12345)), "Confusion")
+    (ax,) = axes_titled(drawn(15, scores=scores_of(np.full((15, 15), 12345))), "Confusion")
     cell = ax.bbox.width / 15
     assert max(t.get_window_extent().width for t in ax.texts) < cell
 
@@ -167,18 +136,15 @@ def test_many_classes_have_names_that_do_not_touch(drawn):
 
 
 def test_captions_say_right_or_wrong_in_words_and_color(drawn):
-    image = np.zeros((8, 8, 3), np.uint8)
-    figure = drawn(
-        labels=["cat", "dog", "emu"], pictures=[(image, 0, 0, 0.823), (image, 1, 0, 0.9)]
-    )
-    (right,), (wrong,) = axes_titled(figure, "cat (82%)"), axes_titled(figure, "cat, not dog")
-    assert right.title.get_color() == report.RIGHT
-    assert wrong.title.get_color() == report.WRONG
+    found = drawn(examples=[example("cat", "cat", 0.823), example("dog", "cat", 0.9)])
+    (right,), (wrong,) = axes_titled(found, "cat (82%)"), axes_titled(found, "cat (90%), not dog")
+    assert right.title.get_color() == plots.RIGHT
+    assert wrong.title.get_color() == plots.WRONG
 
 
 def test_captions_of_long_names_do_not_touch(drawn):
     labels = [f"{animal} of the northern highlands" for animal in ("retriever", "ptarmigan", "emu")]
-    figure = drawn(labels=labels, pictures=pictures_of(3, n=6))
+    figure = drawn(examples=[example(labels[i], labels[i - 1]) for i in (0, 1, 2, 0, 1, 2)])
     captions = [ax.title for ax in axes_titled(figure, "") if "\n" in title(ax)]
     boxes = sorted((t.get_window_extent() for t in captions), key=lambda box: box.x0)
     assert len(boxes) == 6
@@ -186,67 +152,110 @@ def test_captions_of_long_names_do_not_touch(drawn):
 
 
 def test_tiny_pictures_are_magnified_without_smoothing_and_gray_ones_are_gray(drawn):
-    figure = drawn(pictures=pictures_of(3, n=1, shape=(8, 8, 1)))
+    figure = drawn(examples=pictures_of(3, n=1, shape=(8, 8, 1)))
     (ax,) = axes_titled(figure, "class 0 (50%)")
     assert ax.images[0].get_interpolation() == "nearest"
     assert ax.images[0].get_cmap().name == "gray"
     assert ax.images[0].get_clim() == (0, 255)
 
 
-def test_large_photos_are_shrunk_before_they_are_drawn(drawn):
-    (ax,) = axes_titled(drawn(pictures=pictures_of(3, n=1, shape=(900, 1200, 1))), "class 0 (50%)")
-    assert ax.images[0].get_array().shape == (384, 512)
+def test_no_more_than_twelve_pictures_are_drawn_half_of_them_mistakes(drawn):
+    figure = drawn(examples=pictures_of(3, n=40))
+    captions = [t for t in texts_of(figure) if "(50%)" in t]
+    assert [", not" in t for t in captions] == [True] * 6 + [False] * 6
 
 
-def test_no_more_than_twelve_pictures_are_drawn(drawn):
-    figure = drawn(pictures=pictures_of(3, n=40))
-    assert sum("(50%)" in t or ", not" in t for t in texts_of(figure)) == 12
+def test_classes_are_drawn_with_the_least_recall_first(drawn):
+    counts = np.array([[6, 2, 0], [4, 0, 0], [1, 0, 3]])
+    (ax,) = axes_titled(drawn(labels=["cat", "dog", "emu"], scores=scores_of(counts)), "Classes")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["dog", "cat", "emu"]
+    recall, precision = (line.get_xdata() for line in ax.lines)
+    np.testing.assert_allclose(recall, [0, 0.75, 0.75])
+    np.testing.assert_allclose(precision, [0, 6 / 11, 1])
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (3,), (3, 4)])
-def test_a_matrix_that_does_not_fit_the_labels_is_refused(tmp_path, shape):
-    counts = np.zeros(shape, int)
-    with pytest.raises(UserError, match=r"expected \(3, 3\)"):
-        training_report(
-            tmp_path / "r.png", metrics=[], confusion=counts, labels="abc", pictures=[], title=""
-        )
-    assert not list(tmp_path.iterdir())
+def test_the_calibration_is_drawn_with_its_error(drawn):
+    counts = np.array([[6, 2], [0, 0]])
+    scores = scores_of(counts, probability=np.full(8, 0.9))
+    (ax,) = axes_titled(drawn(2, scores=scores), "Calibration: expected error 15.0%")
+    heights = [bar.get_height() for bar in ax.patches]
+    np.testing.assert_allclose(heights, [0] * 13 + [0.75, 0])
+
+
+class Pictures:
+    """Pictures that are numbers: of a class each, or of several."""
+
+    labels = ("a", "b", "c")
+
+    def __init__(self, truth, multi_label=False, shape=(2, 2, 1)):
+        self.truth, self.multi_label, self.shape = truth, multi_label, shape
+
+    def __getitem__(self, index):
+        return {"image": np.full(self.shape, index, np.uint8), "label": self.truth[index]}
+
+    def describe(self, index):
+        return f"{index}.jpg"
+
+
+def test_the_most_confident_mistakes_come_first():
+    scores = scores_of(np.array([[50, 30, 0], [0, 0, 0], [0, 0, 9]]))
+    probability = np.linspace(0.3, 0.9, 89)
+    scores = scores_of(scores.confusion, probability=probability)
+    chosen = choose_examples(scores, Pictures(scores.truth))
+    wrong = [e for e in chosen if not e.right]
+    assert [e.name for e in wrong] == [f"{i}.jpg" for i in range(79, 79 - 24, -1)]
+    assert {(e.truth, e.prediction) for e in wrong} == {("a", "b")}
+    assert [e.image[0, 0, 0] for e in wrong] == list(range(79, 79 - 24, -1))
+    assert wrong[0].probability == probability[79]
+    right = chosen[24:]
+    assert len(right) == 6
+    assert right[0].name == "0.jpg"
+    assert right[-1].name == "88.jpg"
+
+
+def test_all_classes_of_a_picture_are_named_and_without_one_nothing_is_a_mistake():
+    scores = scores_of(np.array([[0, 1], [0, 1]]), truth=[0, -1])
+    labels = np.float32([[1, 0, 1], [0, 0, 0]])
+    (mistake,) = choose_examples(scores, Pictures(labels, multi_label=True))
+    assert (mistake.truth, mistake.prediction, mistake.right) == ("a, c", "b", False)
+
+
+def test_large_photos_are_shrunk():
+    scores = scores_of(np.array([[1, 1], [0, 0]]))
+    for chosen in choose_examples(scores, Pictures(scores.truth, shape=(900, 1200, 3))):
+        assert chosen.image.shape == (PIXELS * 3 // 4, PIXELS, 3)
 
 
 def test_a_failed_drawing_leaves_the_old_report_and_no_rest(tmp_path, monkeypatch):
     path = tmp_path / "report.png"
     path.write_bytes(b"old")
 
-    def fail(figure, where, **_):
-        where.write_bytes(b"half")
+    def fail(figure, file, **_):
+        file.write(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="no space"):
-        training_report(
-            path, metrics=[], confusion=np.eye(2, dtype=int), labels="ab", pictures=[], title=""
-        )
+    with pytest.raises(UserError, match=r"report\.png can't be written"):
+        write_report(report_of(2), path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_real_photos_are_drawn(drawn, shared):
-    files = sorted((shared / "images" / "flowers" / "test").glob("*/*"))[::20][:12]
-    if not files:
-        pytest.skip("needs the flower photos")
-    pictures = [
-        (np.asarray(Image.open(f).convert("RGB")), i % 3, 0, 0.9) for i, f in enumerate(files)
-    ]
-    assert is_whole(drawn(pictures=pictures))
+    source = data.open_source(str(shared / "images" / "flowers"), "test").take(range(0, 200, 20))
+    scores = scores_of(np.eye(5, dtype=int) + 1)
+    found = drawn(5, labels=source.labels, examples=choose_examples(scores, source.take([0] * 30)))
+    assert is_whole(found)
 
 
 def test_neither_matplotlib_is_imported_early_nor_pyplot_at_all(tmp_path):
     program = (
-        "import pathlib, sys, numpy as np\n"
-        "from vit_jax.evaluation.report import training_report\n"
+        "import sys\n"
+        "from vit_jax.evaluation.report import write_report\n"
         "assert 'matplotlib' not in sys.modules\n"
-        f"training_report(pathlib.Path({str(tmp_path / 'r.png')!r}), metrics=[], pictures=[],\n"
-        "    confusion=np.eye(2, dtype=int), labels=['a', 'b'], title='')\n"
+        "from tests.reports import report_of\n"
+        "for kind in ('png', 'html'):\n"
+        f"    write_report(report_of(2), {str(tmp_path / 'report.')!r} + kind)\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -29,7 +29,7 @@ FIELDS = (
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
-    monkeypatch.setattr(outcome_module, "training_report", lambda path, **_: path.touch())
+    monkeypatch.setattr(outcome_module, "write_report", lambda report, path: path.touch())
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from vit_jax.training.task import Task
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
     """Drawing the report takes most of so small a run; the first of all draws it."""
-    monkeypatch.setattr(outcome_module, "training_report", lambda path, **_: path.touch())
+    monkeypatch.setattr(outcome_module, "write_report", lambda report, path: path.touch())
 
 
 def saved_steps(workdir):
@@ -43,7 +43,7 @@ def test_a_run_leaves_weights_figures_a_report_and_its_configuration(whole, tiny
     names = {p.name for p in whole.iterdir() if "tfevents" not in p.name}
     assert names == {
         *("checkpoints", "config.json", "data.json", "lock", "metrics.jsonl"),
-        *("report.png", "weights.json", "weights.npz"),
+        *("report.html", "report.png", "weights.json", "weights.npz"),
     }
     assert json.loads((whole / "config.json").read_text())["batch"] == tiny().batch
     lines = read_metrics(whole / "metrics.jsonl")

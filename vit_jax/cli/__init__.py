@@ -12,8 +12,8 @@ from vit_jax import __version__
 from vit_jax.errors import UserError, full_disk_explained
 
 COMMANDS = (
-    *("models", "info", "convert", "train", "evaluate", "predict", "explain", "data"),
-    *("plan", "doctor"),
+    *("models", "info", "convert", "train", "evaluate", "report", "predict", "explain"),
+    *("data", "plan", "doctor"),
 )
 
 EXIT_USER_ERROR = 2

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from vit_jax.errors import UserError
+from vit_jax.evaluation.calibration import Calibration, calibrate
 from vit_jax.parallel import replicated, split
 
 
@@ -57,7 +58,8 @@ class Scores:
         Of several true classes the one that the network finds likeliest counts as the true one: so
         top1 is the share of examples whose first guess is among their classes. An example without
         a class has truth -1, is never right and isn't in the confusion matrix.
-      probability: float (count,), of the predicted class.
+      probability: float (count,), of the predicted class: of the softmax, or with the loss
+        "sigmoid" that of this class for itself.
     """
 
     count: int
@@ -78,6 +80,18 @@ class Scores:
         total = self.confusion.sum(axis=1)
         right = np.diag(self.confusion)
         return np.where(total > 0, right / np.maximum(total, 1), np.nan)
+
+    @property
+    def precision(self) -> np.ndarray:
+        """float64 (classes,): share of the predictions of each class that were right; nan without
+        predictions."""
+        total = self.confusion.sum(axis=0)
+        return np.where(total > 0, np.diag(self.confusion) / np.maximum(total, 1), np.nan)
+
+    @property
+    def calibration(self) -> Calibration:
+        """The probabilities beside how often the predictions were right."""
+        return calibrate(self.probability, self.truth == self.prediction)
 
 
 EvalStep = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
@@ -113,7 +127,7 @@ def _figures(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.A
     before = (logits > own) | ((logits == own) & (jnp.arange(classes) < truth[:, None]))
     # NaN says nothing, so it is never right: its rank is last, its prediction a wrong class.
     nan = jnp.isnan(logits).any(axis=-1)
-    probabilities = jax.nn.softmax(logits)
+    probabilities = jax.nn.softmax(logits) if loss == "softmax" else jax.nn.sigmoid(logits)
     return {
         "loss": example_losses(logits, labels, loss),
         "rank": jnp.where(nan | unknown, jnp.iinfo(jnp.int32).max, before.sum(axis=-1)),

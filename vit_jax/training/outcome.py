@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vit_jax.evaluation.metrics import Scores
-from vit_jax.evaluation.report import training_report
+from vit_jax.evaluation.report import write_report
 from vit_jax.pretrained import WEIGHTS, Pretrained
 from vit_jax.training.metrics import read_metrics
+from vit_jax.training.review import make_report, score_text
 from vit_jax.training.task import Task
-from vit_jax.training.workdir import CONFIG, METRICS, REPORT
+from vit_jax.training.workdir import CONFIG, METRICS, PAGE, REPORT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,26 +48,14 @@ def finished(workdir: Path, total_steps: int) -> Result | None:
 
 def finish(vit: Pretrained, scores: Scores, task: Task, workdir: Path, total_steps: int) -> Result:
     """Writes weights and report."""
+    (workdir / REPORT).unlink(missing_ok=True)  # One of the run on its way says nothing of its end.
     vit.save(workdir / WEIGHTS)
-    training_report(
-        workdir / REPORT,
-        metrics=read_metrics(workdir / METRICS),
-        confusion=scores.confusion,
-        labels=task.labels,
-        pictures=[
-            (
-                task.test[int(scores.index[i])]["image"],
-                int(scores.truth[i]),
-                int(scores.prediction[i]),
-                float(scores.probability[i]),
-            )
-            for i in _examples(scores)
-        ],
-        title=f"{vit.spec.description} on {task.config.dataset}: {score_text(scores)}",
-    )
+    report = make_report(workdir, task.config, vit.spec.description, scores, task.test)
+    for name in (PAGE, REPORT):
+        write_report(report, workdir / name)
     summary = (
         f"finished {total_steps:,} steps: {score_text(scores)}\n"
-        f"{workdir} holds {WEIGHTS}, {REPORT}, {METRICS} and the TensorBoard events"
+        f"{workdir} holds {WEIGHTS}, {PAGE}, {REPORT}, {METRICS} and the TensorBoard events"
     )
     return Result(total_steps, True, summary, score_figures(scores))
 
@@ -87,22 +74,3 @@ def last_test(workdir: Path) -> dict[str, float]:
 def score_figures(scores: Scores) -> dict[str, float]:
     """Scores as they stand in the metrics."""
     return {"test/loss": scores.loss, "test/top1": scores.top1, "test/top5": scores.top5}
-
-
-def score_text(scores: Scores) -> str:
-    """Scores in one line."""
-    right = int(np.trace(scores.confusion))
-    text = (
-        f"test accuracy {scores.top1:.1%} ({right:,} of {scores.count:,}), loss {scores.loss:.4f}"
-    )
-    return text + (f", {scores.skipped:,} unreadable left out" if scores.skipped else "")
-
-
-def _examples(scores: Scores, count: int = 12) -> np.ndarray:
-    """Which test pictures to show: the most confident mistakes, and successes from all over the
-    set."""
-    wrong = np.flatnonzero((scores.truth != scores.prediction) & (scores.truth >= 0))
-    right = np.flatnonzero(scores.truth == scores.prediction)
-    wrong = wrong[np.argsort(-scores.probability[wrong], kind="stable")][: count // 2]
-    missing = min(count - len(wrong), len(right))
-    return np.concatenate([wrong, right[np.linspace(0, len(right) - 1, missing).astype(int)]])

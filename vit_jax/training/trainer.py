@@ -54,9 +54,9 @@ def run(
     """Trains as a configuration says, or goes on where a run in the same workdir stopped.
 
     The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, and at the end
-    weights.npz with its weights.json (`vit_jax.load(workdir)`) and report.png. SIGTERM and Ctrl-C
-    save and return. Of several processes (see `training.processes`) the first writes; the others
-    return the same.
+    weights.npz with its weights.json (`vit_jax.load(workdir)`), report.html and report.png. SIGTERM
+    and Ctrl-C save and return. Of several processes (see `training.processes`) the first writes;
+    the others return the same.
 
     Args:
       config: fields of `default_config`; what is not given has its default.

@@ -22,6 +22,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 BEST_WEIGHTS = "weights_best.npz"
 REPORT = "report.png"
+PAGE = "report.html"
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def _check(workdir: Path, config: ConfigDict) -> None:
                 "choose another workdir, or the same fields as then"
             )
         return
-    results = (METRICS, CHECKPOINTS, WEIGHTS, BEST_WEIGHTS, REPORT)
+    results = (METRICS, CHECKPOINTS, WEIGHTS, BEST_WEIGHTS, REPORT, PAGE)
     if found := [name for name in results if (workdir / name).exists()]:
         raise UserError(
             f"{workdir} holds {', '.join(found)} but no {CONFIG}, and a run would overwrite that: "
