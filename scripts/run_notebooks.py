@@ -31,7 +31,7 @@ def run(path: Path) -> nbformat.NotebookNode:
     search = os.pathsep.join(
         filter(None, (str(ROOT), str(FOLDER), os.environ.get("PYTHONPATH", "")))
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="notebook_") as folder:
         client = NotebookClient(
             notebook,
             kernel_name="python3",

@@ -37,7 +37,10 @@ def make_report(
 
     Raises UserError if there are no metrics, or a picture can't be read.
     """
-    title = f"{network} on {config.dataset}" + (f": {score_text(scores)}" if scores else "")
+    dataset = config.dataset
+    if os.path.isabs(dataset):
+        dataset = os.path.basename(dataset)  # The whole path stands in the configuration.
+    title = f"{network} on {dataset}" + (f": {score_text(scores)}" if scores else "")
     return Report(
         title=title[:1].upper() + title[1:],
         metrics=read_metrics(workdir / METRICS),
