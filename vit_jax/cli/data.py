@@ -164,7 +164,7 @@ def show(args: argparse.Namespace) -> None:
     from vit_jax import data
     from vit_jax.data.show import draw_page
     from vit_jax.errors import UserError
-    from vit_jax.training.config import check_config, default_config
+    from vit_jax.training import check_config, default_config
     from vit_jax.training.mixing import mix_pictures
     from vit_jax.training.task import mixup, train_spec
 

@@ -168,8 +168,8 @@ class Encoder(nn.Module):
         else:
             x = x + positions.astype(x.dtype)
         x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
-        names = ("num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate")
-        names += ("dtype", "attention")
+        names = ["num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate"]
+        names += ["dtype", "attention"]
         x, features = run_blocks(
             EncoderBlock,
             {name: getattr(self, name) for name in names},

@@ -1,6 +1,5 @@
-"""The fields of a training configuration, their defaults, and the check of what a user wrote."""
+"""The check of a training configuration that a user wrote, and its forms as text."""
 
-import dataclasses
 import difflib
 import json
 import math
@@ -15,210 +14,14 @@ from ml_collections import ConfigDict
 from vit_jax import data
 from vit_jax.checkpoints import ENDINGS, split_tower
 from vit_jax.errors import UserError
-from vit_jax.models import MlpMixer, VisionTransformer, variant
-from vit_jax.models.attention import ATTENTION
-from vit_jax.models.blocks import REMAT
-from vit_jax.parallel import SHARDINGS
-
-CHOICES = {
-    "decay_type": ("cosine", "linear", "constant", "rsqrt"),
-    "optim": ("sgd", "adamw"),
-    "optim_dtype": ("bfloat16", "float32"),
-    "loss": ("softmax", "sigmoid"),
-    "dtype": ("float32", "bfloat16"),
-    "corrupt": ("error", "skip"),
-    "image_dtype": ("uint8", "float32"),
-    "sharding": SHARDINGS,
-    "compile": ("jit", "pmap"),
-    "remat": tuple(REMAT),
-    "on_bad_step": ("stop", "skip", "rollback"),
-    "attention": ("auto", *ATTENTION),
-}
-# least <= value < bound.
-LIMITS = {
-    "seed": (0, 2**32),
-    "batch": (1, math.inf),
-    "batch_eval": (1, math.inf),
-    "accum_steps": (1, math.inf),
-    "total_steps": (1, math.inf),
-    "warmup_steps": (0, math.inf),
-    "pp.crop": (1, math.inf),
-    "pp.resize": (0, math.inf),
-    "momentum": (0, 1),
-    "b1": (0, 1),
-    "b2": (0, 1),
-    "weight_decay": (0, math.inf),
-    "base_lr": (0, math.inf),
-    "grad_norm_clip": (0, math.inf),
-    "label_smoothing": (0, 1),
-    "mixup": (0, math.inf),
-    "cutmix": (0, math.inf),
-    "progress_every": (1, math.inf),
-    "eval_every": (0, math.inf),
-    "checkpoint_every": (0, math.inf),
-    "keep_checkpoints": (1, math.inf),
-    "prefetch": (1, math.inf),
-    "silence_timeout": (1, 600),
-    "spike": (0, math.inf),
-    "threads": (0, math.inf),
-    "workers": (0, math.inf),
-    "model.dropout_rate": (0, 1),
-    "model.attention_dropout_rate": (0, 1),
-    "model.stochastic_depth_rate": (0, 1),
-    "model.hidden_size": (1, math.inf),
-    "model.num_layers": (1, math.inf),
-    "model.num_heads": (1, math.inf),
-    "model.mlp_dim": (1, math.inf),
-    "model.representation_size": (1, math.inf),
-    "model.tokens_mlp_dim": (1, math.inf),
-    "model.channels_mlp_dim": (1, math.inf),
-}
-
-# What other programs call a field.
-ALIASES = {
-    "learning_rate": "config.base_lr",
-    "lr": "config.base_lr",
-    "batch_size": "config.batch",
-    "epochs": "config.total_steps",
-    "steps": "config.total_steps",
-    "image_size": "config.pp.crop",
-    "weights": "config.model_or_filename",
-}
-
-# These don't change what is computed, where anything is: a run may go on with other values.
-FREE_FIELDS = frozenset(
-    {
-        "prefetch",
-        "threads",
-        "workers",
-        "corrupt",
-        "keep_checkpoints",
-        "profile",
-        "sharding",
-        "remat",
-        "attention",
-        "compile_cache",
-        "silence_timeout",
-        "tfds_data_dir",
-        "tfds_manual_dir",
-        "on_bad_step",
-        "spike",
-    }
+from vit_jax.training.fields import (
+    ALIASES,
+    CHOICES,
+    FREE_FIELDS,
+    LIMITS,
+    default_config,
+    model_fields,
 )
-# But all processes of a run must have the same of these.
-CHANGING = {"sharding", "remat", "attention", "on_bad_step", "spike", "silence_timeout"}
-
-
-def default_config() -> ConfigDict:
-    """Every field with its default value: the original's fine-tuning recipe where it has one."""
-    config = ConfigDict()
-    config.seed = 0
-
-    # What is trained: a named model, changed by any other fields of the network given here. With
-    # weights to start from the name may stay empty; if it isn't, they have to be of that model.
-    config.model = ConfigDict()
-    config.model.name = ""
-    config.model.dropout_rate = 0.0
-    config.model.attention_dropout_rate = 0.0
-    config.model.stochastic_depth_rate = 0.0
-    # Where it starts: a file of weights, by its path or its name in `pretrained_dir`. With an empty
-    # name the file of the model's name in `pretrained_dir`; with that empty too, from scratch.
-    config.model_or_filename = ""
-    config.pretrained_dir = ""
-    config.dtype = "float32"  # What is computed in; weights and sums stay float32.
-
-    # On what: a folder of pictures, a table, a TFDS name, ...: see docs/data.md.
-    config.dataset = "digits"
-    config.tfds_data_dir = ""  # Where TFDS keeps its data sets; empty for ~/tensorflow_datasets.
-    config.tfds_manual_dir = ""  # Where it finds archives that had to be downloaded by hand.
-    config.corrupt = (
-        "error"  # A picture that can't be read: stop ("error"), or warn and go on ("skip").
-    )
-    config.splits = ConfigDict()
-    config.splits.train = "train"  # E.g. "train[:98%]".
-    config.splits.test = "test"
-
-    # What is done to a picture, e.g. "inception_crop(224)|flip|value_range(-1, 1)"; empty for what
-    # `crop`, `resize` and `augment` mean. A split in `pp.train` or `pp.test`, where the original
-    # has them, is taken as one.
-    config.pp = ConfigDict()
-    config.pp.train = ""
-    config.pp.eval = ""
-    config.pp.crop = 224  # Height and width of what the model sees, in pixels.
-    # 0: evaluation resizes the whole picture to `crop`, as the original. Else the size in pixels of
-    # the shorter side, from whose centre `crop` is cut.
-    config.pp.resize = 0
-    # RandAugment and mixup by a name of AugReg's: none, light1, light2, medium1, medium2, strong1,
-    # strong2.
-    config.augment = "none"
-    config.mixup = 0.0  # The parameter of its Beta distribution; 0 leaves it to `augment`.
-    config.cutmix = 0.0
-
-    # How long and how much at once. `batch` counts the pictures of a step over all devices.
-    config.total_steps = 10_000
-    config.batch = 512
-    config.batch_eval = 512
-    config.accum_steps = 8  # A step's batch is computed in this many slices, to save memory.
-
-    # Where weights and optimizer lie: "replicate": whole on every device; "fsdp": in parts over all
-    # devices; "hybrid": in parts over the devices of each process. See docs/scaling.md.
-    config.sharding = "replicate"
-
-    # "jit", or "pmap" for data parallelism over the devices of one process by `jax.pmap`.
-    config.compile = "jit"
-    # Where compiled programs are kept for the next start: a folder; empty for "compiled" in the
-    # cache (see README.md), "off" for nowhere.
-    config.compile_cache = ""
-    config.scan_layers = False  # Compile one block and a loop over them, in place of each block.
-    # What of a block is computed again on the way back, to save memory: "none"; "dots": all but
-    # the products of tokens and weights; "full": all. See docs/scaling.md.
-    config.remat = "none"
-
-    # By what attention is computed: "xla"; "cudnn", by NVIDIA's kernel, which needs a GPU, dtype
-    # bfloat16 and no dropout in attention; "auto" takes cudnn where it works.
-    config.attention = "auto"
-
-    # How.
-    config.optim = "sgd"
-    config.momentum = 0.9  # Of SGD.
-    config.optim_dtype = "bfloat16"  # In what the momentum is kept.
-    config.b1 = 0.9  # Of AdamW.
-    config.b2 = 0.999
-    config.weight_decay = 0.0  # Of the kernels, decoupled and scaled by the learning rate.
-    config.base_lr = 0.03
-    config.decay_type = "cosine"
-    config.warmup_steps = 500
-    config.grad_norm_clip = 1.0  # 0 for none.
-    config.loss = "softmax"
-    config.label_smoothing = 0.0
-
-    # What is shown and kept. 0 for never before the end.
-    config.progress_every = 10
-    config.eval_every = 100
-    config.checkpoint_every = 1_000
-    config.keep_checkpoints = 2
-    config.keep_best = False  # Also keep the weights of the best evaluation, as weights_best.npz.
-    # (start, stop): what host and devices do from the end of step `start` to that of step `stop` is
-    # written to WORKDIR/profile; () for never.
-    config.profile = ()
-
-    # How the data get to the device.
-    config.prefetch = 2  # Batches made ready ahead of the step.
-    config.threads = 0  # That decode pictures; 0 for one a core.
-    config.workers = 0  # Processes that decode pictures in place of threads; 0 for threads.
-    # As what training's pictures cross to the device: "uint8" rounds to whole grey levels, which
-    # are normalised there; "float32" keeps fractions, as evaluation and the original do.
-    config.image_dtype = "uint8"
-
-    # When something goes wrong.
-    # A step whose loss, gradient or new weights are not finite, or whose gradient's norm is more
-    # than `spike` times its running mean (0: never mind): "stop" there, "skip" its update, or
-    # "rollback" to the state of the last checkpoint; with both the run goes on with the next batch.
-    config.on_bad_step = "stop"
-    config.spike = 0.0
-    # Of several processes: seconds without a sign of life after which one is given up.
-    config.silence_timeout = 60.0
-    return config
 
 
 def check_config(config: ConfigDict) -> ConfigDict:
@@ -340,19 +143,6 @@ def _with_splits(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def model_fields() -> dict[str, Any]:
-    """The fields of the network that config.model may hold beside those of `default_config`, each
-    with a value of its type."""
-    fields = {
-        f.name: f.default
-        for module in (MlpMixer, VisionTransformer)
-        for f in dataclasses.fields(module)
-    }
-    for computed in ("name", "parent", "num_classes", "dtype", "loop", "attention"):
-        del fields[computed]
-    return fields | variant("R50+ViT-B_16") | variant("Mixer-B_16")
-
-
 def _merge(full: ConfigDict, values: Mapping[str, Any], path: str) -> None:
     extra = model_fields() if path == "config.model" else {}
     for key, value in values.items():
@@ -398,7 +188,7 @@ def unknown_field(path: str, known: list[str]) -> UserError:
     if near:
         return UserError(f"unknown field {path}: did you mean {' or '.join(near)}?")
     usual = ", ".join(dict.fromkeys(ALIASES.values()))
-    return UserError(f"unknown field {path}: often set are {usual}; training/config.py lists all")
+    return UserError(f"unknown field {path}: often set are {usual}; training/fields.py lists all")
 
 
 def config_to_json(config: ConfigDict) -> str:

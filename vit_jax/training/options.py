@@ -11,14 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
-from vit_jax.training.config import (
-    check_config,
-    default_config,
-    flatten,
-    model_fields,
-    original_split,
-    unknown_field,
-)
+from vit_jax.training.config import check_config, flatten, original_split, unknown_field
+from vit_jax.training.fields import default_config, model_fields
 
 
 def find_config_file(name: str) -> Path:

@@ -12,7 +12,8 @@ from vit_jax.evaluation.metrics import Scores
 from vit_jax.evaluation.pictures import evaluate_pictures
 from vit_jax.evaluation.report import Report, choose_examples, environment
 from vit_jax.pretrained import WEIGHTS, Pretrained, load
-from vit_jax.training.config import default_config, flatten
+from vit_jax.training.config import flatten
+from vit_jax.training.fields import default_config
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.task import eval_spec
 from vit_jax.training.workdir import CHECKPOINTS, METRICS, read_config

@@ -23,8 +23,9 @@ from vit_jax.parallel import join, make_mesh, split, to_host
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.attention import choose_attention
 from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.config import CHANGING, FREE_FIELDS, check_config, flatten, weights_source
+from vit_jax.training.config import check_config, flatten, weights_source
 from vit_jax.training.feed import Feed, Figures
+from vit_jax.training.fields import CHANGING, FREE_FIELDS
 from vit_jax.training.guard import LIMIT, BadStep, heed
 from vit_jax.training.hardware import Usage
 from vit_jax.training.metrics import MetricsWriter
