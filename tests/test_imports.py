@@ -16,6 +16,7 @@ PACKAGE = Path(vit_jax.__file__).parent
 # What each part of the package may import. `errors` is for all.
 ALLOWED = {
     "errors": set(),
+    "allocator": set(),
     "cache": set(),
     "models": set(),
     "checkpoints": {"models", "cache"},
@@ -31,7 +32,16 @@ ALLOWED = {
         *("parallel", "evaluation", "explain", "cache"),
     },
     "cli": {
-        *("models", "checkpoints", "data", "cache", "pretrained", "evaluation", "explain"),
+        *(
+            "allocator",
+            "models",
+            "checkpoints",
+            "data",
+            "cache",
+            "pretrained",
+            "evaluation",
+            "explain",
+        ),
         "training",
     },
     "main": {"cli"},
