@@ -16,6 +16,7 @@ PACKAGE = Path(vit_jax.__file__).parent
 # What each part of the package may import. `errors` is for all.
 ALLOWED = {
     "errors": set(),
+    "allocator": set(),
     "cache": set(),
     "page": set(),
     "models": set(),
@@ -32,8 +33,8 @@ ALLOWED = {
         *("parallel", "evaluation", "explain", "cache"),
     },
     "cli": {
-        *("models", "checkpoints", "data", "cache", "pretrained", "evaluation", "explain"),
-        *("training", "page"),
+        *("allocator", "models", "checkpoints", "data", "cache", "pretrained", "evaluation"),
+        *("explain", "training", "page"),
     },
     "main": {"cli"},
     "__main__": {"cli"},

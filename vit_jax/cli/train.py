@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints how it ended."""
+    from vit_jax.allocator import keep_memory
+
+    keep_memory()
     import dataclasses
     import json
 
