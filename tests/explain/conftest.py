@@ -31,7 +31,7 @@ def network(tmp_path_factory) -> Callable[..., Pretrained]:
 
     def make(kind: str, **changes) -> Pretrained:
         family, fields = KINDS[kind]
-        vit = families.make(family, tmp_path_factory.mktemp("words"), **fields, **changes)
+        vit = families.make(family, tmp_path_factory.mktemp("words"), **(fields | changes))
         size = tuple(vit.image_size)
         return dataclasses.replace(vit, preprocess=f"resize({size})|value_range(-1, 1)")
 

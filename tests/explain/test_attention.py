@@ -7,7 +7,7 @@ from tests import families
 from tests.explain.conftest import KINDS, images
 from vit_jax import explain, load
 from vit_jax.errors import UserError
-from vit_jax.explain.network import observe, open_tower, reading
+from vit_jax.explain.network import observe, open_tower
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,21 +52,15 @@ def test_rollout_is_the_product_of_the_blocks(network, kind):
     tower, pictures = open_tower(vit), images(vit)
     found = explain.rollout(vit, pictures)
     assert found.shape == (2, *tower.spec.grid_size)
-    for one, picture, maps in zip(
-        found, pictures, explain.attention_maps(vit, pictures), strict=True
-    ):
-        t = maps.shape[-1]
-        if kind == "token":
-            assert t == 5 * 6 + 1
-        read = {
-            "token": np.eye(t)[0],
-            "gap": np.full(t, 1 / t),
-            "map": None
-            if vit.spec.classifier != "map"
-            else observe(tower, picture).pooling.mean(axis=0),
-        }.get(tower.spec.classifier, np.full(t, 1 / t))
-        expected = reference_rollout(maps, read)
-        np.testing.assert_allclose(reading(tower, observe(tower, picture)), read, atol=1e-6)
+    for one, picture in zip(found, pictures, strict=True):
+        seen = observe(tower, picture)
+        t = len(seen.tokens)
+        read = np.full(t, 1 / t)
+        if tower.spec.classifier == "token":
+            read = np.eye(t)[0]
+        elif tower.spec.classifier == "map":
+            read = seen.pooling.mean(axis=0)
+        expected = reference_rollout(seen.attention, read)
         np.testing.assert_allclose(one.ravel(), expected[tower.first_patch :], atol=1e-6)
 
 

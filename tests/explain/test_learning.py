@@ -9,7 +9,7 @@ from vit_jax import explain
 from vit_jax.checkpoints.spec import Spec
 from vit_jax.pretrained import Pretrained
 
-GRID, PATCH, OBJECT = 8, 4, 2  # patches a side, their pixels, and the patches a side of the object
+GRID, PATCH, OBJECT = 6, 4, 2  # patches a side, their pixels, and the patches a side of the object
 COLOURS = np.array([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]], np.float32)
 
 
@@ -54,7 +54,7 @@ def trained(request) -> Pretrained:
 
     state = tx.init(params)
     images, classes, _ = scenes(32 * 100, 1)
-    for i in range(220):
+    for i in range(160):
         batch = np.arange(32 * i, 32 * i + 32) % len(images)
         params, state = step(params, state, images[batch], classes[batch])
     vit = Pretrained(model, jax.device_get(params), spec, None, "value_range(-1, 1)")

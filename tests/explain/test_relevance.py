@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from tests.explain.conftest import images
 from vit_jax import explain
@@ -15,13 +16,11 @@ from vit_jax.models.attention import ATTENTION_NAME
 from vit_jax.pretrained import Pretrained
 
 
-def slopes(
-    vit: Pretrained, picture: np.ndarray, index: int
-) -> tuple[np.ndarray, np.ndarray | None]:
+def slopes(vit: Pretrained, picture: np.ndarray, index: int) -> tuple:
     """dy/dA of the blocks and of the pooling by central differences, without automatic ones."""
     variables = {"params": vit.params}
     _, state = vit.model.apply(variables, picture[None], mutable=["perturbations"])
-    flat, build = jax.flatten_util.ravel_pytree(state["perturbations"])
+    flat, build = ravel_pytree(state["perturbations"])
 
     @jax.jit
     @jax.vmap
@@ -37,7 +36,7 @@ def slopes(
 
 @pytest.mark.parametrize("kind", ["token", "MAP"])
 def test_relevance_is_the_formula_with_numerical_gradients(network, kind):
-    vit = network(kind)
+    vit = network(kind, image_size=(8, 12))
     picture = images(vit, 1)[0]
     seen = observe(open_tower(vit), picture)
     by_blocks, by_pooling = slopes(vit, picture, 3)
@@ -114,7 +113,7 @@ def test_a_patch_that_the_network_ignores_has_no_relevance(network, kind):
         assert found.max() > 0
 
 
-@pytest.mark.parametrize("kind", ["token", "gap", "sincos2d", "MAP", "hybrid", "root", "grey"])
+@pytest.mark.parametrize("kind", ["token", "gap", "MAP", "hybrid"])
 def test_every_kind_of_network_gives_a_map_a_class(network, kind):
     vit = network(kind)
     found = explain.relevance(vit, images(vit), ["ape", 4])
@@ -136,20 +135,17 @@ def test_of_lit_weights_texts_are_explained(network):
 
 
 def test_classes_go_by_index_label_or_a_word_of_it(network):
-    vit = dataclasses.replace(
-        network("token"), labels=("ape, Affe", "3", "cat", "crane", "crane, Kran")
-    )
-    index = class_index
-    assert [index(vit, name) for name in ("ape", "Affe", "affe", 3, "3", "0", "crane")] == [
-        *(0, 0, 0, 3, 1, 0, 3)
-    ]
+    labels = ("ape, Affe", "3", "cat", "crane", "crane, Kran")
+    vit = dataclasses.replace(network("token"), labels=labels)
+    found = [class_index(vit, name) for name in ("ape", "affe", 3, "3", "0", "crane")]
+    assert found == [0, 0, 3, 1, 0, 3]
     with pytest.raises(UserError, match=r"no class 'caat': did you mean 'cat'\?"):
-        index(vit, "caat")
+        class_index(vit, "caat")
     with pytest.raises(UserError, match=r"no class 5: give a name or an index, 0 to 4"):
-        index(vit, 5)
+        class_index(vit, 5)
     vit = dataclasses.replace(vit, labels=("a, crane", "b, crane", "c", "d", "e"))
     with pytest.raises(UserError, match=r"several classes are called 'crane': .* \[0, 1\]"):
-        index(vit, "crane")
+        class_index(vit, "crane")
 
 
 def test_a_network_without_classes_has_none_to_explain(network):

@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.explain import attention, features, relevance
+from vit_jax.explain.attention import (
+    attention_distance,
+    head_maps,
+    map_attention,
+    rollout,
+)
+from vit_jax.explain.features import (
+    embedding_filters,
+    feature_pca,
+    position_similarity,
+    token_norms,
+)
 from vit_jax.explain.network import observe, open_tower
 from vit_jax.explain.pictures import Pictures, View, views
+from vit_jax.explain.relevance import class_name, relevance
 from vit_jax.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -22,7 +34,7 @@ SIDE = 400  # pixels on the longer side of a picture that is drawn
 
 def plot_rollout(vit: Pretrained, pictures: Pictures) -> "Figure":
     """`rollout` over each picture: a row of the picture and the overlay for each."""
-    maps = attention.rollout(vit, pictures)
+    maps = rollout(vit, pictures)
     return _rows(vit, pictures, [[("attention rollout", m)] for m in maps])
 
 
@@ -30,8 +42,8 @@ def plot_relevance(
     vit: Pretrained, pictures: Pictures, classes: Sequence[int | str] | None = None
 ) -> "Figure":
     """`relevance` over each picture, an overlay a class, each with its own scale."""
-    maps = relevance.relevance(vit, pictures, classes)
-    names = [relevance.class_name(vit, c) for c in classes or ()]
+    maps = relevance(vit, pictures, classes)
+    names = [class_name(vit, c) for c in classes or ()]
     titles = [f"for {name}" for name in names or ["the most probable class"]]
     return _rows(vit, pictures, [list(zip(titles, m, strict=True)) for m in maps])
 
@@ -49,20 +61,20 @@ def plot_attention_maps(vit: Pretrained, pictures: Pictures, block: int = -1) ->
         raise UserError(f"block is {block}, expected 0 to {count - 1}")
     titled = []
     for view in views(vit, pictures):
-        maps = attention.head_maps(tower, observe(tower, view.pixels), block)
+        maps = head_maps(tower, observe(tower, view.pixels), block)
         titled.append([(f"block {block % count + 1}, head {i + 1}", m) for i, m in enumerate(maps)])
     return _rows(vit, pictures, titled)
 
 
 def plot_map_attention(vit: Pretrained, pictures: Pictures) -> "Figure":
     """`map_attention` over each picture, an overlay for each head."""
-    maps = attention.map_attention(vit, pictures)
+    maps = map_attention(vit, pictures)
     return _rows(vit, pictures, [[(f"head {i + 1}", m) for i, m in enumerate(ms)] for ms in maps])
 
 
 def plot_token_norms(vit: Pretrained, pictures: Pictures) -> "Figure":
     """`token_norms` over each picture, an overlay for each block."""
-    maps = features.token_norms(vit, pictures)
+    maps = token_norms(vit, pictures)
     titled = [
         [(f"block {i + 1}: up to {m.max():.3g}", m) for i, m in enumerate(blocks)]
         for blocks in maps
@@ -72,14 +84,14 @@ def plot_token_norms(vit: Pretrained, pictures: Pictures) -> "Figure":
 
 def plot_feature_pca(vit: Pretrained, pictures: Pictures) -> "Figure":
     """`feature_pca` beside each picture."""
-    maps = features.feature_pca(vit, pictures)
+    maps = feature_pca(vit, pictures)
     return _rows(vit, pictures, [[("features", m)] for m in maps])
 
 
 def plot_position_similarity(vit: Pretrained) -> "Figure":
     """`position_similarity`: at each patch's place the map of its likeness to all others."""
     figure = new_figure(6.4, 6)
-    draw_positions(figure.subplots(), features.position_similarity(vit))
+    draw_positions(figure.subplots(), position_similarity(vit))
     return figure
 
 
@@ -105,7 +117,7 @@ def draw_positions(ax: "Axes", similarity: np.ndarray) -> None:
 
 def plot_embedding_filters(vit: Pretrained, count: int = 28) -> "Figure":
     """`embedding_filters`; grey is zero, each is stretched to its largest value."""
-    filters = features.embedding_filters(vit, count)
+    filters = embedding_filters(vit, count)
     columns = min(7, len(filters))
     rows = math.ceil(len(filters) / columns)
     figure = new_figure(0.9 * columns, 0.9 * rows + 0.4)
@@ -124,7 +136,7 @@ def plot_attention_distance(vit: Pretrained, pictures: Pictures) -> "Figure":
     """`attention_distance` averaged over pictures: a point for each head, by depth."""
     from matplotlib.ticker import MaxNLocator
 
-    distance = attention.attention_distance(vit, pictures).mean(axis=0)
+    distance = attention_distance(vit, pictures).mean(axis=0)
     figure = new_figure(6.4, 4)
     ax = figure.subplots()
     depth = np.arange(1, len(distance) + 1)

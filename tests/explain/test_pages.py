@@ -1,0 +1,122 @@
+"""The page of HTML is looked around in, in a real browser."""
+
+import base64
+import json
+import re
+
+import cv2
+import numpy as np
+import pytest
+
+from vit_jax import explain
+from vit_jax.explain.pages import layers
+
+NAME = """<b>"it's" & co.png"""
+
+
+def test_what_fits_is_the_mean_of_each_block_then_the_heads_of_the_last():
+    whole = [(b, h) for b in range(3) for h in (None, 0, 1)]
+    assert layers(3, 2, 9) == layers(3, 2, 100) == whole
+    assert layers(3, 2, 8) == [(0, None), (1, None), (1, 0), (1, 1), (2, None), (2, 0), (2, 1)]
+    assert layers(3, 2, 5) == [(0, None), (1, None), (2, None), (2, 0), (2, 1)]
+    assert layers(3, 2, 4) == [(0, None), (1, None), (2, None)]
+    assert layers(24, 16, 3) == [(0, None), (12, None), (23, None)]
+    assert layers(24, 16, 0) == [(23, None)]
+    assert layers(2, 1, 9) == [(0, None), (1, None)]  # One head is its mean.
+
+
+@pytest.fixture(scope="module")
+def written(network, tmp_path_factory):
+    """(weights, pictures, page)."""
+    folder = tmp_path_factory.mktemp("page")
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (60, 90)), (NAME, (90, 60))):
+        cv2.imwrite(str(folder / name), rng.integers(0, 256, (*size, 3), np.uint8))
+    vit, pictures = network("token"), [folder / "a.png", folder / NAME]
+    path = folder / "page.html"
+    path.write_bytes(explain.page_html(vit, list(explain.explanations(vit, pictures))))
+    return vit, pictures, path
+
+
+def test_the_page_holds_the_attention_that_was_computed(written):
+    vit, pictures, path = written
+    found = re.search(r'<script [^>]*id="attention1">(.*?)</script>', path.read_text("utf-8"))
+    known = json.loads(found[1])
+    levels = np.frombuffer(base64.b64decode(known["weights"]), np.uint8).reshape(-1, 31, 31)
+    weights = levels / 255 * np.array(known["top"]).reshape(-1, 31, 1)
+    maps = explain.attention_maps(vit, pictures[1:])[0]
+    assert len(known["layers"]) == len(weights) == 2 * (1 + 2)
+    for (block, head), found in zip(known["layers"], weights, strict=True):
+        expected = maps[block].mean(axis=0) if head is None else maps[block, head]
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_the_page_stands_alone_and_can_be_used_by_all(written, browser):
+    path = written[2]
+    browser.check(path)
+    browser.open(path)
+    assert {"Attention on a.png", f"Attention on {NAME}", "Block", "Head", "Class token"} <= set(
+        browser.tab_stops()
+    )
+
+
+def test_pointing_and_sliding_change_what_is_shown(written, browser):
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.common.by import By
+
+    browser.open(written[2])
+    driver = browser.driver
+    viewer = driver.find_elements(By.CLASS_NAME, "viewer")[1]
+    canvas = viewer.find_element(By.TAG_NAME, "canvas")
+    block, head = viewer.find_elements(By.TAG_NAME, "input")
+    seen = []
+
+    def changed() -> str:
+        """What is said, after both it and the picture have become what they have not been yet."""
+        picture = browser.run("return arguments[0].toDataURL()", canvas)
+        said = viewer.find_element(By.CSS_SELECTOR, "[role=status]").text
+        assert (picture, said) not in seen
+        seen.append((picture, said))
+        return said
+
+    assert changed().startswith("The class token attends to row ")
+    ActionChains(driver).move_to_element(canvas).perform()
+    assert changed().startswith("The patch in row 3, column 4 attends to row ")
+    ActionChains(driver).move_to_element_with_offset(canvas, 0, -200).click().perform()
+    changed()
+    for key in (Keys.ARROW_UP, Keys.ARROW_LEFT):
+        canvas.send_keys(key)
+        changed()
+    for slider, keys in ((head, (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)), (block, (Keys.ARROW_LEFT,))):
+        for key in keys:
+            slider.send_keys(key)
+            changed()
+    assert block.get_attribute("aria-valuetext") == "Block 1"
+    assert head.get_attribute("aria-valuetext") == "Head 2"
+    viewer.find_element(By.TAG_NAME, "button").click()
+    assert changed().startswith("The class token")
+    assert browser.complaints() == []
+
+
+def test_every_kind_of_network_has_a_page(network, written, browser, tmp_path):
+    for kind in ("unpooled", "MAP", "LiT"):
+        vit = network(kind)
+        classes = ["a cat", "a dog"] if kind == "LiT" else None
+        explained = list(explain.explanations(vit, written[1][:1], classes))
+        (tmp_path / f"{kind}.html").write_bytes(explain.page_html(vit, explained))
+        browser.open(tmp_path / f"{kind}.html")
+        assert browser.complaints() == []
+        said = browser.run("return document.querySelector('[role=status]').innerText")
+        assert said.startswith("The class token" if kind == "LiT" else "The patch in row 3")
+    assert [label for label, _ in explained[0].relevance] == ["a cat", "a dog"]
+    assert sum(p for _, p in explained[0].classes) == pytest.approx(1)
+
+
+def test_the_page_to_print_is_whole(network, written):
+    vit = network("MAP")
+    figure = explain.page_figure(vit, list(explain.explanations(vit, written[1])))
+    drawn, frame = figure.get_tightbbox(), figure.bbox_inches
+    assert frame.x0 <= drawn.x0 <= drawn.x1 <= frame.x1
+    assert frame.y0 <= drawn.y0 <= drawn.y1 <= frame.y1
+    titles = {t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text"))}
+    assert {"a.png", NAME, "attention rollout", "block 2, head 2", "pooling, head 2"} <= titles
