@@ -11,7 +11,6 @@ from vit_jax.data.preprocess import parse
 
 RNG = np.random.default_rng
 PICTURE = RNG(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-GREY = RNG(1).integers(0, 256, (8, 8, 1), dtype=np.uint8)
 
 
 # Antialiasing.
