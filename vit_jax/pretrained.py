@@ -144,10 +144,8 @@ class Pretrained:
         return answers
 
     def read(self, picture: str | os.PathLike | np.ndarray) -> np.ndarray:
-        """A picture as `predict` takes it, as a uint8 array (h, w, channels).
-
-        Raises UserError if it can't be read or has other channels than the network takes.
-        """
+        """A picture as `predict` takes it, as uint8 (h, w, channels). Raises UserError if it can't
+        be read or has other channels than the network takes."""
         if isinstance(picture, np.ndarray):
             if (
                 picture.dtype != np.uint8
