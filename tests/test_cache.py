@@ -35,7 +35,7 @@ def kept(*arguments, **environment):
     """What the program above prints, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        env=os.environ
+        env={k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
         | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         | {name: str(value) for name, value in environment.items()},

@@ -37,6 +37,15 @@ def test_an_array_is_split_along_its_largest_divisible_axis_unless_it_is_small(s
     assert shardings(jax.ShapeDtypeStruct(shape, jnp.float32), EIGHT).spec == PartitionSpec(*axes)
 
 
+def test_of_stacked_blocks_each_is_split_as_it_would_be_alone():
+    shapes = {"scale": (16, 768), "query": (64, 31, 1003), "kernel": (16, 1001, 768)}
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    found = shardings({"Transformer": {"encoderblock": tree}}, EIGHT)["Transformer"]
+    specs = {name: place.spec for name, place in found["encoderblock"].items()}
+    kernel = PartitionSpec(None, None, "part")
+    assert specs == {"scale": PartitionSpec(), "query": PartitionSpec(), "kernel": kernel}
+
+
 def test_an_eighth_of_vit_b_takes_less_than_a_sixth_of_its_memory():
     model = create_model("ViT-B_16", num_classes=1000)
     config = default_config()
@@ -69,6 +78,7 @@ STEPS = """
     from vit_jax.models import create_model
     from vit_jax.parallel import make_mesh, replicated, shardings, split, to_host
     from vit_jax.training import TrainState, default_config, make_optimizer, make_train_step
+    from vit_jax.training.network import as_trained
 
     rng = np.random.default_rng(0)
     batch = {
@@ -104,6 +114,28 @@ STEPS = """
         norm = sum(float(np.abs(x).sum(dtype=np.float64)) for x in after)
         result[sharding] = dict(losses=losses, moves=moves, parts=sorted(parts), norm=norm,
                                 temp=program.memory_analysis().temp_size_in_bytes)
+
+    # Without dropout, of which these draw other numbers.
+    model, result["knobs"] = model.clone(dropout_rate=0.0), {}
+    for fields in ({}, dict(compile="pmap"), dict(sharding="fsdp", remat="full"),
+                   dict(sharding="fsdp", scan_layers=True), dict(scan_layers=True, remat="dots"),
+                   dict(sharding="fsdp", scan_layers=True, remat="full")):
+        config.update(dict(sharding="replicate", scan_layers=False, remat="none") | fields)
+        network, own = as_trained(config, model, params)
+        mesh = make_mesh(config)
+        state = TrainState.create(params=own, tx=tx, mesh=mesh)
+        step = make_train_step(network, tx, mesh=mesh, accum_steps=2,
+                               compile=fields.get("compile", "jit"))
+        losses = []
+        for _ in range(4):
+            state, metrics = step(state, jax.device_put(batch, split(mesh)))
+            losses.append([float(x) for x in metrics.values()])
+        result["knobs"][str(fields)] = losses
+        if fields.get("scan_layers"):
+            kernel = state.params["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]["kernel"]
+            assert kernel.shape == (2, 64, 256)
+            parts = jax.device_count() if config.sharding == "fsdp" else 1
+            assert {s.data.shape for s in kernel.addressable_shards} == {(2, 64, 256 // parts)}
     print(json.dumps(result))
 """
 
@@ -126,6 +158,9 @@ def test_sharding_and_the_number_of_devices_change_where_the_state_lies_and_no_f
     for found in (one["fsdp"], eight["replicate"], eight["fsdp"]):
         np.testing.assert_allclose(found["losses"], reference["losses"], rtol=1e-4)
         assert found["norm"] == pytest.approx(reference["norm"], rel=1e-5)
+    expected = one["knobs"]["{}"]
+    for found in (*one["knobs"].values(), *eight["knobs"].values()):
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert eight["replicate"]["parts"] == [[64, 256]]
     assert eight["fsdp"]["parts"] == [[64, 32]]
     assert not any(eight["replicate"]["moves"].values())

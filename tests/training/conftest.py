@@ -45,7 +45,7 @@ def whole(tmp_path_factory, _compile_once) -> Path:
     return workdir
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """Makes the configuration of a very small run; `tiny("total_steps=8")` changes fields."""
 
@@ -55,7 +55,7 @@ def tiny():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def outcome():
     """Reads what a run leaves that must be the same whenever and wherever it runs."""
 

@@ -124,7 +124,12 @@ def _train(
     train_step = step_of(task, model, tx, mesh)
     usage = Usage(vit.model, task.picture_shape)
     eval_step = make_eval_step(model, mesh=mesh, loss=config.loss)
-    learning_rate = schedule_of(config, config.total_steps)
+    schedule = schedule_of(config, config.total_steps)
+
+    def learning_rate(step: int) -> float:
+        with jax.transfer_guard("allow"):  # Of a few numbers, where a line is written anyway.
+            return float(schedule(step))
+
     with together():
         if is_first():
             claim_workdir(workdir, config, fingerprints)
@@ -234,7 +239,7 @@ def _train(
                     continue
                 speed = feed.speed()
                 times = usage.figures(speed.batches_per_s * config.batch)
-                lr = float(learning_rate(step - 1))
+                lr = learning_rate(step - 1)
                 progress.update(
                     step,
                     loss=values["loss"],
