@@ -1,0 +1,161 @@
+"""How many pictures a second are trained on, compared with timm (PyTorch eager), on the CPU.
+
+    pip install -e . timm torch
+    python benchmarks/train.py [MODEL ...]
+
+Both do the same: float32 pictures of 224 px and 1,000 classes, forwards, backwards, the gradient
+clipped to norm 1, SGD with momentum. Ours is what `vit-jax train` runs. Each side is a process of
+its own that lives through all rounds; they take turns, so that whatever else the machine does slows
+both alike. Figures are medians of the rounds; the first steps don't count.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+# Our name, timm's, pictures in a batch, steps a round, and the least ratio that is wanted.
+MODELS = {
+    "ViT-Ti_16": ("vit_tiny_patch16_224", 8, 8, 1.0),
+    "ViT-S_16": ("vit_small_patch16_224", 8, 3, 1.05),
+    "ViT-B_16": ("vit_base_patch16_224", 4, 2, 1.05),
+}
+ROUNDS = 7
+SIDES = ("ours", "timm")
+
+
+def ours(name: str, batch_size: int) -> Callable[[int], object]:
+    """A function that trains so many steps, with the same step as a run."""
+    from vit_jax.allocator import keep_memory
+
+    keep_memory()
+    import jax
+    import numpy as np
+
+    import vit_jax
+    from vit_jax import training
+    from vit_jax.parallel import join, split
+
+    config = training.default_config()
+    config.batch, config.accum_steps = batch_size, 1
+    mesh = training.make_mesh(config)
+    model = vit_jax.create_model(name, num_classes=1000)
+    levels = np.random.default_rng(0).integers(0, 256, (batch_size, 224, 224, 3), np.uint8)
+    images = np.zeros((1, 224, 224, 3), np.float32)
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(0), images)["params"])
+    tx = training.make_optimizer(config, config.total_steps)
+    state = training.TrainState.create(params=params, tx=tx, mesh=mesh)
+    step = training.make_train_step(model, tx, mesh=mesh)
+
+    def train(steps: int) -> None:
+        nonlocal state
+        for _ in range(steps):
+            batch = {"image": levels, "label": np.arange(batch_size, dtype=np.int32)}
+            state, metrics = step(state, join(batch, split(mesh)))
+        float(metrics["loss"])
+
+    return train
+
+
+def timm(name: str, batch_size: int) -> Callable[[int], object]:
+    """The same of timm's."""
+    import timm
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = timm.create_model(MODELS[name][0], num_classes=1000).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+    images = torch.randn(batch_size, 3, 224, 224)
+    labels = torch.arange(batch_size)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        loss.item()
+
+    return train
+
+
+def worker(side: str, name: str) -> None:
+    """Trains as many steps as each line of the input says, and prints what they took."""
+    train = {"ours": ours, "timm": timm}[side](name, MODELS[name][1])
+    train(3)
+    for line in sys.stdin:
+        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        train(int(line))
+        seconds = time.perf_counter() - start
+        after, steps = resource.getrusage(resource.RUSAGE_SELF), int(line)
+        figures = {
+            "ms": 1000 * seconds / steps,
+            "processor ms": 1000 * _processor(before, after) / steps,
+            "page faults": (after.ru_minflt - before.ru_minflt) / steps,
+            "peak MB": after.ru_maxrss / 1e3,
+        }
+        print(json.dumps(figures), flush=True)
+
+
+def _processor(before: resource.struct_rusage, after: resource.struct_rusage) -> float:
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def compare(name: str) -> dict[str, dict[str, float]]:
+    """The medians of both sides."""
+    command = [sys.executable, __file__, "--worker"]
+    sides = {
+        side: subprocess.Popen(
+            [*command, side, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"},
+        )
+        for side in SIDES
+    }
+    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for i in range(ROUNDS + 1):  # The first round waits until both are ready.
+        for side in SIDES[:: (-1) ** i]:
+            process = sides[side]
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(MODELS[name][2] if i else 1, file=process.stdin, flush=True)
+            figures = json.loads(process.stdout.readline())
+            if i:
+                rounds[side].append(figures)
+    for process in sides.values():
+        process.communicate()
+    return {
+        side: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+        for side, runs in rounds.items()
+    }
+
+
+def main(names: list[str]) -> None:
+    """Prints a table, a row a network."""
+    print(
+        "| network, batch | | ms a step | of processors | page faults | peak MB | ratio | wanted |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name in names or MODELS:
+        _, batch_size, _, wanted = MODELS[name]
+        medians = compare(name)
+        for side, figures in medians.items():
+            cells = " | ".join(f"{value:,.0f}" for value in figures.values())
+            ratio = f"{medians['timm']['ms'] / figures['ms']:.2f} | {wanted}"
+            print(
+                f"| {name}, {batch_size} | {side} | {cells} | {ratio if side == 'ours' else '|'} |"
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:])
+    else:
+        main(sys.argv[1:])
