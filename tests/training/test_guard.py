@@ -76,7 +76,10 @@ def weights(workdir):
 
 @pytest.mark.parametrize(
     ("how", "by"),
-    [("skip", {"left_out": [25]}), ("rollback", {"back": [26]})],
+    [
+        pytest.param("skip", {"left_out": [25]}, marks=pytest.mark.slow),
+        ("rollback", {"back": [26]}),
+    ],
 )
 def test_a_bad_step_is_skipped_or_gone_back_for_and_an_interrupted_run_ends_the_same(
     how, by, tiny, tmp_path, outcome, monkeypatch, capsys
