@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from vit_jax.errors import UserError
 from vit_jax.parallel import join, replicated, split
+from vit_jax.training import clusters
 from vit_jax.training.signals import StopRequest
 
 PATIENCE = 300.0  # Seconds until a process that has not come is missed.
@@ -32,11 +33,11 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
 
     Raises UserError if the options make no sense, or not all come within PATIENCE seconds.
     """
-    given = [coordinator, processes, process]
-    if given == [None] * 3:
-        if _in_a_group():
-            jax.distributed.initialize()
-        return
+    if [coordinator, processes, process] == [None] * 3:
+        place = clusters.find()
+        if place is None:
+            return
+        coordinator, processes, process = place
     if coordinator is None or processes is None or process is None:
         raise UserError(
             "--coordinator, --num-processes and --process-id belong together: give all three"
@@ -57,13 +58,6 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
         sys.stdout = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         jax.distributed.initialize(coordinator, processes, process, shutdown_timeout_seconds=30)
-
-
-def _in_a_group() -> bool:
-    """Whether this is one of several processes that Slurm started, or runs on a Cloud TPU."""
-    slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
-    tpu = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return slurm or tpu
 
 
 def _receive(address: tuple[str, int], processes: int, process: int) -> None:
