@@ -19,7 +19,6 @@ KINDS: dict[str, tuple[str, dict]] = {
     "unpooled": ("MAP", dict(classifier="unpooled", representation_size=None, **_OBLONG)),
     "MAP": ("MAP", _OBLONG),
     "hybrid": ("hybrid", dict(image_size=(40, 64))),
-    "root": ("root", dict(image_size=(40, 64))),
     "grey": ("MAP", dict(channels=1)),
     "LiT": ("LiT", {}),
 }

@@ -27,7 +27,7 @@ def scenes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pictures + rng.normal(0, 0.1, pictures.shape).astype(np.float32), classes, where
 
 
-@pytest.fixture(scope="module", params=["token", "gap"])
+@pytest.fixture(scope="module", params=["token", pytest.param("gap", marks=pytest.mark.slow)])
 def trained(request) -> Pretrained:
     spec = Spec(
         patch_size=(PATCH, PATCH),

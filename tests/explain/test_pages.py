@@ -1,6 +1,7 @@
 """The page of HTML is looked around in, in a real browser."""
 
 import base64
+import dataclasses
 import json
 import re
 
@@ -113,7 +114,7 @@ def test_every_kind_of_network_has_a_page(network, written, browser, tmp_path):
 
 
 def test_the_page_to_print_is_whole(network, written):
-    vit = network("MAP")
+    vit = dataclasses.replace(network("MAP"), labels=None)
     figure = explain.page_figure(vit, list(explain.explanations(vit, written[1])))
     drawn, frame = figure.get_tightbbox(), figure.bbox_inches
     assert frame.x0 <= drawn.x0 <= drawn.x1 <= frame.x1

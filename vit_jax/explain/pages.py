@@ -4,7 +4,6 @@ import base64
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from vit_jax.explain.plots import (
     aspect,
     draw_picture,
     draw_positions,
+    elide,
     new_figure,
     overlay,
     plot_position_similarity,
@@ -47,21 +47,23 @@ NOTES = {
 
 def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
     """The explanations as one figure: a few rows for each picture, then the position embeddings."""
-    rows = [1 + math.ceil(len(e.heads) / COLUMNS) for e in explained]
+    firsts = [math.ceil((3 + len(e.relevance)) / COLUMNS) for e in explained]
+    rows = [n + math.ceil(len(e.heads) / COLUMNS) for n, e in zip(firsts, explained, strict=True)]
     heights = [2.6 * n * aspect(e.view) + 0.35 * n for n, e in zip(rows, explained, strict=True)]
     figure = new_figure(13, sum(heights) + 5)
     figure.suptitle(_title(vit), fontsize=13, parse_math=False)
-    parts = figure.subfigures(len(explained) + 1, 1, height_ratios=[*heights, 5])
-    for part, n, e in zip(parts, rows, explained, strict=False):
+    ratios = [*heights, 5]
+    parts = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    for part, first, n, e in zip(parts, firsts, rows, explained, strict=False):
         axes = part.subplots(n, COLUMNS, squeeze=False)
         for ax in axes.ravel():
             ax.axis("off")
         draw_picture(axes[0, 0], e.view, Path(e.name).name)
         _draw_classes(axes[0, 1], e.classes)
         draw_picture(axes[0, 2], e.view, "attention rollout", e.rollout)
-        for ax, (name, values) in zip(axes[0, 3:], e.relevance, strict=False):
+        for ax, (name, values) in zip(axes.ravel()[3:], e.relevance, strict=False):
             draw_picture(ax, e.view, f"relevance: {name}", values)
-        for ax, (name, values) in zip(axes[1:].ravel(), e.heads, strict=False):
+        for ax, (name, values) in zip(axes[first:].ravel(), e.heads, strict=False):
             draw_picture(ax, e.view, name, values)
     left, right = parts[-1].subplots(1, 2)
     draw_positions(left, position_similarity(vit))
@@ -74,9 +76,9 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
 def _draw_classes(ax: "Axes", classes: Sequence[tuple[str, float]]) -> None:
     """The most probable classes as bars with their names above."""
     for row, (label, probability) in enumerate(classes):
-        name = shorten(first_name(label), 32, placeholder="…")
         ax.barh(row + 0.25, probability, height=0.3, color="#0072B2")
-        ax.text(0, row, f"{probability:.1%}  {name}", va="bottom", fontsize=8, parse_math=False)
+        text = f"{probability:.1%}  {elide(first_name(label))}"
+        ax.text(0, row, text, va="bottom", fontsize=8, parse_math=False)
     ax.set(xlim=(0, 1), ylim=(max(len(classes), 1), -0.6))
 
 

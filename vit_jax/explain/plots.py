@@ -241,5 +241,10 @@ def aspect(view: View) -> float:
 def draw_picture(ax: "Axes", view: View, title: str, values: np.ndarray | None = None) -> None:
     """Draws `overlay`."""
     ax.imshow(overlay(view, values), interpolation="antialiased")
-    ax.set_title(title, fontsize=8, parse_math=False)
+    ax.set_title(elide(title), fontsize=8, parse_math=False)
     ax.axis("off")
+
+
+def elide(text: str) -> str:
+    """What fits above a picture."""
+    return text if len(text) <= 36 else f"{text[:35]}…"

@@ -81,7 +81,9 @@ def class_index(vit: Pretrained, name: int | str) -> int:
     assert count is not None  # See `gives_classes`.
     named = not isinstance(name, int | np.integer)
     found = [i for i, label in enumerate(labels) if named and name == label] or [
-        i for i, label in enumerate(labels) if named and name.lower() in label.lower().split(", ")
+        i
+        for i, label in enumerate(labels)
+        if named and str(name).lower() in label.lower().split(", ")
     ]
     if not found and str(name).isdecimal() and int(name) < count:
         return int(name)
