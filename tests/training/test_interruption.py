@@ -216,7 +216,7 @@ def test_any_batch_size_evaluates_each_picture_once_on_eight_devices(tmp_path):
     assert scores.count == 360
     assert last["test/top1"] == scores.top1
     assert last["test/loss"] == pytest.approx(scores.loss, rel=1e-6)
-    assert ", 8 x cpu\n" in Path(training.log.name).read_text()
+    assert ", 8 x cpu;" in Path(training.log.name).read_text()
     training.end(signal.SIGTERM)
 
 

