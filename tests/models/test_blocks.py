@@ -46,11 +46,9 @@ def assert_close(a, b):
 @pytest.mark.parametrize(
     ("name", "loop"),
     [
-        ("ViT-Ti_16", BlockLoop(remat="dots")),
         ("ViT-Ti_16", BlockLoop(remat="full")),
         ("ViT-Ti_16", BlockLoop(scan=True)),
         ("ViT-Ti_16", BlockLoop(scan=True, remat="dots")),
-        ("ViT-Ti_16", BlockLoop(scan=True, remat="full")),
         ("Mixer-B_16", BlockLoop(scan=True, remat="full")),
     ],
     ids=str,
@@ -90,36 +88,34 @@ def test_stacking_loses_nothing_and_gives_what_the_scanned_network_wants(name):
     assert not back
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_in_a_loop_each_block_has_its_own_rate_of_stochastic_depth(name):
+def features_in_a_loop(name, loop, images, **fields):
+    """What comes out of each block while training, and the stacked weights."""
+    params = stack_blocks(weights(network(name, **fields)))
+    rngs, model = {"dropout": jax.random.key(0)}, network(name, loop, **fields)
+    _, features = model.apply(
+        {"params": params}, images, train=True, return_features=True, rngs=rngs
+    )
+    return [np.asarray(features[k]) for k in sorted(features) if "lock_" in k], params
+
+
+def test_in_a_loop_each_block_has_its_own_rate_of_stochastic_depth():
     """The first block is never left out, the last one, whose rate is almost 1, almost always."""
-    loop = BlockLoop(scan=True, remat="full")
-    model = network(name, loop, stochastic_depth_rate=0.999, num_layers=2)
-    params = stack_blocks(weights(network(name, num_layers=2)))
     images = np.repeat(IMAGES[:1], 64, axis=0)
-    rngs = {"dropout": jax.random.key(0)}
-    _, features = model.apply(
-        {"params": params}, images, train=True, return_features=True, rngs=rngs
+    fields = dict(stochastic_depth_rate=0.999, num_layers=2)
+    (first, last), params = features_in_a_loop(
+        "Mixer-B_16", BlockLoop(scan=True, remat="full"), images, **fields
     )
-    first, last = (np.asarray(features[k]) for k in sorted(features) if "lock_" in k)
-    plain = network(name, num_layers=2)
-    whole = plain.apply({"params": unstack_blocks(params)}, images, return_features=True)[1]
-    name_of_first = next(k for k in sorted(whole) if "lock_0" in k)
-    np.testing.assert_allclose(first, whole[name_of_first], rtol=2e-4, atol=2e-5)
-    left_out = np.all(first == last, axis=(1, 2))
-    assert left_out.mean() > 0.9
+    plain = network("Mixer-B_16", num_layers=2)
+    _, whole = plain.apply({"params": unstack_blocks(params)}, images, return_features=True)
+    np.testing.assert_allclose(first, whole["MixerBlock_0"], rtol=2e-4, atol=2e-5)
+    assert np.all(first == last, axis=(1, 2)).mean() > 0.9
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_in_a_loop_blocks_draw_for_themselves(name):
-    """With equal weights and rates the masks of two blocks differ."""
-    model = network(name, BlockLoop(scan=True), stochastic_depth_rate=0.5, num_layers=9)
-    params = stack_blocks(weights(network(name, num_layers=9)))
+def test_in_a_loop_blocks_draw_for_themselves():
+    """Of one draw for all, what a block leaves out the next, whose rate is higher, would too."""
     images = np.repeat(IMAGES[:1], 64, axis=0)
-    rngs = {"dropout": jax.random.key(0)}
-    _, features = model.apply(
-        {"params": params}, images, train=True, return_features=True, rngs=rngs
-    )
-    out = [np.asarray(features[k]) for k in sorted(features) if "lock_" in k]
-    left_out = [tuple(np.all(a == b, axis=(1, 2))) for a, b in itertools.pairwise(out[6:])]
-    assert len(set(left_out)) == len(left_out)
+    fields = dict(stochastic_depth_rate=0.6, num_layers=9)
+    out, _ = features_in_a_loop("ViT-Ti_16", BlockLoop(scan=True), images, **fields)
+    left_out = [np.all(a == b, axis=(1, 2)) for a, b in itertools.pairwise(out[5:])]
+    for one, next_one in itertools.pairwise(left_out):
+        assert np.any(one & ~next_one)

@@ -17,6 +17,8 @@ from vit_jax.training.feed import Feed
 SHORT = (
     *("total_steps=6", "eval_every=3", "checkpoint_every=4", "progress_every=3"),
     *("model.num_layers=2", "model.dropout_rate=0.0", "keep_best=True"),
+    # AdamW makes steps of gradients that are nothing but rounding, as of the bias of the keys.
+    *("optim=sgd", "optim_dtype=float32"),
 )
 
 
@@ -47,6 +49,7 @@ def test_a_run_leaves_the_files_of_the_plain_one(tiny, outcome, plain, tmp_path,
     assert vit(np.zeros((1, 8, 8, 1), np.float32)).shape == (1, 10)
 
 
+@pytest.mark.slow
 def test_a_run_with_stacked_weights_goes_on_with_them_alone(tiny, outcome, tmp_path, monkeypatch):
     """Stochastic depth included: the draws follow from the step."""
     fields = (*SHORT, "scan_layers=True", "model.stochastic_depth_rate=0.5", "checkpoint_every=3")
