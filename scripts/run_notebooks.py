@@ -57,7 +57,8 @@ def tidy(notebook: nbformat.NotebookNode, folder: str) -> nbformat.NotebookNode:
         cell.metadata = {}
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                output.text = output.text.replace(f"{folder}/", "")
+                text = output.text.replace(f"{folder}/", "")
+                output.text = text.replace(str(Path.home()), "~")
             elif "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
     return notebook
