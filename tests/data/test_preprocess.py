@@ -324,3 +324,8 @@ def test_whole_levels_are_those_of_the_rounded_floats(ops, size):
 )
 def test_only_a_range_at_the_end_can_be_left(spec):
     assert parse(spec).to_levels() is None
+
+
+def test_without_any_operation_whole_pictures_are_taken():
+    levels, _ = parse("value_range(-1, 1)").to_levels()
+    assert levels.part((3, 5), np.random.default_rng(0)) == (0, 0, 3, 5)

@@ -78,7 +78,7 @@ class Preprocess:
 
     def part(self, shape: tuple[int, int], rng: np.random.Generator | None) -> Part:
         """The part of an (h, w) picture that the first operation takes, drawn from `rng`."""
-        first = self.steps[0].part
+        first = self.steps[0].part if self.steps else None  # `to_levels` may leave none.
         return first(shape, rng) if first and rng else (0, 0, *shape)
 
     def __call__(
