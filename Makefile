@@ -16,7 +16,7 @@ test: $(STAMP)  ## The tests, without the minutes-long ones.
 test-all: $(STAMP)  ## Every test.
 	$(BIN)/pytest
 
-chaos: $(STAMP)  ## 50 random faults over a run of two processes (half an hour).
+chaos: $(STAMP)  ## 50 random faults over a run of two processes (a quarter of an hour).
 	$(BIN)/python tests/chaos/chaos.py --faults=50
 
 notebooks: $(STAMP)  ## Run the notebooks and keep what they show in their files.
