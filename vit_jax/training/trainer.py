@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def run(
         with Watch(config.silence_timeout) as watch, explained, contextlib.ExitStack() as stack:
             with together():
                 if is_first():
-                    stack.enter_context(open_workdir(folder, config))
+                    stack.enter_context(open_workdir(workdir, config))
                     done = finished(folder, config.total_steps)
             if done := _of_first(done):
                 return done
@@ -300,7 +301,8 @@ def _what_matters(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[s
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
-    versions = {"the code of vit_jax": code.hexdigest()[:12], "jax": jax.__version__}
+    versions = {"the code of vit_jax": code.hexdigest()[:12]}
+    versions |= {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     return fields | versions | {f"the {k} pictures": v for k, v in fingerprints.items()}
 
 

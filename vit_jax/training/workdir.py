@@ -35,8 +35,8 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
 
     If the block ends before `claim_workdir`, nothing of this is left.
 
-    Raises UserError if the folder is none, can't be made or written, another process trains in it, or it
-    holds what another run left: then the fields that differ are named and nothing is changed.
+    Raises UserError if it is no folder, can't be made or written, another process trains in it, or
+    it holds what another run left: then the fields that differ are named and nothing is changed.
     """
     if re.match(r"\w+:/", str(path)):
         raise UserError(
