@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from vit_jax.models.attention import MultiHeadAttention, attention_weights
+from vit_jax.models.attention import MultiHeadAttention, attend, attention_weights
 
 
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -50,6 +51,29 @@ def test_parameters_and_numbers_are_those_of_flax(dtype):
     )
 
 
+@pytest.mark.parametrize("heads", [1, 6, 7])
+def test_attention_and_its_derivative_are_those_of_the_formula(heads):
+    """Against float64 NumPy, with scores of up to some hundreds, which exp alone can't take."""
+    rng = np.random.default_rng(heads)
+    q, k, v, g = (rng.normal(size=(2, heads, t, 4)) for t in (5, 3, 3, 5))
+    q[0] *= 200
+    scores = np.einsum("nhtw,nhsw->nhts", q, k) / 2
+    weights = scipy.special.softmax(scores, axis=-1)
+    by_weights = np.einsum("nhtw,nhsw->nhts", g, v)
+    by_scores = weights * (by_weights - (weights * by_weights).sum(axis=-1, keepdims=True)) / 2
+    expected = (
+        np.einsum("nhts,nhsw->nhtw", by_scores, k),
+        np.einsum("nhts,nhtw->nhsw", by_scores, q),
+        np.einsum("nhts,nhtw->nhsw", weights, g),
+    )
+
+    y, derivative = jax.vjp(attend, *(x.astype(np.float32) for x in (q, k, v)))
+
+    np.testing.assert_allclose(y, np.einsum("nhts,nhsw->nhtw", weights, v), atol=1e-5)
+    for found, wanted in zip(derivative(g.astype(np.float32)), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_can_be_seen_and_derived_by():
     """The derivative by one weight is what the output changes by, if that weight is changed."""
     model, x = MultiHeadAttention(2), tokens(1, 3, 4)
@@ -60,7 +84,7 @@ def test_weights_can_be_seen_and_derived_by():
     gradient = jax.grad(lambda changes: model.apply(params | changes, x, x)[0, 1, 2])(zeros)
     changed = jax.tree.map(lambda a: a.at[0, 1, 1, 2].add(1.0), zeros)
 
-    np.testing.assert_array_equal(seen, model.apply(params, x, x))
+    np.testing.assert_allclose(seen, model.apply(params, x, x), rtol=1e-5, atol=1e-6)
     (weights,) = sown["intermediates"]["attention_weights"]
     assert weights.shape == (1, 2, 3, 3)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)

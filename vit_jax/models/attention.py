@@ -6,6 +6,7 @@ other devices: benchmarks/results/train.md has the figures.
 """
 
 import math
+import os
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +35,61 @@ def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None =
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     return jax.nn.softmax(scores).astype(query.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`attention_weights(query, key) @ value`, and its derivative, in less time.
+
+    On a CPU, XLA computes a batch of small products on one core, and independent ones side by side:
+    there the heads are taken in a few groups.
+
+    Args:
+      query, key, value: (n, h, t, d / h), (n, h, s, d / h), (n, h, s, d / h).
+
+    Returns:
+      (n, h, t, d / h).
+    """
+    groups = _head_groups(query.shape[1])
+    parts = zip(*(jnp.split(x, groups, axis=1) for x in (query, key, value)), strict=True)
+    return jnp.concatenate([_attend(*part) for part in parts], axis=1)
+
+
+def _head_groups(heads: int) -> int:
+    most = 2 * (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    return max(i for i in range(1, heads + 1) if heads % i == 0 and i <= most)
+
+
+@jax.custom_vjp
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    return _attend_forwards(query, key, value)[0]
+
+
+def _attend_forwards(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+    query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+    scores = (query @ key.swapaxes(2, 3)).astype(jnp.float32)
+    raised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    # Dividing (t, d / h) is less work than (t, s).
+    inverse = 1 / raised.sum(axis=-1, keepdims=True)
+    raised = raised.astype(value.dtype)
+    y = ((raised @ value) * inverse).astype(value.dtype)
+    return y, (query, key, value, raised, inverse, y)
+
+
+def _attend_backwards(kept: Any, grad: jax.Array) -> Any:
+    query, key, value, raised, inverse, y = kept
+    weights = (raised * inverse).astype(value.dtype)
+    # The softmax's derivative; the sum over s of weights * (grad @ value^T) is that over d of y.
+    mean = (grad.astype(jnp.float32) * y).sum(axis=-1, keepdims=True)
+    scores = (weights * (grad @ value.swapaxes(2, 3) - mean)).astype(query.dtype)
+    scale = jnp.sqrt(query.shape[-1]).astype(query.dtype)
+    return (
+        (scores @ key) / scale,
+        scores.swapaxes(2, 3) @ query,
+        weights.swapaxes(2, 3) @ grad,
+    )
+
+
+_attend.defvjp(_attend_forwards, _attend_backwards)
 
 
 def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -84,8 +140,10 @@ class MultiHeadAttention(nn.Module):
             return split_heads(tokens, self.num_heads)
 
         query, key, value = project("query", x), project("key", asked), project("value", asked)
-        if self.implementation == "cudnn" and not self._watched():
-            y = cudnn_attention(query, key, value)
+        dropped = self.dropout_rate > 0 and not deterministic
+        if not (dropped or self._watched()):
+            implementation = {"xla": attend, "cudnn": cudnn_attention}[self.implementation]
+            y = implementation(query, key, value)
         else:
             weights = attention_weights(query, key)
             self.sow("intermediates", "attention_weights", weights)
