@@ -86,7 +86,7 @@ def _draw_loss(ax: "Axes", train: Points, test: Points) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.set_ylim(min(0, min(values)), 1.05 * max(values) if max(values) > 0 else None)
-    ax.set_title("Loss (nats a picture)", fontsize=11, loc="left")
+    ax.set_title("Loss (nats)", fontsize=11, loc="left")
     # Above the panel, where no curve can run through it.
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2, frameon=False)
 

@@ -119,8 +119,9 @@ _STYLE = """
 .maps img { width: 100%; max-height: 20rem; object-fit: contain;
   object-position: left } .maps table { font-size: .875rem }
 .positions svg { width: 36rem }
-.viewer { display: flex; flex-wrap: wrap; gap: 1rem } .viewer div { flex: 1 1 15rem;
-  max-width: 26rem } .viewer label { display: block; margin-bottom: .6rem }
+.viewer { display: flex; flex-wrap: wrap; gap: 1rem; align-items: start }
+.viewer div { flex: 1 1 15rem; max-width: 26rem }
+.viewer label { display: block; margin-bottom: .6rem }
 .viewer input { display: block; width: 100%; padding: 0 }
 .viewer canvas { touch-action: pan-y; cursor: crosshair }
 """

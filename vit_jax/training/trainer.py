@@ -48,7 +48,13 @@ from vit_jax.training.state import TrainState
 from vit_jax.training.step import Step, make_train_step
 from vit_jax.training.task import Task, mixup, open_task
 from vit_jax.training.watch import Watch
-from vit_jax.training.workdir import BEST_WEIGHTS, CHECKPOINTS, claim_workdir, open_workdir
+from vit_jax.training.workdir import (
+    BEST_WEIGHTS,
+    CHECKPOINTS,
+    GIVEN,
+    claim_workdir,
+    open_workdir,
+)
 
 
 def run(
@@ -79,7 +85,7 @@ def run(
         with together():
             config = check_config(config)
             if sources:
-                config.dataset = sources[0].name
+                config.dataset = sources[0].name + GIVEN
         with Watch(config.silence_timeout) as watch, explained, contextlib.ExitStack() as stack:
             with together():
                 if is_first():
