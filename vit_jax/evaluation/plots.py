@@ -11,6 +11,7 @@ import numpy as np
 
 from vit_jax.evaluation.calibration import Calibration
 from vit_jax.evaluation.metrics import Scores
+from vit_jax.page import elide
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,8 +207,3 @@ def draw_classes(ax: "Axes", scores: Scores, names: Sequence[str]) -> None:
     text = f"Worst of {len(there):,} classes" if some else "Classes"
     ax.set_title(text, fontsize=11, loc="left", pad=18)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, frameon=False)
-
-
-def elide(text: str, width: int) -> str:
-    """The text, cut to so many characters."""
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"

@@ -12,10 +12,10 @@ from vit_jax.errors import UserError
 from vit_jax.explain.features import position_similarity
 from vit_jax.explain.network import Tower, open_tower
 from vit_jax.explain.plots import (
+    TITLE_CHARS,
     aspect,
     draw_picture,
     draw_positions,
-    elide,
     new_figure,
     overlay,
     plot_position_similarity,
@@ -90,7 +90,7 @@ def _draw_classes(ax: "Axes", classes: Sequence[tuple[str, float]]) -> None:
     """The most probable classes as bars with their names above."""
     for row, (label, probability) in enumerate(classes):
         ax.barh(row + 0.25, probability, height=0.3, color="#0072B2")
-        text = f"{probability:.1%}  {elide(first_name(label))}"
+        text = f"{probability:.1%}  {page.elide(first_name(label), TITLE_CHARS)}"
         ax.text(0, row, text, va="bottom", fontsize=8, parse_math=False)
     ax.set(xlim=(0, 1), ylim=(max(len(classes), 1), -0.6))
 

@@ -23,7 +23,10 @@ from vit_jax.explain.features import (
 from vit_jax.explain.network import observe, open_tower
 from vit_jax.explain.pictures import SIDE, Pictures, View, small, views
 from vit_jax.explain.relevance import class_name, relevance
+from vit_jax.page import elide
 from vit_jax.pretrained import Pretrained
+
+TITLE_CHARS = 36  # that fit above a picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,10 +247,5 @@ def aspect(view: View) -> float:
 def draw_picture(ax: "Axes", view: View, title: str, values: np.ndarray | None = None) -> None:
     """Draws `overlay`."""
     ax.imshow(overlay(view, values), interpolation="antialiased")
-    ax.set_title(elide(title), fontsize=8, parse_math=False)
+    ax.set_title(elide(title, TITLE_CHARS), fontsize=8, parse_math=False)
     ax.axis("off")
-
-
-def elide(text: str) -> str:
-    """What fits above a picture."""
-    return text if len(text) <= 36 else f"{text[:35]}…"
