@@ -52,6 +52,7 @@ from vit_jax.training.watch import Watch
 from vit_jax.training.workdir import (
     BEST_WEIGHTS,
     CHECKPOINTS,
+    GIVEN,
     claim_workdir,
     lock_holder,
     open_workdir,
@@ -96,7 +97,7 @@ def run(
         with together():
             config = check_config(config)
             if sources:
-                config.dataset = sources[0].name
+                config.dataset = sources[0].name + GIVEN
         with Watch(config.silence_timeout) as watch, explained, contextlib.ExitStack() as stack:
             with together():
                 if is_first():
