@@ -115,14 +115,15 @@ class MultiHeadAttention(nn.Module):
 
     With the collection "intermediates" mutable it sows there "attention_weights" (n, h, t, s),
     before dropout. Zeros of that shape in the collection "perturbations" are added to them, so that
-    their gradient can be taken; `apply(..., mutable=["perturbations"])` makes such zeros.
+    their gradient can be taken (not with dropout); `apply(..., mutable=["perturbations"])` makes
+    such zeros. The answers are the same with and without anybody looking.
 
     Attributes:
       num_heads: h; it divides d.
       dropout_rate: of the weights, each drawn on its own; needs an rng named "dropout".
       dtype: what is computed in. Parameters and softmax are float32.
       implementation: one of ATTENTION. "cudnn" is for NVIDIA GPUs, dtype bfloat16 and no dropout;
-        weights that are looked at are XLA's in any case.
+        weights that are looked at are computed beside it.
     """
 
     num_heads: int
@@ -140,23 +141,26 @@ class MultiHeadAttention(nn.Module):
             return split_heads(tokens, self.num_heads)
 
         query, key, value = project("query", x), project("key", asked), project("value", asked)
-        dropped = self.dropout_rate > 0 and not deterministic
-        if not (dropped or self._watched()):
-            implementation = {"xla": attend, "cudnn": cudnn_attention}[self.implementation]
-            y = implementation(query, key, value)
-        else:
+        if self.dropout_rate > 0 and not deterministic:
             weights = attention_weights(query, key)
             self.sow("intermediates", "attention_weights", weights)
-            if not self.is_initializing():  # They would be a part of the network's variables.
-                weights = self.perturb("attention_weights", weights)
-            y = nn.Dropout(self.dropout_rate, deterministic=deterministic)(weights) @ value
+            y = nn.Dropout(self.dropout_rate, deterministic=False)(weights) @ value
+        else:
+            # Initializing, which may be done on a CPU, needs no speed.
+            cudnn = self.implementation == "cudnn" and not self.is_initializing()
+            y = (cudnn_attention if cudnn else attend)(query, key, value)
+            if self._watched():
+                weights = attention_weights(query, key)
+                self.sow("intermediates", "attention_weights", weights)
+                y += self.perturb("attention_weights", jnp.zeros_like(weights)) @ value
         return _Projection((*heads, d), (d,), self.dtype, name="out")(join_heads(y))
 
     def _watched(self) -> bool:
-        """Whether somebody wants the weights; so does nobody but `init`, which may run on a CPU."""
+        # While initializing they would become a part of the network's variables.
         collections = ("intermediates", "perturbations")
-        return any(self.is_mutable_collection(name) for name in collections) or self.has_variable(
-            "perturbations", "attention_weights"
+        return not self.is_initializing() and (
+            any(self.is_mutable_collection(name) for name in collections)
+            or self.has_variable("perturbations", "attention_weights")
         )
 
 
