@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
+import json
 import logging
-import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,42 +32,65 @@ def is_orbax(path: str | os.PathLike) -> bool:
 def open_orbax(path: str | os.PathLike) -> Iterator[dict[str, LazyArray]]:
     """The arrays of an Orbax folder; the names along the way to a leaf are joined with "/".
 
-    Orbax takes long to read one leaf, however small, so that small neighbours are read together;
-    those read last are kept until others are asked for. Leaves that are no arrays are left out.
+    Leaves that are no arrays are left out.
 
     Raises UserError if the folder can't be read; damaged values are noticed when they are read.
     """
     ocp = _orbax()
     path = Path(path).resolve()
     with _explained(path):
-        leaves, tree = jax.tree_util.tree_flatten_with_path(ocp.metadata(path).metadata)
-    arrays = {
-        i: leaf
-        for i, (_, leaf) in enumerate(leaves)
-        if hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)
-    }
-    if not arrays:  # What Orbax says of an empty tree, and of one that it can't read.
-        raise UserError(f"{path}: Orbax finds no array in it: the folder is damaged or incomplete")
-    batches = _batches({i: math.prod(a.shape) * a.dtype.itemsize for i, a in arrays.items()})
-
-    @functools.lru_cache(maxsize=1)
-    def read_batch(batch: range) -> dict[int, np.ndarray]:
-        # Values without memory say: these leaves, as NumPy arrays; "..." says: not this one.
-        wanted = {i: np.broadcast_to(np.zeros((), a.dtype), a.shape) for i, a in arrays.items()}
-        partial = [wanted[i] if i in wanted and i in batch else ... for i in range(len(leaves))]
-        with _explained(path):
-            loaded = jax.tree.leaves(ocp.load(path, jax.tree.unflatten(tree, partial)))
-            return {i: np.asarray(loaded[i]).reshape(arrays[i].shape) for i in batch if i in arrays}
-
+        leaves = jax.tree_util.tree_leaves_with_path(ocp.metadata(path).metadata)
+        open_store = _opener(path)
     named: dict[str, LazyArray] = {}
-    for i, array in arrays.items():
-        name = jax.tree_util.keystr(leaves[i][0], simple=True, separator="/")
+    for keys, leaf in leaves:
+        if not hasattr(leaf, "shape") or not isinstance(leaf.dtype, np.dtype):
+            continue
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
         if name in named:
             raise UserError(f"{path}: two arrays are named {name!r}: write the folder again")
-        batch = next(batch for batch in batches if i in batch)
-        read = functools.partial(lambda batch, i: read_batch(batch)[i], batch, i)
-        named[name] = LazyArray(array.shape, array.dtype, read)
+        stored = jax.tree_util.keystr(keys, simple=True, separator=".")
+        read = functools.partial(_read, path, open_store, stored, leaf.shape, leaf.dtype)
+        named[name] = LazyArray(leaf.shape, leaf.dtype, read)
+    if not named:  # What Orbax says of an empty tree, and of one that it can't read.
+        raise UserError(f"{path}: Orbax finds no array in it: the folder is damaged or incomplete")
     yield named
+
+
+def _opener(path: Path) -> Callable[[str], Any]:
+    """How to open an array of the folder by the name that Orbax gives it, for TensorStore to read.
+
+    Orbax itself reads large arrays several times over, and small ones slowly.
+    """
+    import tensorstore
+
+    # Of a folder of several trees the one that Orbax takes.
+    folders = [path, path / "state", *sorted(path.iterdir())]
+    folder = next(folder for folder in folders if (folder / "_METADATA").is_file())
+    notes = json.loads((folder / "_METADATA").read_bytes())
+    # One chunk at a time: it is there twice, compressed and not.
+    context = tensorstore.Context({"data_copy_concurrency": {"limit": 1}})
+
+    def open_store(name: str) -> Any:
+        files = {"driver": "file", "path": f"{folder}/"}
+        if notes.get("use_ocdbt"):
+            files = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+        else:
+            files["path"] += f"{name}/"
+        spec = {
+            "driver": "zarr3" if notes.get("use_zarr3") else "zarr",
+            "kvstore": files,
+            "fill_missing_data_reads": False,
+        }
+        return tensorstore.open(spec, context=context).result()
+
+    return open_store
+
+
+def _read(
+    path: Path, open_store: Callable, name: str, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    with _explained(path):
+        return open_store(name).read().result().astype(dtype, copy=False).reshape(shape)
 
 
 def _batches(sizes: Mapping[int, int]) -> list[range]:
@@ -104,12 +127,14 @@ def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
     new, old = work / "new", work / "old"
     try:
         # Weights hardly shrink when compressed, and that takes another copy of them in memory.
-        plain = ocp.options.ArrayOptions.Saving(use_compression=False)
-        context = ocp.Context(array_options=ocp.options.ArrayOptions(saving=plain))
+        context = ocp.Context()
+        context.array.saving.use_compression = False
+        context.memory.deepcopy_host_arrays = False
         with _explained(path, "written", "make room or mend the cause, then do it again"), context:
             for batch in batches:
                 part = {keys[i]: np.asarray(arrays[keys[i]]) for i in batch}
                 ocp.partial.save(new, unflatten_dict(part, sep="/"))
+                del part  # Before the next are read.
             ocp.partial.finalize(new)
             if path.exists():
                 path.rename(old)
