@@ -1,13 +1,12 @@
-"""Reading and writing weights as Orbax folders, some leaves at a time."""
+"""Reading and writing weights as Orbax folders, one large array or some small ones at a time."""
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from flax.traverse_util import unflatten_dict
 
 from vit_jax.checkpoints.lazy import Array, LazyArray
 from vit_jax.checkpoints.npz import first_line
+from vit_jax.checkpoints.zarr import ZarrFolder
 from vit_jax.errors import UserError
 
-_BATCH = 1 << 25  # Bytes of the leaves that are read together.
+_BATCH = 1 << 25  # Bytes of the arrays that are written together.
 _MARKERS = ("_CHECKPOINT_METADATA", "_METADATA")
 
 
@@ -40,68 +40,42 @@ def open_orbax(path: str | os.PathLike) -> Iterator[dict[str, LazyArray]]:
     path = Path(path).resolve()
     with _explained(path):
         leaves = jax.tree_util.tree_leaves_with_path(ocp.metadata(path).metadata)
-        open_store = _opener(path)
+        folder = ZarrFolder(_folder(path))
+
+    def read(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        with _explained(path):
+            return folder.read(name).astype(dtype, copy=False).reshape(shape)
+
     named: dict[str, LazyArray] = {}
     for keys, leaf in leaves:
-        if not hasattr(leaf, "shape") or not isinstance(leaf.dtype, np.dtype):
+        if not isinstance(getattr(leaf, "dtype", None), np.dtype):
             continue
         name = jax.tree_util.keystr(keys, simple=True, separator="/")
         if name in named:
             raise UserError(f"{path}: two arrays are named {name!r}: write the folder again")
         stored = jax.tree_util.keystr(keys, simple=True, separator=".")
-        read = functools.partial(_read, path, open_store, stored, leaf.shape, leaf.dtype)
-        named[name] = LazyArray(leaf.shape, leaf.dtype, read)
+        values = functools.partial(read, stored, leaf.shape, leaf.dtype)
+        named[name] = LazyArray(leaf.shape, leaf.dtype, values)
     if not named:  # What Orbax says of an empty tree, and of one that it can't read.
         raise UserError(f"{path}: Orbax finds no array in it: the folder is damaged or incomplete")
     yield named
 
 
-def _opener(path: Path) -> Callable[[str], Any]:
-    """How to open an array of the folder by the name that Orbax gives it, for TensorStore to read.
-
-    Orbax itself reads large arrays several times over, and small ones slowly.
-    """
-    import tensorstore
-
-    # Of a folder of several trees the one that Orbax takes.
-    folders = [path, path / "state", *sorted(path.iterdir())]
-    folder = next(folder for folder in folders if (folder / "_METADATA").is_file())
-    notes = json.loads((folder / "_METADATA").read_bytes())
-    # One chunk at a time: it is there twice, compressed and not.
-    context = tensorstore.Context({"data_copy_concurrency": {"limit": 1}})
-
-    def open_store(name: str) -> Any:
-        files = {"driver": "file", "path": f"{folder}/"}
-        if notes.get("use_ocdbt"):
-            files = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
-        else:
-            files["path"] += f"{name}/"
-        spec = {
-            "driver": "zarr3" if notes.get("use_zarr3") else "zarr",
-            "kvstore": files,
-            "fill_missing_data_reads": False,
-        }
-        return tensorstore.open(spec, context=context).result()
-
-    return open_store
+def _folder(path: Path) -> Path:
+    """Where the tree is that Orbax takes, of a folder that may have several."""
+    folders = (path, path / "state", *sorted(path.iterdir()))
+    return next(folder for folder in folders if (folder / "_METADATA").is_file())
 
 
-def _read(
-    path: Path, open_store: Callable, name: str, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    with _explained(path):
-        return open_store(name).read().result().astype(dtype, copy=False).reshape(shape)
-
-
-def _batches(sizes: Mapping[int, int]) -> list[range]:
-    """Cuts indices into runs of at most _BATCH bytes, or of one array that is larger."""
-    batches, start, total = [], 0, 0
-    for i, size in sizes.items():
-        if total + size > _BATCH:
-            batches.append(range(start, i))
-            start, total = i, 0
-        total += size
-    return [*batches, range(start, max(sizes, default=-1) + 1)]
+def _batches(arrays: Mapping[str, Array]) -> Iterator[list[str]]:
+    """Names of arrays of at most _BATCH bytes together, or of one that is larger."""
+    batch: list[str] = []
+    for name, array in arrays.items():
+        if batch and sum(arrays[n].nbytes for n in batch) + array.nbytes > _BATCH:
+            yield batch
+            batch = []
+        batch.append(name)
+    yield batch
 
 
 def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
@@ -119,20 +93,18 @@ def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
         raise UserError(f"{path} is there and no Orbax folder: remove it, or choose another name")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: make it first")
-    keys = list(arrays)
-    batches = _batches({i: arrays[key].nbytes for i, key in enumerate(keys)})
     # In a hidden folder, not hidden itself: Orbax overlooks its own parts if their names begin with
     # a point.
     work = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
     new, old = work / "new", work / "old"
     try:
-        # Weights hardly shrink when compressed, and that takes another copy of them in memory.
         context = ocp.Context()
+        # Weights hardly shrink when compressed, and that takes another copy of them in memory.
         context.array.saving.use_compression = False
         context.memory.deepcopy_host_arrays = False
         with _explained(path, "written", "make room or mend the cause, then do it again"), context:
-            for batch in batches:
-                part = {keys[i]: np.asarray(arrays[keys[i]]) for i in batch}
+            for batch in _batches(arrays):
+                part = {name: np.asarray(arrays[name]) for name in batch}
                 ocp.partial.save(new, unflatten_dict(part, sep="/"))
                 del part  # Before the next are read.
             ocp.partial.finalize(new)
