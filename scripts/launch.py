@@ -138,8 +138,10 @@ def main() -> int:
     parser.add_argument("command", nargs="+", help="after --, e.g. vit-jax train ...")
     args = parser.parse_args()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if args.processes < 1 or (visible and args.processes > len(visible.split(","))):
-        parser.error(f"-n is {args.processes}, with CUDA_VISIBLE_DEVICES {visible!r}: one GPU each")
+    if args.processes < 1 or (visible and len(visible.split(",")) % args.processes):
+        parser.error(
+            f"-n is {args.processes}, with CUDA_VISIBLE_DEVICES {visible!r}: as many GPUs for each"
+        )
     group = Group(args.command, args.processes)
     for restart in range(args.restarts + 1):
         status = group.run()

@@ -85,8 +85,9 @@ def test_each_process_is_told_its_number_and_gpu_and_is_told_apart():
     assert [line[:3] + line[-1] for line in lines] == ["[0]0", "[1]1", "rest", "rest"]
     text = output(*launcher(2, child), CUDA_VISIBLE_DEVICES="4,5,6,7")
     assert sorted(line[-3:] for line in text.splitlines() if "]" in line) == ["4,5", "6,7"]
-    text = output(*launcher(2, child), CUDA_VISIBLE_DEVICES="3", status=2)
-    assert "-n is 2, with CUDA_VISIBLE_DEVICES '3'" in text
+    for visible in ("3", "3,4,5"):
+        text = output(*launcher(2, child), CUDA_VISIBLE_DEVICES=visible, status=2)
+        assert f"-n is 2, with CUDA_VISIBLE_DEVICES '{visible}'" in text
 
 
 def test_if_one_fails_the_others_may_say_why_and_are_then_ended():

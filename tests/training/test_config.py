@@ -152,6 +152,8 @@ def test_a_misspelt_field_in_a_file_is_named_too():
         ("momentum", 1.0, "config.momentum is 1.0, expected 0 <= value < 1"),
         ("optim", "adam", "config.optim is 'adam', expected one of sgd, adamw"),
         ("accum_steps", 7, "config.batch 512 is not divisible by config.accum_steps 7"),
+        ("spike", 0.5, "config.spike is 0.5, and a usual gradient is 1 times"),
+        ("profile", (10_000, 10_002), "config.profile (10000, 10002) begins after the last of"),
         ("warmup_steps", 20_000, "config.warmup_steps 20000 is more than config.total_steps"),
         ("model.dropout_rate", 1.5, "config.model.dropout_rate is 1.5, expected 0 <= value < 1"),
         ("model.num_layers", 0, "config.model.num_layers is 0, expected at least 1"),

@@ -6,6 +6,7 @@ Every resumed run has to end bit for bit like one that was left alone.
 import contextlib
 import errno
 import os
+import platform
 import random
 import shutil
 import signal
@@ -181,8 +182,8 @@ def test_a_second_run_in_the_same_workdir_is_refused_until_the_first_is_gone(tmp
     assert first.wait_until(at_step(5))
     assert main(command) == 2
     assert capsys.readouterr().err == (
-        f"vit-jax: process {first.pid} is training in {tmp_path / 'run'}: wait for it, stop it, or "
-        "choose another workdir\n"
+        f"vit-jax: process {first.pid} on {platform.node()} is training in {tmp_path / 'run'}: "
+        "wait for it, stop it, or choose another workdir\n"
     )
     first.end(signal.SIGKILL)
     second = Training(tmp_path / "run", *fields)

@@ -50,7 +50,6 @@ def test_a_run_leaves_the_files_of_the_plain_one(tiny, outcome, plain, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_run_with_stacked_weights_goes_on_with_them_alone(tiny, outcome, tmp_path, monkeypatch):
     """Stochastic depth included: the draws follow from the step."""
     fields = (*SHORT, "scan_layers=True", "model.stochastic_depth_rate=0.5", "checkpoint_every=3")

@@ -17,6 +17,7 @@ from vit_jax import load
 from vit_jax.errors import UserError
 from vit_jax.training import processes, run
 from vit_jax.training.metrics import read_metrics
+from vit_jax.training.options import load_config, override
 
 # Wide enough that a layer is split; exact momentum, so that only sums are rounded differently; test
 # pictures in a number that no number of devices divides.
@@ -24,12 +25,13 @@ FIELDS = ("model.mlp_dim=1024", "optim_dtype=float32", "progress_every=1", "batc
 FIELDS += ("splits.test=test[:353]",)
 # What runs in some number of processes with some number of devices each is what runs in one.
 LAYOUTS = {
-    "8 devices": ("replicate", 1, 8),
-    "fsdp over 8 devices": ("fsdp", 1, 8),
-    "2 processes": ("replicate", 2, 1),
-    "4 processes x 2": ("replicate", 4, 2),
-    "fsdp over 2 x 4": ("fsdp", 2, 4),
-    "hybrid over 2 x 2": ("hybrid", 2, 2),
+    "8 devices": (1, 8),
+    "pmap over 8 devices": (1, 8, "compile=pmap", "model.dropout_rate=0.0"),
+    "fsdp over 8 devices": (1, 8, "sharding=fsdp"),
+    "2 processes": (2, 1),
+    "4 processes x 2": (4, 2),
+    "fsdp over 2 x 4": (2, 4, "sharding=fsdp"),
+    "hybrid over 2 x 2": (2, 2, "sharding=hybrid"),
 }
 
 
@@ -47,24 +49,26 @@ def assert_same_run(workdir, reference):
             np.testing.assert_allclose(weights[0][name], weights[1][name], atol=2e-4, err_msg=name)
 
 
+def on_one_device(workdir, *fields):
+    """The same run in one process on one device."""
+    options = [f"--config.{field}" for field in (*FIELDS, *fields)]
+    assert run(override(load_config(str(TINY)), options), workdir).finished
+    return workdir
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, _compile_once):
-    """The same run in one process on one device."""
-    from vit_jax.training.options import load_config, override
-
-    workdir = tmp_path_factory.mktemp("alone") / "run"
-    fields = [f"--config.{field}" for field in FIELDS]
-    assert run(override(load_config(str(TINY)), fields), workdir).finished
-    return workdir
+    return on_one_device(tmp_path_factory.mktemp("alone") / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_gives_the_run_of_one_device(layout, alone, tmp_path):
-    sharding, count, devices = LAYOUTS[layout]
-    fields = (*FIELDS, f"sharding={sharding}")
-    ends = Group(tmp_path / "run", *fields, count=count, devices=devices).end()
+    count, devices, *fields = LAYOUTS[layout]
+    ends = Group(tmp_path / "run", *FIELDS, *fields, count=count, devices=devices).end()
     assert [status for status, _, _ in ends] == [0] * count, ends
+    if "pmap" in layout:  # Each device draws its own dropout there.
+        alone = on_one_device(tmp_path / "alone", fields[-1])
     assert_same_run(tmp_path / "run", alone)
     (_, text, _), *others = ends
     assert re.search(r"test accuracy .* \(\d+ of 353\)", text)
@@ -192,6 +196,29 @@ def test_processes_that_differ_are_named_with_the_field_in_which_they_do(tmp_pat
             r"vit-jax: process 1 on \S+ has config.batch 32, process 0 on \S+ has 16: start", log
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_workdir_that_not_all_share_is_refused_before_anything_is_written(tmp_path):
+    elsewhere = f"--workdir={tmp_path / 'elsewhere'}"
+    group = Group(tmp_path / "run", *FIELDS, own={1: [elsewhere]})
+    for status, _, log in group.end():
+        assert status == 2
+        assert re.search(
+            r"vit-jax: process 1 on \S+ has in the workdir a lock of process None, process 0 on "
+            r"\S+ has '\d+ on \S+': start all .* a workdir that all of them share\n$",
+            log,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_each_process_writes_its_trace(tmp_path):
+    ends = Group(tmp_path / "run", "total_steps=4", "eval_every=0", "profile=(2, 3)").end()
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    traces = [*(tmp_path / "run" / "profile").rglob("*.xplane.pb")]
+    assert sorted(t.relative_to(tmp_path).parts[2] for t in traces) == ["plugins", "process_1"]
+    assert all(b"PjitFunction(step)" in trace.read_bytes() for trace in traces)
 
 
 @pytest.mark.slow

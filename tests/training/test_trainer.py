@@ -117,6 +117,13 @@ def test_a_mistake_found_before_the_first_step_leaves_no_folder_that_was_not_the
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bucket_is_no_workdir(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"workdir gs://b/run is no folder: mount the bucket"):
+        run(tiny(), "gs://b/run")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "checkpoints", "weights.npz", "weights_best.npz", "report.png"]
 )

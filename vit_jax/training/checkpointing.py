@@ -21,6 +21,8 @@ from vit_jax.errors import NO_ROOM, UserError
 from vit_jax.training.processes import gather, is_first
 from vit_jax.training.state import TrainState
 
+CENTURY = 100 * 365 * 24 * 3600  # Seconds.
+
 
 class Checkpoints:
     """The folder `checkpoints` of a workdir, one sub-folder a step, read and written with Orbax.
@@ -37,8 +39,11 @@ class Checkpoints:
         for log in self._levels:
             log.setLevel(logging.CRITICAL)
         self.folder = folder
+        # Orbax gives a save up after 20 minutes by the clock of the system, which may jump.
+        patient = ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=CENTURY))
         self._manager = ocp.training.Checkpointer(
             folder.resolve(),
+            context=patient,
             preservation_policy=_Keep(keep, every),
             cleanup_tmp_directories=True,
         )

@@ -67,6 +67,16 @@ def check_config(config: ConfigDict) -> ConfigDict:
             f"config.profile is {full.profile}, expected the steps (start, stop), e.g. (10, 13), "
             "or () for no trace"
         )
+    if full.profile and full.profile[0] >= full.total_steps:
+        raise UserError(
+            f"config.profile {full.profile} begins after the last of config.total_steps "
+            f"{full.total_steps}: lower it"
+        )
+    if 0 < full.spike <= 1:
+        raise UserError(
+            f"config.spike is {full.spike}, and a usual gradient is 1 times the usual one: use "
+            "more, e.g. 10, or 0 for never"
+        )
     if full.compile == "pmap" and full.sharding != "replicate":
         raise UserError(
             f"config.compile is pmap, which has the weights whole on every device, and "

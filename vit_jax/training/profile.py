@@ -1,5 +1,6 @@
 """A trace of some steps, for TensorBoard's profiler or Perfetto."""
 
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -7,7 +8,18 @@ from typing import Self
 
 import jax
 
+from vit_jax.training.processes import gather
+
 FOLDER = "profile"
+
+
+def trace_folder(workdir: Path) -> Path:
+    """Where in a workdir this process writes its trace: files are named by the host, so that those
+    who share one with an earlier process need a folder of their own. All have to call it together.
+    """
+    hosts, me = gather(platform.node()), jax.process_index()
+    own = [f"process_{me}"] if hosts[me] in hosts[:me] else []
+    return workdir.joinpath(FOLDER, *own)
 
 
 class Profile:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,31 @@ from vit_jax.training.outcome import (
     score_text,
 )
 from vit_jax.training.processes import SharedStop, check_same, gather, is_first, together
-from vit_jax.training.profile import FOLDER, Profile
+from vit_jax.training.profile import Profile, trace_folder
 from vit_jax.training.progress import Progress
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import Step, make_train_step
 from vit_jax.training.task import Task, mixup, open_task
 from vit_jax.training.watch import Watch
-from vit_jax.training.workdir import BEST_WEIGHTS, CHECKPOINTS, claim_workdir, open_workdir
+from vit_jax.training.workdir import (
+    BEST_WEIGHTS,
+    CHECKPOINTS,
+    GIVEN,
+    claim_workdir,
+    lock_holder,
+    open_workdir,
+)
+
+# What a progress line shows at its end, by its names in a step's figures and in `Usage`.
+MORE = {
+    "grad": "grad_norm",
+    "mfu": "time/mfu",
+    "img/s/device": "time/images_per_s_per_device",
+    "GiB": "time/memory_peak_gib",
+    "update": "update_norm",
+    "weights": "param_norm",
+}
 
 
 def run(
@@ -79,13 +97,16 @@ def run(
         with together():
             config = check_config(config)
             if sources:
-                config.dataset = sources[0].name
+                config.dataset = sources[0].name + GIVEN
         with Watch(config.silence_timeout) as watch, explained, contextlib.ExitStack() as stack:
             with together():
                 if is_first():
-                    stack.enter_context(open_workdir(folder, config))
+                    stack.enter_context(open_workdir(workdir, config))
                     done = finished(folder, config.total_steps)
-            return _of_first(done) or _train(config, folder, stop, watch, sources)
+            if done := _of_first(done):
+                return done
+            check_same({"in the workdir a lock of process": lock_holder(folder)})
+            return _train(config, folder, stop, watch, sources)
 
 
 def _of_first(result: Result | None) -> Result | None:
@@ -165,7 +186,8 @@ def _train(
 
         feed = feed_from(start)
         figures = Figures()
-        profile = stack.enter_context(Profile(config.profile, workdir / FOLDER))
+        traces = trace_folder(workdir)
+        profile = stack.enter_context(Profile(config.profile, traces))
         scores: Scores | None = None
         stop = SharedStop(own_stop, mesh)
         stack.push(watch.fail)
@@ -190,7 +212,7 @@ def _train(
 
         while True:
             if profile.at(step, figures.wait):
-                progress.message(f"step {step}: a trace is in {workdir / FOLDER}")
+                progress.message(f"step {step}: a trace is in {traces}")
             # What is due after a step, in an order that a kill at any moment does not disturb:
             # figures are written before the state is saved, and on resuming those after the saved
             # state go.
@@ -239,24 +261,14 @@ def _train(
                     continue
                 speed = feed.speed()
                 times = usage.figures(speed.batches_per_s * config.batch)
-                lr = learning_rate(step - 1)
+                lr, now = learning_rate(step - 1), values | times
                 progress.update(
                     step,
                     loss=values["loss"],
                     lr=lr,
                     images_per_s=times.get("time/images_per_s", math.nan),
                     wait_share=speed.wait_share,
-                    more={
-                        short: value
-                        for short, value in (
-                            ("grad", values["grad_norm"]),
-                            ("mfu", times.get("time/mfu")),
-                            ("GiB", times.get("time/memory_peak_gib")),
-                            ("update", values["update_norm"]),
-                            ("weights", values["param_norm"]),
-                        )
-                        if value is not None
-                    },
+                    more={short: now[name] for short, name in MORE.items() if name in now},
                 )
                 if config.on_bad_step == "stop":
                     del values["bad_steps"]
@@ -290,7 +302,8 @@ def _what_matters(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[s
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
-    versions = {"the code of vit_jax": code.hexdigest()[:12], "jax": jax.__version__}
+    versions = {"the code of vit_jax": code.hexdigest()[:12]}
+    versions |= {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     return fields | versions | {f"the {k} pictures": v for k, v in fingerprints.items()}
 
 

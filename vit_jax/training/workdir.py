@@ -5,6 +5,8 @@ import fcntl
 import json
 import logging
 import os
+import platform
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
 CONFIG = "config.json"  # What makes a folder a run's.
+GIVEN = " (given in Python)"  # Ends the name of pictures that no name opens again.
 PICTURES = "data.json"  # Fingerprints of the pictures, by what they are for.
-LOCK = "lock"  # Held while a run goes on; names its process.
+LOCK = "lock"  # Held while a run goes on; names its process and host.
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 BEST_WEIGHTS = "weights_best.npz"
@@ -33,9 +36,14 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
 
     If the block ends before `claim_workdir`, nothing of this is left.
 
-    Raises UserError if the folder can't be made or written, another process trains in it, or it
-    holds what another run left: then the fields that differ are named and nothing is changed.
+    Raises UserError if it is no folder, can't be made or written, another process trains in it, or
+    it holds what another run left: then the fields that differ are named and nothing is changed.
     """
+    if re.match(r"\w+:/", str(path)):
+        raise UserError(
+            f"the workdir {path} is no folder: mount the bucket (e.g. with gcsfuse) and name its "
+            "folder here"
+        )
     workdir = Path(path)
     made = [p for p in (workdir, *workdir.parents) if not os.path.exists(p)]
     try:
@@ -80,13 +88,22 @@ def _locked(workdir: Path) -> Iterator[None]:
         if not os.fstat(file.fileno()).st_nlink:  # Removed below, after it was opened here.
             raise UserError(f"another run in {workdir} has just ended: start again")
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{os.getpid()} on {platform.node()}\n")
         file.flush()
+        os.fsync(file.fileno())  # For `lock_holder` on other hosts.
         try:
             yield
         finally:
             if not (workdir / CONFIG).exists():
                 path.unlink(missing_ok=True)
+
+
+def lock_holder(workdir: Path) -> str | None:
+    """The process that trains in a folder as this host sees it, or did last; None for none."""
+    try:
+        return (workdir / LOCK).read_text().strip()
+    except OSError:
+        return None
 
 
 def _check(workdir: Path, config: ConfigDict) -> None:
