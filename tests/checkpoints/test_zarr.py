@@ -118,7 +118,7 @@ def test_a_damaged_chunk_is_refused(saver, tmp_path):
         chunk.unlink()
         if content is not None:
             chunk.write_bytes(content)
-        with pytest.raises(UserError, match="can't be read .*damaged or incomplete") as caught:
+        with pytest.raises(UserError, match=r"can't be read .*damaged or incomplete") as caught:
             read(path)
         assert "\n" not in str(caught.value)
         chunk.touch()

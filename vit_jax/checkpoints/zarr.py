@@ -87,7 +87,7 @@ def _one_chunk(store: Any) -> Any:
         return value
     import zstandard
 
-    return zstandard.ZstdDecompressor().stream_reader(value)
+    return zstandard.ZstdDecompressor().stream_reader(value)  # type: ignore[arg-type]
 
 
 class _Value:
