@@ -114,7 +114,7 @@ def fill(buffer: memoryview, file) -> None:
     """Reads exactly len(buffer) bytes, in pieces that stay in the processor's cache."""
     position = 0
     while position < len(buffer):
-        piece = file.read(min(len(buffer) - position, 1 << 18))
+        piece = file.read(min(len(buffer) - position, 1 << 20))
         if not piece:
             raise EOFError(f"{len(buffer) - position} bytes are missing")
         buffer[position : position + len(piece)] = piece
