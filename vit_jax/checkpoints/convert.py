@@ -37,8 +37,8 @@ def convert(
 ) -> Converted:
     """Writes weights again as another kind of file, or in another layout.
 
-    No more than one array is in memory at a time, two where its type changes; Orbax, on
-    either side, holds two to five times the largest. Without `dtype` every value keeps its bits.
+    No more than one array is in memory at a time, two where its type changes; to an Orbax folder,
+    small ones of 32 MiB together. Without `dtype` every value keeps its bits.
     Of a file that holds more than the network (an optimizer, a second tower) only the network is
     taken.
 

@@ -54,8 +54,8 @@ def open_arrays(
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
     """Writes arrays in their order to the kind of file that the name's ending says.
 
-    One array is in memory at a time, but for ".orbax", a folder, which needs all of them. What was
-    there under that name is replaced when the new one is complete.
+    One array is in memory at a time; for ".orbax", a folder, small ones together. What was there
+    under that name is replaced when the new one is complete.
 
     Raises UserError for another ending, or if it can't be written.
     """

@@ -81,7 +81,7 @@ def _open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
         with _explained(name, path), archive.open(member) as file:
             file.read(start)
             data = np.empty(size, np.uint8)
-            _fill(data.data, file)
+            fill(data.data, file)
             file.read(1)  # At the end of the member, which is where its checksum is compared.
             array = data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
         return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
@@ -110,11 +110,11 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_2_0(file)
 
 
-def _fill(buffer: memoryview, file) -> None:
+def fill(buffer: memoryview, file) -> None:
     """Reads exactly len(buffer) bytes, in pieces that stay in the processor's cache."""
     position = 0
     while position < len(buffer):
-        piece = file.read(min(len(buffer) - position, 1 << 18))
+        piece = file.read(min(len(buffer) - position, 1 << 20))
         if not piece:
             raise EOFError(f"{len(buffer) - position} bytes are missing")
         buffer[position : position + len(piece)] = piece

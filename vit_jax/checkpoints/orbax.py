@@ -1,9 +1,8 @@
-"""Reading and writing weights as Orbax folders, some leaves at a time."""
+"""Reading and writing weights as Orbax folders, one large array or some small ones at a time."""
 
 import contextlib
 import functools
 import logging
-import math
 import os
 import secrets
 import shutil
@@ -17,9 +16,10 @@ from flax.traverse_util import unflatten_dict
 
 from vit_jax.checkpoints.lazy import Array, LazyArray
 from vit_jax.checkpoints.npz import first_line
+from vit_jax.checkpoints.zarr import ZarrFolder
 from vit_jax.errors import UserError
 
-_BATCH = 1 << 25  # Bytes of the leaves that are read together.
+_BATCH = 1 << 25  # Bytes of the arrays that are written together.
 _MARKERS = ("_CHECKPOINT_METADATA", "_METADATA")
 
 
@@ -32,53 +32,50 @@ def is_orbax(path: str | os.PathLike) -> bool:
 def open_orbax(path: str | os.PathLike) -> Iterator[dict[str, LazyArray]]:
     """The arrays of an Orbax folder; the names along the way to a leaf are joined with "/".
 
-    Orbax takes long to read one leaf, however small, so that small neighbours are read together;
-    those read last are kept until others are asked for. Leaves that are no arrays are left out.
+    Leaves that are no arrays are left out.
 
     Raises UserError if the folder can't be read; damaged values are noticed when they are read.
     """
     ocp = _orbax()
     path = Path(path).resolve()
     with _explained(path):
-        leaves, tree = jax.tree_util.tree_flatten_with_path(ocp.metadata(path).metadata)
-    arrays = {
-        i: leaf
-        for i, (_, leaf) in enumerate(leaves)
-        if hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)
-    }
-    if not arrays:  # What Orbax says of an empty tree, and of one that it can't read.
-        raise UserError(f"{path}: Orbax finds no array in it: the folder is damaged or incomplete")
-    batches = _batches({i: math.prod(a.shape) * a.dtype.itemsize for i, a in arrays.items()})
+        leaves = jax.tree_util.tree_leaves_with_path(ocp.metadata(path).metadata)
+        folder = ZarrFolder(_folder(path))
 
-    @functools.lru_cache(maxsize=1)
-    def read_batch(batch: range) -> dict[int, np.ndarray]:
-        # Values without memory say: these leaves, as NumPy arrays; "..." says: not this one.
-        wanted = {i: np.broadcast_to(np.zeros((), a.dtype), a.shape) for i, a in arrays.items()}
-        partial = [wanted[i] if i in wanted and i in batch else ... for i in range(len(leaves))]
+    def read(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         with _explained(path):
-            loaded = jax.tree.leaves(ocp.load(path, jax.tree.unflatten(tree, partial)))
-            return {i: np.asarray(loaded[i]).reshape(arrays[i].shape) for i in batch if i in arrays}
+            return folder.read(name).astype(dtype, copy=False).reshape(shape)
 
     named: dict[str, LazyArray] = {}
-    for i, array in arrays.items():
-        name = jax.tree_util.keystr(leaves[i][0], simple=True, separator="/")
+    for keys, leaf in leaves:
+        if not isinstance(getattr(leaf, "dtype", None), np.dtype):
+            continue
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
         if name in named:
             raise UserError(f"{path}: two arrays are named {name!r}: write the folder again")
-        batch = next(batch for batch in batches if i in batch)
-        read = functools.partial(lambda batch, i: read_batch(batch)[i], batch, i)
-        named[name] = LazyArray(array.shape, array.dtype, read)
+        stored = jax.tree_util.keystr(keys, simple=True, separator=".")
+        values = functools.partial(read, stored, leaf.shape, leaf.dtype)
+        named[name] = LazyArray(leaf.shape, leaf.dtype, values)
+    if not named:  # What Orbax says of an empty tree, and of one that it can't read.
+        raise UserError(f"{path}: Orbax finds no array in it: the folder is damaged or incomplete")
     yield named
 
 
-def _batches(sizes: Mapping[int, int]) -> list[range]:
-    """Cuts indices into runs of at most _BATCH bytes, or of one array that is larger."""
-    batches, start, total = [], 0, 0
-    for i, size in sizes.items():
-        if total + size > _BATCH:
-            batches.append(range(start, i))
-            start, total = i, 0
-        total += size
-    return [*batches, range(start, max(sizes, default=-1) + 1)]
+def _folder(path: Path) -> Path:
+    """Where the tree is that Orbax takes, of a folder that may have several."""
+    folders = (path, path / "state", *sorted(path.iterdir()))
+    return next(folder for folder in folders if (folder / "_METADATA").is_file())
+
+
+def _batches(arrays: Mapping[str, Array]) -> Iterator[list[str]]:
+    """Names of arrays of at most _BATCH bytes together, or of one that is larger."""
+    batch: list[str] = []
+    for name, array in arrays.items():
+        if batch and sum(arrays[n].nbytes for n in batch) + array.nbytes > _BATCH:
+            yield batch
+            batch = []
+        batch.append(name)
+    yield batch
 
 
 def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
@@ -96,20 +93,20 @@ def write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
         raise UserError(f"{path} is there and no Orbax folder: remove it, or choose another name")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: make it first")
-    keys = list(arrays)
-    batches = _batches({i: arrays[key].nbytes for i, key in enumerate(keys)})
     # In a hidden folder, not hidden itself: Orbax overlooks its own parts if their names begin with
     # a point.
     work = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
     new, old = work / "new", work / "old"
     try:
+        context = ocp.Context()
         # Weights hardly shrink when compressed, and that takes another copy of them in memory.
-        plain = ocp.options.ArrayOptions.Saving(use_compression=False)
-        context = ocp.Context(array_options=ocp.options.ArrayOptions(saving=plain))
+        context.array.saving.use_compression = False
+        context.memory.deepcopy_host_arrays = False
         with _explained(path, "written", "make room or mend the cause, then do it again"), context:
-            for batch in batches:
-                part = {keys[i]: np.asarray(arrays[keys[i]]) for i in batch}
+            for batch in _batches(arrays):
+                part = {name: np.asarray(arrays[name]) for name in batch}
                 ocp.partial.save(new, unflatten_dict(part, sep="/"))
+                del part  # Before the next are read.
             ocp.partial.finalize(new)
             if path.exists():
                 path.rename(old)
