@@ -139,7 +139,7 @@ def _train(
     model, params = as_trained(config, vit.model, vit.params)
     model = model if attention == "xla" else model.clone(attention=attention)
     vit = dataclasses.replace(vit, params={})
-    state = TrainState.create(params=params, tx=tx, seed=config.seed, mesh=mesh)
+    state = TrainState.create(params=params, tx=tx, seed=config.seed, mesh=mesh, ema=config.ema_decay > 0)
     del params  # The host's memory is not needed any more.
     train_step = step_of(task, model, tx, mesh)
     usage = Usage(vit.model, task.picture_shape)
@@ -323,6 +323,7 @@ def step_of(
         value_range=task.value_range,
         skip_bad=task.config.on_bad_step != "stop",
         spike=task.config.spike,
+        ema_decay=task.config.ema_decay,
     )
 
 
@@ -360,13 +361,13 @@ def _evaluate(
             yield join(batch, split(mesh))
 
     try:
-        return evaluate(eval_step, state.params, until_stopped(), len(task.labels))
+        return evaluate(eval_step, state.averaged, until_stopped(), len(task.labels))
     except _StoppedError:
         return None
 
 
 def _with_params(vit: Pretrained, state: TrainState) -> Pretrained:
-    return dataclasses.replace(vit, params=unstack_blocks(to_host(state.params)))
+    return dataclasses.replace(vit, params=unstack_blocks(to_host(state.averaged)))
 
 
 def _introduction(config: ConfigDict, vit: Pretrained, task: Task) -> str:
