@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from vit_jax import data, load
+from vit_jax.checkpoints import open_arrays
 from vit_jax.errors import UserError
 from vit_jax.evaluation.pictures import evaluate_pictures
 from vit_jax.training import TrainState, default_config, make_optimizer, run, trainer
@@ -21,6 +23,7 @@ from vit_jax.training import outcome as outcome_module
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optimizer import schedule_of
+from vit_jax.training.review import review
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.task import Task
 
@@ -324,6 +327,37 @@ def test_keep_best_keeps_the_weights_of_the_best_evaluation(tiny, tmp_path):
     )
     assert scores.top1 == best
     assert load(tmp_path / "weights_best.npz").labels == tuple("0123456789")
+
+
+def test_averaged_weights_are_evaluated_and_left(tiny, tmp_path):
+    # Before the first step a state is saved to roll back to.
+    fields = ("total_steps=6", "checkpoint_every=1", "keep_checkpoints=9", "eval_every=3")
+    config = tiny(*fields, "on_bad_step=rollback", "ema_decay=0.8", "keep_best")
+    run(config, tmp_path)
+    average = {}
+    for step in range(7):
+        with open_arrays(tmp_path / "checkpoints" / str(step)) as arrays:
+            params = {
+                k[7:]: np.asarray(x, np.float64) for k, x in arrays.items() if "params" in k
+            }
+        for k, x in params.items():
+            average[k] = 0.8 * average[k] + 0.2 * x if step else x
+    left = load(tmp_path)
+    for k, x in flatten_dict(left.params, sep="/").items():
+        np.testing.assert_allclose(x, average.pop(k), rtol=1e-5, atol=1e-7)
+    assert not average
+    tests = [x for x in read_metrics(tmp_path / "metrics.jsonl") if "test/loss" in x]
+    scores = evaluate_pictures(left, data.open_source("digits", "test"))
+    assert scores.loss == pytest.approx(tests[-1]["test/loss"], rel=1e-6)
+    best = evaluate_pictures(
+        load(tmp_path / "weights_best.npz"), data.open_source("digits", "test")
+    )
+    assert best.top1 == max(x["test/top1"] for x in tests)
+
+    (tmp_path / "weights.npz").unlink()
+    assert review(tmp_path).scores.loss == pytest.approx(scores.loss, rel=1e-6)
+    with pytest.raises(UserError, match=r"config\.ema_decay 0\.8 -> 0\.0\): choose another"):
+        run(tiny(*fields), tmp_path)
 
 
 def test_without_checkpoints_or_evaluations_on_the_way_the_end_still_has_both(tiny, tmp_path):
