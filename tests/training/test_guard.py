@@ -46,8 +46,8 @@ def guarded(tiny, how, *fields):
 
 
 def by_hand(config, steps):
-    """The averaged weights, without the batches that are "left_out", and going "back" to those after batch
-    20 before some."""
+    """The averaged weights, without the batches that are "left_out", and going "back" to those
+    after batch 20 before some."""
     task = open_task(config)
     shape, spec = task.picture_shape, task.eval_ops.spec
     vit = make_network(config, picture_shape=shape, labels=task.labels, preprocess=spec)
