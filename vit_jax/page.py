@@ -110,17 +110,32 @@ def data_uri(pixels: np.ndarray, *, photo: bool = False) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.tobytes()).decode()}"
 
 
+def png(figure: "Figure") -> bytes:
+    """A matplotlib figure as a file."""
+    return _saved(figure, "png")
+
+
+def _saved(figure: "Figure", kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    with warnings.catch_warnings():
+        # Browsers have the glyphs that matplotlib's font lacks, in a PNG they are boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(out, format=kind, **options)
+    return out.getvalue()
+
+
+def elide(text: str, width: int) -> str:
+    """The text, cut to so many characters."""
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
 def drawing(figure: "Figure", alt: str) -> str:
     """A matplotlib figure as an inline <svg>: what is black in it takes the colour of the page's
     text, and its background is the page's."""
     from matplotlib import rc_context
 
-    out = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "page"}), warnings.catch_warnings():
-        # Browsers have the glyphs that matplotlib's font lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "page"}):
+        svg = _saved(figure, "svg", transparent=True, metadata={"Date": None}).decode()
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # Nothing refers to them, and pages may hold several.

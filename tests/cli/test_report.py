@@ -98,6 +98,13 @@ def test_a_run_whose_pictures_have_several_labels(tmp_path, capsys):
         assert "Of a picture's several classes the likeliest counts as the true one." in page
 
 
+def test_of_pictures_given_in_python_the_run_itself_reports(copy, fails):
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace('"digits"', '"digits (given in Python)"'))
+    message = fails("report", copy)
+    assert message.startswith(f"{copy}: its pictures were given in Python and can't be opened")
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [

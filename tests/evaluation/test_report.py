@@ -226,15 +226,14 @@ def test_large_photos_are_shrunk():
         assert chosen.image.shape == (PIXELS * 3 // 4, PIXELS, 3)
 
 
-def test_a_failed_drawing_leaves_the_old_report_and_no_rest(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_report_and_no_rest(tmp_path, monkeypatch):
     path = tmp_path / "report.png"
     path.write_bytes(b"old")
 
-    def fail(figure, file, **_):
-        file.write(b"half")
+    def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(UserError, match=r"report\.png can't be written"):
         write_report(report_of(2), path)
     assert path.read_bytes() == b"old"

@@ -53,6 +53,17 @@ def test_a_thousand_classes_fit_on_a_phone(tmp_path, browser):
     browser.check(tmp_path / "report.html")
 
 
+def test_ten_classes_and_the_settings_are_read_on_a_phone_without_scrolling(tmp_path, browser):
+    fields = {"config": {"config.model.dropout_rate": 0.1}}
+    labels = [str(i) for i in range(10)]
+    write_report(report_of(10, labels=labels, **fields), tmp_path / "report.html")
+    browser.open(tmp_path / "report.html", width=360)
+    width = "const e = document.querySelector('.wide:has(.matrix)'); return e.%sWidth"
+    assert browser.run(width % "scroll") == browser.run(width % "client")
+    height = "return document.querySelector('.settings th').clientHeight"
+    assert browser.run(height) < 40  # One line.
+
+
 def test_all_parts_are_there(shown):
     browser = shown(metrics=curves(), examples=pictures_of(3, n=40), note="A word more.")
     assert texts(browser, "h2") == [
@@ -64,6 +75,9 @@ def test_all_parts_are_there(shown):
         *(f"Curve: {name} by step" for name in ("loss", "accuracy", "learning rate", "throughput")),
         "Reliability diagram",
     ]
+    drawn = browser.run("return [...document.querySelectorAll('svg text')].map(e => e.textContent)")
+    assert drawn.count("step") == 4
+    assert {"Loss (nats)", "Training: pictures a second", "confidence"} <= set(drawn)
     assert "A word more." in texts(browser, "p strong")
     assert texts(browser, "h2 + p + table tr")[0] == "batch\t8"
     assert "devices\t8 x abacus" in texts(browser, "table.settings tr")

@@ -4,13 +4,17 @@ import base64
 import dataclasses
 import json
 import re
+from itertools import pairwise
 
 import cv2
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from vit_jax import explain
-from vit_jax.explain.pages import layers
+from vit_jax.errors import UserError
+from vit_jax.explain import summary
+from vit_jax.explain.viewer import layers
 
 NAME = """<b>"it's" & co.png"""
 
@@ -111,6 +115,49 @@ def test_every_kind_of_network_has_a_page(network, written, browser, tmp_path):
         assert said.startswith("The class token" if kind == "LiT" else "The patch in row 3")
     assert [label for label, _ in explained[0].relevance] == ["a cat", "a dog"]
     assert sum(p for _, p in explained[0].classes) == pytest.approx(1)
+
+
+def test_explanations_hold_no_more_than_a_page_has_room_for(network, tmp_path, monkeypatch):
+    vit, room = network("token"), 2 * 31**2  # Of each picture two of the six layers.
+    monkeypatch.setattr(summary, "MAX_BYTES", 3 * room)
+    photo = np.random.default_rng(0).integers(0, 256, (900, 2000, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), photo)
+    for e in explain.explanations(vit, [tmp_path / "a.png"] * 3):
+        assert e.attention.layers == [(0, None), (1, None)]
+        assert e.attention.levels.nbytes == room
+        assert e.view.image.shape == (180, 400, 3)
+        # The grid lies where it lay: but for the border it fills the picture.
+        np.testing.assert_allclose(e.view.box, (0, 0, 180, 400 * 24 / 27), atol=0.1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 60), (60, 300)])
+def test_the_whole_of_a_tall_or_wide_picture_fits_the_window(
+    network, browser, tmp_path, height, width
+):
+    vit = dataclasses.replace(network("MAP"), labels=None)
+    photo = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), photo)
+    explained = list(explain.explanations(vit, [tmp_path / "a.png"]))
+    (tmp_path / "page.html").write_bytes(explain.page_html(vit, explained))
+    for window in ((1200, 900), (360, 640)):
+        browser.open(tmp_path / "page.html", width=window[0], height=window[1])
+        box = browser.run("return document.querySelector('canvas').getBoundingClientRect()")
+        assert box["height"] <= 0.81 * window[1]
+        assert box["height"] / box["width"] == pytest.approx(height / width, rel=0.02)
+    # Names of classes have room in print.
+    figure = explain.page_figure(vit, explained)
+    figure.draw_without_rendering()
+    names = [t for t in figure.findobj(Text) if "%  " in t.get_text()]
+    boxes = [t.get_window_extent() for t in names]
+    assert len(boxes) == 5
+    assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
+
+
+def test_more_pictures_than_a_png_can_hold_are_refused(network, written):
+    vit, pictures, _ = written
+    explained = list(explain.explanations(vit, pictures[:1]))
+    with pytest.raises(UserError, match=r"200 pictures make a page of \d+,\d+ pixels, and a PNG"):
+        explain.page_figure(vit, explained * 200)
 
 
 def test_the_page_to_print_is_whole(network, written):

@@ -18,6 +18,7 @@ from vit_jax.training import outcome as outcome_module
 from vit_jax.training import run
 from vit_jax.training.options import load_config, override
 from vit_jax.training.task import open_task
+from vit_jax.training.workdir import read_config
 
 FIELDS = (
     *("total_steps=6", "warmup_steps=1", "progress_every=1", "eval_every=3", "checkpoint_every=6"),
@@ -130,6 +131,7 @@ def test_so_are_those_of_arrays_in_memory(photos, from_folder, tiny, tmp_path, o
         data.from_arrays(*arrays_of(photos, split), names=names) for split in ("train", "test")
     )
     assert run(tiny(*FIELDS), tmp_path / "run", sources=(train, test)).finished
+    assert read_config(tmp_path / "run").dataset == f"{train.name} (given in Python)"
     assert outcome(tmp_path / "run") == outcome(from_folder)
 
 

@@ -38,9 +38,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page and says what the network saw."""
-    import io
     import json
-    import warnings
 
     from vit_jax import explain, page
     from vit_jax.checkpoints import atomic_file
@@ -52,12 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if kind == "html":
         content = explain.page_html(vit, explained)
     else:
-        file = io.BytesIO()
-        with warnings.catch_warnings():
-            # Names in scripts that the font lacks are drawn as boxes: a warning says no more.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            explain.page_figure(vit, explained).savefig(file, format="png")
-        content = file.getvalue()
+        content = page.png(explain.page_figure(vit, explained))
     with atomic_file(args.out) as out:
         out.write(content)
     if args.json:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vit_jax.evaluation.calibration import Calibration
 from vit_jax.evaluation.metrics import Scores
+from vit_jax.page import elide
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ Points = list[tuple[int, float]]
 TRAIN, TEST, RATE, RIGHT, WRONG = "#0072B2", "#D55E00", "#777777", "#00694B", "#B3261E"
 COUNTED_CLASSES = 15  # with more, counts in the cells could not be read
 NAMED_CLASSES = 40  # with more, only some classes are named on the axes
+SHORT = 3  # letters, with which names need not be turned
 LISTED_CLASSES = 15  # whose recall and precision have room
 
 
@@ -39,7 +41,7 @@ def panels(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Callable[["Axes"],
         "loss": lambda ax: _draw_loss(ax, train, test),
         "accuracy": lambda ax: _draw_accuracy(ax, top1),
         "learning rate": lambda ax: _draw_single(ax, rates, "Learning rate", "{:.2g}"),
-        "throughput": lambda ax: _draw_single(ax, speeds, "Pictures a second", "{:,.0f}"),
+        "throughput": lambda ax: _draw_single(ax, speeds, "Training: pictures a second", "{:,.0f}"),
     }
     there = dict(zip(drawn, (train or test, top1, rates, speeds), strict=True))
 
@@ -85,7 +87,7 @@ def _draw_loss(ax: "Axes", train: Points, test: Points) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.set_ylim(min(0, min(values)), 1.05 * max(values) if max(values) > 0 else None)
-    ax.set_title("Loss", fontsize=11, loc="left")
+    ax.set_title("Loss (nats)", fontsize=11, loc="left")
     # Above the panel, where no curve can run through it.
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2, frameon=False)
 
@@ -124,9 +126,10 @@ def draw_confusion(figure: "FigureBase", confusion: np.ndarray, names: Sequence[
     shown = range(0, k, math.ceil(k / NAMED_CLASSES))
     size = min(10.0, max(5.5, 260 / len(shown)))
     ticks = [elide(names[i], 22) for i in shown]
-    ax.set_xticks(shown, ticks, fontsize=size, rotation=90 if k > 10 else 45, parse_math=False)
+    turned = 0 if max(map(len, ticks)) <= SHORT and k <= COUNTED_CLASSES else 90 if k > 10 else 45
+    ax.set_xticks(shown, ticks, fontsize=size, rotation=turned, parse_math=False)
     ax.set_yticks(shown, ticks, fontsize=size, parse_math=False)
-    if k <= 10:
+    if turned == 45:
         for label in ax.get_xticklabels():
             label.set(horizontalalignment="right", rotation_mode="anchor")
     ax.set_xlabel("predicted")
@@ -204,8 +207,3 @@ def draw_classes(ax: "Axes", scores: Scores, names: Sequence[str]) -> None:
     text = f"Worst of {len(there):,} classes" if some else "Classes"
     ax.set_title(text, fontsize=11, loc="left", pad=18)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, frameon=False)
-
-
-def elide(text: str, width: int) -> str:
-    """The text, cut to so many characters."""
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"

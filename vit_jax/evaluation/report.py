@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,9 @@ from vit_jax.evaluation.plots import (
     draw_classes,
     draw_confusion,
     draw_reliability,
-    elide,
     panels,
 )
-from vit_jax.page import TINY, kind_of
+from vit_jax.page import TINY, elide, kind_of, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -147,14 +145,10 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
         from vit_jax.evaluation.report_page import page_of
 
         content = page_of(report)
-        with atomic_file(path) as file:
-            file.write(content)
-        return
-    figure = draw_report(report)
-    with atomic_file(path) as file, warnings.catch_warnings():
-        # Names in scripts that the font lacks are drawn as boxes: a warning says no more.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(file, format="png")
+    else:
+        content = png(draw_report(report))
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def draw_report(report: Report) -> "Figure":

@@ -8,7 +8,7 @@ import numpy as np
 from vit_jax import page
 from vit_jax.evaluation.calibration import BINS
 from vit_jax.evaluation.metrics import Scores
-from vit_jax.evaluation.plots import draw_reliability, panels
+from vit_jax.evaluation.plots import SHORT, draw_reliability, panels
 from vit_jax.evaluation.report import Example, Report
 
 if TYPE_CHECKING:
@@ -24,14 +24,15 @@ dl.tiles dd { margin: 0; font-size: 1.3rem; font-weight: 600 } dl.tiles dt { col
 .matrix td { text-align: center; border: 1px solid var(--line) }
 .matrix thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left;
   position: static; vertical-align: bottom }
-.matrix thead th:first-child { writing-mode: initial; transform: none }
+.matrix thead th:first-child, .short thead th { writing-mode: initial; transform: none }
+@media (max-width: 30rem) { .matrix td, .matrix th { padding: .2rem .15rem } }
 .wide:has(.cells) { max-height: none }
 .cells { position: relative; cursor: crosshair; border: 1px solid var(--line) }
 .cells img { width: 100%; max-width: none; image-rendering: pixelated }
 .cells i { position: absolute; outline: 2px solid var(--bad); display: none; pointer-events: none }
 output { display: block; min-height: 1.5em } .pictures img { max-height: 14rem; object-fit: contain;
   width: 100%; background: var(--soft) } td.text { text-align: left }
-summary { cursor: pointer; margin: .6rem 0 } .settings { overflow-wrap: anywhere }
+summary { cursor: pointer; margin: .6rem 0 } .settings td { overflow-wrap: anywhere }
 .settings th { font-weight: normal; color: var(--dim) }
 """
 
@@ -84,7 +85,7 @@ def _summary(scores: Scores) -> str:
     tiles = {
         "top-1 accuracy": f"{scores.top1:.1%}",
         "top-5 accuracy": f"{scores.top5:.1%}",
-        "loss": f"{scores.loss:.4f}",
+        "loss in nats": f"{scores.loss:.4f}",
         "calibration error": f"{scores.calibration.error:.1%}",
         "test pictures": f"{scores.count:,}",
         "unreadable, left out": f"{scores.skipped:,}" if scores.skipped else "",
@@ -97,7 +98,9 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     drawn = ""
     for name, draw in panels(metrics).items():
         figure = _figure(2.4)
-        draw(figure.subplots())
+        ax = figure.subplots()
+        draw(ax)
+        ax.set_xlabel("step")
         drawn += f"<figure>{page.drawing(figure, f'Curve: {name} by step')}</figure>"
     return f'<h2>Curves</h2><div class="grid">{drawn}</div>' if drawn else ""
 
@@ -138,6 +141,7 @@ def _confusion(report: Report, counts: np.ndarray) -> str:
 def _table_matrix(counts: np.ndarray, share: np.ndarray, labels: Sequence[str]) -> str:
     names = [page.escape(label) for label in labels]
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    css = "matrix short" if max(map(len, labels)) <= SHORT else "matrix"
     rows = []
     for name, row, shares in zip(names, counts.tolist(), share.tolist(), strict=True):
         cells = (
@@ -147,7 +151,7 @@ def _table_matrix(counts: np.ndarray, share: np.ndarray, labels: Sequence[str]) 
         rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="Confusion matrix">'
-        f'<table class="matrix"><thead><tr><th scope="col">true</th>{head}</tr></thead>'
+        f'<table class="{css}"><thead><tr><th scope="col">true</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -224,7 +228,9 @@ def _mistakes(scores: Scores, mistakes: Sequence[Example]) -> str:
         for e in mistakes
     ]
     total = int(((scores.truth != scores.prediction) & (scores.truth >= 0)).sum())
-    which = f"the {len(mistakes)} most confident of {total:,}" if total > len(cards) else "all"
+    which = (
+        f"the {len(cards)} most confident of {total:,}" if total > len(cards) else f"all {total:,}"
+    )
     return (
         f'<h2>Mistakes: {which}</h2><div class="grid pictures" style="--column: 8.5rem">'
         f"{''.join(cards)}</div>"

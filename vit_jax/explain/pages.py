@@ -1,24 +1,25 @@
 """One page that shows why a network said what it said: a figure, or HTML to look around in."""
 
-import base64
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vit_jax import page
+from vit_jax.errors import UserError
 from vit_jax.explain.features import position_similarity
 from vit_jax.explain.network import Tower, open_tower
 from vit_jax.explain.plots import (
+    TITLE_CHARS,
     aspect,
     draw_picture,
     draw_positions,
-    elide,
     new_figure,
     overlay,
     plot_position_similarity,
+    positions_height,
     shares,
 )
 from vit_jax.explain.relevance import first_name
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 5  # of a figure: picture, classes, rollout and two of relevance; then the heads
-MAX_BYTES = 6 << 20  # attention weights on a page of HTML; as text they are a third more
+MAX_PIXELS = (1 << 16) - 1  # that matplotlib draws
 
 NOTES = {
     "Attention rollout": "how much of each patch reaches the head, if half of a token stays where "
     "it is in every block and half is passed on by attention, averaged over heads "
     "(arXiv:2005.00928).",
     "Relevance": "which patches speak for a class: attention weighed by the gradient of its logit "
-    "(arXiv:2103.15679). Each map has its own scale.",
+    "(arXiv:2103.15679).",
     "Heads": "what the token that the head reads attends to; without a class token that is all "
     "tokens, averaged.",
     "Position embeddings": "at each patch's place a map of how alike its embedding is to all "
@@ -46,16 +47,28 @@ NOTES = {
 
 
 def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
-    """The explanations as one figure: a few rows for each picture, then the position embeddings."""
+    """The explanations as one figure: a few rows for each picture, then the position embeddings.
+
+    Raises UserError if it is higher than a PNG may be.
+    """
     firsts = [math.ceil((3 + len(e.relevance)) / COLUMNS) for e in explained]
-    rows = [n + math.ceil(len(e.heads) / COLUMNS) for n, e in zip(firsts, explained, strict=True)]
-    heights = [2.6 * n * aspect(e.view) + 0.35 * n for n, e in zip(rows, explained, strict=True)]
-    figure = new_figure(13, sum(heights) + 5)
+    rows = [  # Their heights in inches. Names of classes need some even beside a panorama.
+        [2.6 * max(aspect(e.view), 0.6) + 0.35] * first
+        + [2.6 * aspect(e.view) + 0.35] * math.ceil(len(e.heads) / COLUMNS)
+        for first, e in zip(firsts, explained, strict=True)
+    ]
+    similarity = position_similarity(vit)
+    heights = [*map(sum, rows), max(positions_height(similarity, 6), 3)]
+    figure = new_figure(13, sum(heights))
+    if (pixels := figure.bbox.height) >= MAX_PIXELS:
+        raise UserError(
+            f"{len(explained)} pictures make a page of {pixels:,.0f} pixels, and a PNG may be "
+            f"{MAX_PIXELS:,} high: give fewer, or write a name in .html"
+        )
     figure.suptitle(_title(vit), fontsize=13, parse_math=False)
-    ratios = [*heights, 5]
-    parts = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
-    for part, first, n, e in zip(parts, firsts, rows, explained, strict=False):
-        axes = part.subplots(n, COLUMNS, squeeze=False)
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, first, inches, e in zip(parts, firsts, rows, explained, strict=False):
+        axes = part.subplots(len(inches), COLUMNS, squeeze=False, height_ratios=inches)
         for ax in axes.ravel():
             ax.axis("off")
         draw_picture(axes[0, 0], e.view, Path(e.name).name)
@@ -66,10 +79,10 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
         for ax, (name, values) in zip(axes[first:].ravel(), e.heads, strict=False):
             draw_picture(ax, e.view, name, values)
     left, right = parts[-1].subplots(1, 2)
-    draw_positions(left, position_similarity(vit))
+    draw_positions(left, similarity)
     right.axis("off")
-    notes = "\n\n".join(f"{title}: {note}" for title, note in NOTES.items())
-    right.text(0, 1, notes, va="top", wrap=True, fontsize=9)
+    notes = [_about(open_tower(vit)), *(f"{title}: {note}" for title, note in NOTES.items())]
+    right.text(0, 1, "\n\n".join(notes), va="top", wrap=True, fontsize=9)
     return figure
 
 
@@ -77,7 +90,7 @@ def _draw_classes(ax: "Axes", classes: Sequence[tuple[str, float]]) -> None:
     """The most probable classes as bars with their names above."""
     for row, (label, probability) in enumerate(classes):
         ax.barh(row + 0.25, probability, height=0.3, color="#0072B2")
-        text = f"{probability:.1%}  {elide(first_name(label))}"
+        text = f"{probability:.1%}  {page.elide(first_name(label), TITLE_CHARS)}"
         ax.text(0, row, text, va="bottom", fontsize=8, parse_math=False)
     ax.set(xlim=(0, 1), ylim=(max(len(classes), 1), -0.6))
 
@@ -86,25 +99,31 @@ def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
     """The explanations as one file of HTML, which needs no network.
 
     On each picture one may point at a patch and see what it attends to, in every block and head
-    whose weights fit the page: with `MAX_BYTES` for all its pictures, first the mean over heads of
-    each block, then the heads of the last blocks. They are rounded to 1/255 of a row's maximum.
+    whose weights fit the page: of all its pictures `viewer.MAX_BYTES`, first the mean over heads
+    of each block, then the heads of the last blocks. They are rounded to 1/255 of a row's maximum.
     """
     tower = open_tower(vit)
-    body = [_notes("Attention rollout", "Relevance", "Heads")]
-    for i, e in enumerate(explained):
-        body.append(_section(tower, i, e, MAX_BYTES // len(explained)))
+    body = [
+        f'<p class="dim">{_about(tower)}</p>',
+        _notes("Attention rollout", "Relevance", "Heads"),
+    ]
+    body += [_section(tower, i, e) for i, e in enumerate(explained)]
     drawing = page.drawing(plot_position_similarity(vit), "likeness of the position embeddings")
-    body += ["<h2>Position embeddings</h2>", _notes("Position embeddings"), drawing]
+    body += ["<h2>Position embeddings</h2>", _notes("Position embeddings")]
+    body += [f'<div class="positions">{drawing}</div>']
     script = Path(__file__).with_name("viewer.js").read_text(encoding="utf-8")
     return page.document(_title(vit), "\n".join(body), style=_STYLE, script=script)
 
 
 _STYLE = """
-.maps img { width: 100% } .maps table { font-size: .875rem }
-.viewer { display: flex; flex-wrap: wrap; gap: 1rem } .viewer div { flex: 1 1 15rem;
-  max-width: 26rem } .viewer label { display: block; margin-bottom: .6rem }
+.maps img { width: 100%; max-height: 20rem; object-fit: contain;
+  object-position: left } .maps table { font-size: .875rem }
+.positions svg { width: 36rem }
+.viewer { display: flex; flex-wrap: wrap; gap: 1rem; align-items: start }
+.viewer div { flex: 1 1 15rem; max-width: 26rem }
+.viewer label { display: block; margin-bottom: .6rem }
 .viewer input { display: block; width: 100%; padding: 0 }
-.viewer canvas { width: 30rem; touch-action: pan-y; cursor: crosshair }
+.viewer canvas { touch-action: pan-y; cursor: crosshair }
 """
 
 _VIEWER = """
@@ -124,7 +143,7 @@ up.</p>
 """
 
 
-def _section(tower: Tower, i: int, e: Explanation, budget: int) -> str:
+def _section(tower: Tower, i: int, e: Explanation) -> str:
     """The HTML of one picture."""
     name = Path(e.name).name
 
@@ -136,6 +155,7 @@ def _section(tower: Tower, i: int, e: Explanation, budget: int) -> str:
     maps = [figure("attention rollout", e.rollout)]
     maps += [figure(f"relevance: {label}", values) for label, values in e.relevance]
     heads = [figure(title, values) for title, values in e.heads]
+    place = {"grid": tower.spec.grid_size, "first": tower.first_patch, "box": shares(e.view)}
     answers = [(first_name(label), probability) for label, probability in e.classes]
     classes = page.table(["class", "probability"], answers, name=f"classes of {name}")
     return "\n".join(
@@ -148,53 +168,23 @@ def _section(tower: Tower, i: int, e: Explanation, budget: int) -> str:
             *heads,
             "</div>",
             _VIEWER.format(i=i, name=page.escape(name)),
-            page.data(f"attention{i}", _viewed(tower, e, budget)),
+            page.data(f"attention{i}", place | e.attention.as_data()),
             "</section>",
         ]
     )
 
 
-def _viewed(tower: Tower, e: Explanation, budget: int) -> dict[str, Any]:
-    """What the script of the page has to know of one picture."""
-    blocks, heads, t, _ = e.seen.attention.shape
-    chosen = layers(blocks, heads, budget // t**2)
-    weights = np.stack(
-        [
-            e.seen.attention[block].mean(axis=0) if head is None else e.seen.attention[block, head]
-            for block, head in chosen
-        ]
-    )
-    top = weights.max(axis=-1, keepdims=True)
-    levels = np.rint(255 * weights / top.clip(1e-12)).astype(np.uint8)
-    return {
-        "grid": tower.spec.grid_size,
-        "first": tower.first_patch,
-        "box": shares(e.view),
-        "layers": chosen,
-        "weights": base64.b64encode(levels.tobytes()).decode(),
-        "top": [float(f"{x:.4g}") for x in top.ravel()],
-    }
-
-
-def layers(blocks: int, heads: int, room: int) -> list[tuple[int, int | None]]:
-    """The (block, head) whose weights are on the page, by block; head None is the mean over heads.
-
-    Args:
-      blocks, heads: how many there are.
-      room: how many may be chosen; there is one at least.
-    """
-    count = min(blocks, max(room, 1))
-    means = np.unique(np.linspace(blocks - 1, 0, count).round().astype(int)).tolist()
-    whole = (room - count) // heads if heads > 1 else 0  # Blocks with all their heads.
-    return [
-        (block, head)
-        for block in means
-        for head in (None, *range(heads if block >= blocks - whole else 0))
-    ]
-
-
 def _notes(*titles: str) -> str:
     return "\n".join(f'<p class="dim"><b>{title}:</b> {NOTES[title]}</p>' for title in titles)
+
+
+def _about(tower: Tower) -> str:
+    """What is true of all maps."""
+    (height, width), (rows, columns) = tower.spec.image_size, tower.spec.grid_size
+    return (
+        f"A picture goes in as {height}x{width} pixels, {rows}x{columns} patches. In each map the "
+        "brightest patch counts most and the darkest least, so that maps can't be compared."
+    )
 
 
 def _title(vit: Pretrained) -> str:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from vit_jax import data
 from vit_jax.data.ops import KEPT
 from vit_jax.errors import UserError
 from vit_jax.pretrained import Pretrained
+
+SIDE = 400  # pixels on the longer side of a picture that is drawn
 
 Pictures = np.ndarray | Sequence[str | os.PathLike | np.ndarray]
 
@@ -58,6 +60,15 @@ def views(vit: Pretrained, pictures: Pictures) -> Iterator[View]:
     for picture in pictures:
         image = vit.read(picture)
         yield View(image, preprocess(image), _grid_box(vit, _kept(preprocess, image.shape)))
+
+
+def small(view: View) -> View:
+    """The same with the picture no larger than it is drawn."""
+    from vit_jax.data.pictures import shrink
+
+    image = shrink(view.image, SIDE)
+    scale = np.tile(np.divide(image.shape[:2], view.image.shape[:2]), 2)
+    return replace(view, image=image, box=tuple((scale * view.box).tolist()))
 
 
 def _kept(preprocess: data.Preprocess, shape: tuple[int, ...]) -> tuple[float, ...]:

@@ -21,15 +21,16 @@ from vit_jax.explain.features import (
     token_norms,
 )
 from vit_jax.explain.network import observe, open_tower
-from vit_jax.explain.pictures import Pictures, View, views
+from vit_jax.explain.pictures import SIDE, Pictures, View, small, views
 from vit_jax.explain.relevance import class_name, relevance
+from vit_jax.page import elide
 from vit_jax.pretrained import Pretrained
+
+TITLE_CHARS = 36  # that fit above a picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SIDE = 400  # pixels on the longer side of a picture that is drawn
 
 
 def plot_rollout(vit: Pretrained, pictures: Pictures) -> "Figure":
@@ -90,9 +91,16 @@ def plot_feature_pca(vit: Pretrained, pictures: Pictures) -> "Figure":
 
 def plot_position_similarity(vit: Pretrained) -> "Figure":
     """`position_similarity`: at each patch's place the map of its likeness to all others."""
-    figure = new_figure(6.4, 6)
-    draw_positions(figure.subplots(), position_similarity(vit))
+    similarity = position_similarity(vit)
+    figure = new_figure(4.4, positions_height(similarity, 4.4))
+    draw_positions(figure.subplots(), similarity)
     return figure
+
+
+def positions_height(similarity: np.ndarray, width: float) -> float:
+    """How high `draw_positions` is where it is so wide, both in inches."""
+    rows, columns = similarity.shape[:2]
+    return 1 + min(0.72 * rows / columns, 1.5) * width
 
 
 def draw_positions(ax: "Axes", similarity: np.ndarray) -> None:
@@ -186,10 +194,8 @@ def overlay(view: View, values: np.ndarray | None = None) -> np.ndarray:
 
 def shown_picture(view: View) -> np.ndarray:
     """The picture in a size to be looked at, uint8 (h, w, 3)."""
-    from vit_jax.data.pictures import shrink
-
-    image = view.image if view.image.shape[2] == 3 else view.image[..., :1].repeat(3, axis=2)
-    image = shrink(image, SIDE)
+    image = small(view).image
+    image = image if image.shape[2] == 3 else image[..., :1].repeat(3, axis=2)
     times = max(SIDE // 2 // max(image.shape[:2]), 1)  # A tiny one is magnified as it is.
     return image.repeat(times, axis=0).repeat(times, axis=1)
 
@@ -235,16 +241,11 @@ def _rows(
 
 def aspect(view: View) -> float:
     """Height by width that a picture is given room for."""
-    return min(max(view.image.shape[0] / view.image.shape[1], 0.3), 3.0)
+    return min(max(view.image.shape[0] / view.image.shape[1], 0.3), 1.6)
 
 
 def draw_picture(ax: "Axes", view: View, title: str, values: np.ndarray | None = None) -> None:
     """Draws `overlay`."""
     ax.imshow(overlay(view, values), interpolation="antialiased")
-    ax.set_title(elide(title), fontsize=8, parse_math=False)
+    ax.set_title(elide(title, TITLE_CHARS), fontsize=8, parse_math=False)
     ax.axis("off")
-
-
-def elide(text: str) -> str:
-    """What fits above a picture."""
-    return text if len(text) <= 36 else f"{text[:35]}…"

@@ -8,21 +8,22 @@ import numpy as np
 import scipy.special
 
 from vit_jax.explain.attention import head_maps, rollout_map
-from vit_jax.explain.network import Seen, observe, on_grid, open_tower
-from vit_jax.explain.pictures import View, views
+from vit_jax.explain.network import observe, on_grid, open_tower
+from vit_jax.explain.pictures import View, small, views
 from vit_jax.explain.relevance import class_name, class_vectors, gives_classes, relevance_map
+from vit_jax.explain.viewer import MAX_BYTES, Levels, levels
 from vit_jax.pretrained import Pretrained, PretrainedLiT
 
 TitledMaps = list[tuple[str, np.ndarray]]  # Maps are float32 (rows, columns).
 
 
 class Explanation(NamedTuple):
-    """Why the network said what it said of a picture.
+    """Why the network said what it said of a picture, in no more bytes than a page needs.
 
     Attributes:
       name: the file's.
-      view: the picture.
-      seen: what the network made of it.
+      view: the picture, no larger than it is drawn.
+      attention: of as many blocks and heads as a page of all the pictures has room for.
       classes: (label, probability), the most probable first; empty if the network gives none.
       rollout: see `explain.rollout`, (rows, columns).
       relevance: see `explain.relevance`, of the two most probable classes or those asked for.
@@ -32,7 +33,7 @@ class Explanation(NamedTuple):
 
     name: str
     view: View
-    seen: Seen
+    attention: Levels
     classes: list[tuple[str, float]]
     rollout: np.ndarray
     relevance: TitledMaps
@@ -71,8 +72,8 @@ def explanations(
             heads += [(f"pooling, head {i + 1}", m) for i, m in enumerate(pooled)]
         yield Explanation(
             os.fsencode(name).decode(errors="backslashreplace"),  # It need not be text.
-            view,
-            seen,
+            small(view),
+            levels(seen.attention, MAX_BYTES // len(pictures)),
             [(vit.label(c) if isinstance(c, int) else c, p) for c, p in ranked[:top]],
             rollout_map(tower, seen),
             [

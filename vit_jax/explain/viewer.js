@@ -1,5 +1,5 @@
 // Pictures on which one patch after the other says what it attends to; the page's data are those of
-// `pages._viewed`.
+// `viewer.Levels`, and where on the picture the grid lies.
 for (const viewer of document.querySelectorAll(".viewer")) {
   const number = viewer.dataset.picture;
   const known = JSON.parse(document.getElementById("attention" + number).textContent);
@@ -13,7 +13,7 @@ for (const viewer of document.querySelectorAll(".viewer")) {
   const headsOf = block => known.layers.filter(([b, head]) => b === block && head !== null).length;
   let asking = known.first ? 0 : Math.floor(rows / 2) * columns + Math.floor(columns / 2);
 
-  const percent = x => (100 * x).toFixed(x < .0995 ? 1 : 0) + " %";
+  const percent = x => (100 * x).toFixed(x < .0995 ? 1 : 0) + "%";
   const place = patch => `row ${Math.floor(patch / columns) + 1}, column ${patch % columns + 1}`;
 
   function show() {
@@ -38,12 +38,12 @@ for (const viewer of document.querySelectorAll(".viewer")) {
       h * (top + height * Math.floor(patch / columns) / rows), w * width / columns, h * height / rows
     ];
     context.drawImage(image, 0, 0, w, h);
-    context.fillStyle = "rgba(0, 0, 0, .6)";
+    context.fillStyle = "rgba(0, 0, 0, .5)";
     context.fillRect(0, 0, w, h);
     const patches = [...row.subarray(known.first)];
     const most = Math.max(...patches, 1);
     patches.forEach((weight, patch) => {
-      context.fillStyle = `rgba(255, ${120 + Math.round(110 * weight / most)}, 40, ${.85 * weight / most})`;
+      context.fillStyle = `rgba(255, ${120 + Math.round(110 * weight / most)}, 40, ${.7 * weight / most})`;
       context.fillRect(...cell(patch));
     });
     if (asking >= known.first) {
@@ -89,7 +89,8 @@ for (const viewer of document.querySelectorAll(".viewer")) {
   headSlider.parentElement.hidden = !blocks.some(headsOf);
   blockSlider.max = blockSlider.value = blocks.length - 1;
   image.decode().then(() => {
-    [canvas.width, canvas.height] = [2 * image.naturalWidth, 2 * image.naturalHeight];
+    const [w, h] = [canvas.width, canvas.height] = [2 * image.naturalWidth, 2 * image.naturalHeight];
+    canvas.style.width = `min(30rem, ${80 * w / h}vh)`;  // The whole of it fits the window.
     show();
   });
 }

@@ -36,6 +36,7 @@ from vit_jax.training.task import Task, mixup, open_task
 from vit_jax.training.watch import Watch
 from vit_jax.training.workdir import (
     CHECKPOINTS,
+    GIVEN,
     claim_workdir,
     lock_holder,
     open_workdir,
@@ -70,7 +71,7 @@ def run(
         with together():
             config = check_config(config)
             if sources:
-                config.dataset = sources[0].name
+                config.dataset = sources[0].name + GIVEN
         with Watch(config.silence_timeout) as watch, explained, contextlib.ExitStack() as stack:
             with together():
                 if is_first():

@@ -18,6 +18,7 @@ from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
 CONFIG = "config.json"  # What makes a folder a run's.
+GIVEN = " (given in Python)"  # Ends the name of pictures that no name opens again.
 PICTURES = "data.json"  # Fingerprints of the pictures, by what they are for.
 LOCK = "lock"  # Held while a run goes on; names its process and host.
 METRICS = "metrics.jsonl"
