@@ -98,7 +98,8 @@ def _saved(folder: Path, config: ConfigDict, labels: tuple[str, ...]) -> Pretrai
     """The network of a checkpoint."""
     preprocess = eval_spec(config)
     with open_arrays(folder) as stored:
-        params = {k[7:]: array for k, array in stored.items() if k.startswith("params/")}
+        part = "ema/" if any(k.startswith("ema/") for k in stored) else "params/"
+        params = {k.removeprefix(part): x for k, x in stored.items() if k.startswith(part)}
         spec = read_spec(
             params,
             classifier=config.model.get("classifier"),
