@@ -110,11 +110,11 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_2_0(file)
 
 
-def fill(buffer: memoryview, file) -> None:
-    """Reads exactly len(buffer) bytes, in pieces that stay in the processor's cache."""
+def fill(buffer: memoryview, file, size: int = 1 << 18) -> None:
+    """Reads exactly len(buffer) bytes, in pieces of a size that stays in the processor's cache."""
     position = 0
     while position < len(buffer):
-        piece = file.read(min(len(buffer) - position, 1 << 20))
+        piece = file.read(min(len(buffer) - position, size))
         if not piece:
             raise EOFError(f"{len(buffer) - position} bytes are missing")
         buffer[position : position + len(piece)] = piece

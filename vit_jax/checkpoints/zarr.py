@@ -10,8 +10,8 @@ import numpy as np
 
 from vit_jax.checkpoints.npz import fill
 
-_SMALL = 1 << 20  # Bytes of an array that may be in memory three times.
-_INDEX = struct.Struct("<QQI")  # Of a shard's only chunk: offset, length; the checksum of these.
+_PIECE = 1 << 20  # Bytes that may be in memory three times; to look up each takes time.
+_INDEX = struct.Struct("<qqI")  # Of a shard's only chunk: offset, length; the checksum of these.
 
 
 class ZarrFolder:
@@ -42,7 +42,7 @@ class ZarrFolder:
         if (values := _one_chunk(store)) is None:
             return store.read().result()
         array = np.empty(store.shape, store.dtype.numpy_dtype)
-        fill(array.reshape(-1).view(np.uint8).data, values)
+        fill(array.reshape(-1).view(np.uint8).data, values, _PIECE)
         if values.read(1):
             raise ValueError(f"{name!r} has more bytes than its shape")
         return array
@@ -55,7 +55,7 @@ def _one_chunk(store: Any) -> Any:
     what is left to it.
     """
     layout, about = store.chunk_layout, store.spec().to_json()["metadata"]
-    if store.size * store.dtype.numpy_dtype.itemsize <= _SMALL:
+    if store.size * store.dtype.numpy_dtype.itemsize <= _PIECE:
         return None
     if not tuple(store.shape) == layout.write_chunk.shape == layout.read_chunk.shape:
         return None
@@ -66,7 +66,7 @@ def _one_chunk(store: Any) -> Any:
         key = about.get("dimension_separator", ".").join("0" * store.rank)
         packing = [about["compressor"]["id"]] if about["compressor"] else []
     else:
-        shard = about["codecs"][0]["configuration"]
+        shard = about["codecs"][0].get("configuration", {})
         if shard.get("index_location") != "end" or about["chunk_key_encoding"]["name"] != "default":
             return None
         plain, *packing = [codec["name"] for codec in shard["codecs"]]
@@ -74,9 +74,11 @@ def _one_chunk(store: Any) -> Any:
             return None
         key = "c" + "/0" * store.rank
         last = store.kvstore.read(key, byte_range=slice(-_INDEX.size, None)).result().value
-        start, end = _INDEX.unpack(last)[:2]
+        start, end, _ = _INDEX.unpack(last)
         # TensorStore is to judge an index that isn't what comes behind the chunk.
-        if start or store.kvstore.read(key, byte_range=slice(end, None)).result().value != last:
+        if start != 0 or end < 0:
+            return None
+        if store.kvstore.read(key, byte_range=slice(end, None)).result().value != last:
             return None
     if packing not in ([], ["zstd"]):
         return None
