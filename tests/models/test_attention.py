@@ -74,6 +74,26 @@ def test_attention_and_its_derivative_are_those_of_the_formula(heads):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("offset", [0, 8])
+def test_the_derivative_in_bfloat16_is_near_that_in_float32(offset):
+    """Also if keys and values have much in common, which has no effect on queries and keys."""
+    rng = np.random.default_rng(0)
+    q, k, v, g = (
+        jnp.asarray(rng.normal(size=(1, 4, 50, 16)) + shift, jnp.bfloat16)
+        for shift in (0, offset, offset, 0)
+    )
+
+    def derivative(*arrays):
+        *inputs, grad = arrays
+        return jax.jit(lambda *x: jax.vjp(attend, *x)[1](grad))(*inputs)
+
+    expected = derivative(*(x.astype(jnp.float32) for x in (q, k, v, g)))
+    for found, wanted in zip(derivative(q, k, v, g), expected, strict=True):
+        error = np.linalg.norm(np.float32(found) - wanted) / np.linalg.norm(wanted)
+        assert found.dtype == jnp.bfloat16
+        assert error < 0.03
+
+
 def test_weights_can_be_seen_and_derived_by():
     """The derivative by one weight is what the output changes by, if that weight is changed."""
     model, x = MultiHeadAttention(2), tokens(1, 3, 4)

@@ -1,12 +1,11 @@
 """Multi-head attention (Vaswani et al., arXiv:1706.03762) of every network here.
 
 Shapes: n pictures or texts, t tokens that ask, s tokens that are asked, h heads, d a token's width.
-How products are written down decides how fast XLA computes them on a CPU, and changes nothing on
-other devices: benchmarks/results/train.md has the figures.
+How products are written down decides how fast XLA computes them on a CPU:
+benchmarks/results/train.md has the figures; there are none of other devices.
 """
 
 import math
-import os
 from typing import Any
 
 import flax.linen as nn
@@ -41,7 +40,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """`attention_weights(query, key) @ value`, and its derivative, in less time.
 
     On a CPU, XLA computes a batch of small products on one core, and independent ones side by side:
-    there the heads are taken in a few groups.
+    there the heads are taken in a few groups. It has no forward-mode derivative (`jax.jvp`).
 
     Args:
       query, key, value: (n, h, t, d / h), (n, h, s, d / h), (n, h, s, d / h).
@@ -55,7 +54,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _head_groups(heads: int) -> int:
-    most = 2 * (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    most = 4 if jax.default_backend() == "cpu" else 1
     return max(i for i in range(1, heads + 1) if heads % i == 0 and i <= most)
 
 
@@ -67,25 +66,25 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 def _attend_forwards(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
     query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
     scores = (query @ key.swapaxes(2, 3)).astype(jnp.float32)
-    raised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    # Dividing (t, d / h) is less work than (t, s).
-    inverse = 1 / raised.sum(axis=-1, keepdims=True)
-    raised = raised.astype(value.dtype)
+    raised = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(value.dtype)
+    # Of the rounded numbers, so that weights sum to 1. Dividing (t, d / h) is less than (t, s).
+    inverse = 1 / raised.sum(axis=-1, keepdims=True, dtype=jnp.float32)
     y = ((raised @ value) * inverse).astype(value.dtype)
-    return y, (query, key, value, raised, inverse, y)
+    return y, (query, key, value, raised, inverse)
 
 
 def _attend_backwards(kept: Any, grad: jax.Array) -> Any:
-    query, key, value, raised, inverse, y = kept
-    weights = (raised * inverse).astype(value.dtype)
-    # The softmax's derivative; the sum over s of weights * (grad @ value^T) is that over d of y.
-    mean = (grad.astype(jnp.float32) * y).sum(axis=-1, keepdims=True)
-    scores = (weights * (grad @ value.swapaxes(2, 3) - mean)).astype(query.dtype)
+    query, key, value, raised, inverse = kept
+    weights = raised * inverse
+    by_weights = grad @ value.swapaxes(2, 3)
+    # The softmax's derivative, in float32: what all scores have in common has to cancel.
+    mean = (weights * by_weights).sum(axis=-1, keepdims=True)
+    scores = (weights * (by_weights - mean)).astype(query.dtype)
     scale = jnp.sqrt(query.shape[-1]).astype(query.dtype)
     return (
         (scores @ key) / scale,
         scores.swapaxes(2, 3) @ query,
-        weights.swapaxes(2, 3) @ grad,
+        weights.astype(grad.dtype).swapaxes(2, 3) @ grad,
     )
 
 

@@ -90,7 +90,8 @@ def _locked(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}\n")
         file.flush()
-        os.fsync(file.fileno())  # For `lock_holder` on other hosts.
+        with contextlib.suppress(OSError):  # For `lock_holder` on other hosts; not all systems can.
+            os.fsync(file.fileno())
         try:
             yield
         finally:
