@@ -99,6 +99,15 @@ def _locked(workdir: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
+def check_named(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Raises UserError if the pictures of a run have no name by which to open them again."""
+    if config.dataset.endswith(GIVEN):
+        raise UserError(
+            f"{workdir}: its pictures were given in Python and can't be opened again: the run "
+            f"itself writes {PAGE} at its end; or give vit-jax evaluate a folder of pictures"
+        )
+
+
 def lock_holder(workdir: Path) -> str | None:
     """The process that trains in a folder as this host sees it, or did last; None for none."""
     try:
