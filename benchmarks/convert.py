@@ -60,7 +60,7 @@ def main() -> None:
                 )
                 more = (large["peak"] - small["peak"]) / max(sizes)
                 print(
-                    f"| {source} | {target} | {large['seconds']:.1f} | "
+                    f"| `{source}` | `{target}` | {large['seconds']:.1f} | "
                     f"{large['peak'] / 1e6:,.0f} | {small['peak'] / 1e6:,.0f} | {more:.2f} |",
                     flush=True,
                 )
