@@ -22,6 +22,7 @@ def test_a_person_gets_a_table_a_verdict_time_and_cost(capsys):
     assert "\ncost " in text
 
 
+@pytest.mark.slow
 def test_json_says_it_all_and_what_does_not_fit_is_status_1(capsys):
     assert main([*PLAN, "--memory=0.1MiB", "--peak-tflops=2", "--mfu=0.5", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

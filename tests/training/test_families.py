@@ -43,10 +43,7 @@ FROM_SCRATCH = {
 
 @pytest.mark.parametrize(
     "family",
-    [
-        f if f in ("root", "Mixer") else pytest.param(f, marks=pytest.mark.slow)
-        for f in FROM_SCRATCH
-    ],
+    [f if f == "Mixer" else pytest.param(f, marks=pytest.mark.slow) for f in FROM_SCRATCH],
 )
 def test_any_family_is_trained_from_scratch_and_then_from_its_file(family, tmp_path):
     fields = FROM_SCRATCH[family]

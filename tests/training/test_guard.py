@@ -78,7 +78,7 @@ def weights(workdir):
     ("how", "by"),
     [
         pytest.param("skip", {"left_out": [25]}, marks=pytest.mark.slow),
-        ("rollback", {"back": [26]}),
+        pytest.param("rollback", {"back": [26]}, marks=pytest.mark.slow),
     ],
 )
 def test_a_bad_step_is_skipped_or_gone_back_for_and_an_interrupted_run_ends_the_same(
@@ -111,6 +111,7 @@ def test_a_bad_step_is_skipped_or_gone_back_for_and_an_interrupted_run_ends_the_
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_without_a_bad_step_nothing_is_changed_by_the_guard(tiny, tmp_path, outcome, whole):
     for how in ("skip", "rollback"):
         assert run(tiny(f"on_bad_step={how}", "spike=1e9"), tmp_path / how).finished
@@ -137,6 +138,7 @@ def test_a_run_that_only_goes_wrong_is_stopped(how, bad, message, tiny, tmp_path
         run(guarded(tiny, how, "checkpoint_every=20"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_at_a_bad_step_goes_on_by_skipping_it(tiny, tmp_path, monkeypatch):
     poison(monkeypatch, {26})
     with pytest.raises(UserError, match=r"at step 26 the loss .*on_bad_step=skip$"):

@@ -206,6 +206,7 @@ def test_checkpoints_that_are_all_damaged_are_told_in_one_line(whole, tmp_path, 
     )
 
 
+@pytest.mark.slow
 def test_any_batch_size_evaluates_each_picture_once_on_eight_devices(tmp_path):
     training = Training(
         *(tmp_path / "run", "total_steps=2", "warmup_steps=0", "batch_eval=7"),
@@ -242,6 +243,7 @@ def small_disk(folder: Path, size: str):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_save_keeps_the_checkpoint_before_and_the_run_goes_on(
     tiny, tmp_path, outcome, capfd
 ):

@@ -31,7 +31,12 @@ def plain(tmp_path_factory, tiny, outcome):
 
 
 @pytest.mark.parametrize(
-    "fields", [("scan_layers=True", "remat=full"), ("compile=pmap",)], ids=lambda f: f[-1]
+    "fields",
+    [
+        ("scan_layers=True", "remat=full"),
+        pytest.param(("compile=pmap",), marks=pytest.mark.slow),
+    ],
+    ids=lambda f: f[-1],
 )
 def test_a_run_leaves_the_files_of_the_plain_one(tiny, outcome, plain, tmp_path, fields):
     run(tiny(*SHORT, *fields), tmp_path / "run")

@@ -63,7 +63,7 @@ def nbytes(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-FAST = ("AdamW in slices", "in a loop, computed again")
+FAST = ("AdamW in slices",)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,7 @@ def test_a_state_that_is_too_large_for_a_device_is_split():
     assert max(other.training.total, other.evaluation.total) <= memory
 
 
+@pytest.mark.slow
 def test_on_several_devices_the_batch_is_split_and_the_weights_are_not():
     one = plan(CONFIGS["AdamW in slices"])
     four = plan_for(CONFIGS["AdamW in slices"], 4)
