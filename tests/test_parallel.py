@@ -95,11 +95,11 @@ STEPS = """
     for sharding in ("replicate", "fsdp"):
         config.sharding = sharding
         mesh, tx = make_mesh(config), make_optimizer(config, 10)
-        state = TrainState.create(params=params, tx=tx, mesh=mesh)
+        state = TrainState.create(params=params, tx=tx, mesh=mesh, ema=True)
         assert state.params["head"]["kernel"].sharding.is_fully_replicated
         kernel = state.params["Transformer"]["encoderblock_0"]["MlpBlock_0"]["Dense_0"]["kernel"]
         parts = {s.data.shape for s in kernel.addressable_shards}
-        step = make_train_step(model, tx, mesh=mesh, accum_steps=2)
+        step = make_train_step(model, tx, mesh=mesh, accum_steps=2, ema_decay=0.9)
         program = step.lower(state, batch).compile()
         names = ("all-gather", "all-to-all", "collective-permute")
         moves = {n: len(re.findall(rf" {n}(-start)?\\(", program.as_text())) for n in names}
@@ -109,7 +109,8 @@ STEPS = """
             losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         places = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state,
                               shardings(state, mesh))
-        assert all(jax.tree.leaves(places)) and step._cache_size() == 1
+        same = jax.tree.map(lambda a, b: a.sharding == b.sharding, state.params, state.ema)
+        assert all(jax.tree.leaves((places, same))) and step._cache_size() == 1
         after = jax.tree.leaves(to_host(state.params))
         norm = sum(float(np.abs(x).sum(dtype=np.float64)) for x in after)
         result[sharding] = dict(losses=losses, moves=moves, parts=sorted(parts), norm=norm,

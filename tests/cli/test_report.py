@@ -101,8 +101,9 @@ def test_a_run_whose_pictures_have_several_labels(tmp_path, capsys):
 def test_of_pictures_given_in_python_the_run_itself_reports(copy, fails):
     config = copy / "config.json"
     config.write_text(config.read_text().replace('"digits"', '"digits (given in Python)"'))
-    message = fails("report", copy)
-    assert message.startswith(f"{copy}: its pictures were given in Python and can't be opened")
+    for command in ("report", "evaluate"):
+        message = fails(command, copy)
+        assert message.startswith(f"{copy}: its pictures were given in Python and can't be opened")
 
 
 @pytest.mark.parametrize(

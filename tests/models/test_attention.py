@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from vit_jax.models.attention import MultiHeadAttention, attention_weights
+from vit_jax.models.attention import MultiHeadAttention, attend, attention_weights
 
 
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -48,6 +49,49 @@ def test_parameters_and_numbers_are_those_of_flax(dtype):
     np.testing.assert_allclose(
         np.float32(found), np.float32(expected), atol=tolerance, rtol=tolerance
     )
+
+
+@pytest.mark.parametrize("heads", [1, 6, 7])
+def test_attention_and_its_derivative_are_those_of_the_formula(heads):
+    """Against float64 NumPy, with scores of up to some hundreds, which exp alone can't take."""
+    rng = np.random.default_rng(heads)
+    q, k, v, g = (rng.normal(size=(2, heads, t, 4)) for t in (5, 3, 3, 5))
+    q[0] *= 200
+    scores = np.einsum("nhtw,nhsw->nhts", q, k) / 2
+    weights = scipy.special.softmax(scores, axis=-1)
+    by_weights = np.einsum("nhtw,nhsw->nhts", g, v)
+    by_scores = weights * (by_weights - (weights * by_weights).sum(axis=-1, keepdims=True)) / 2
+    expected = (
+        np.einsum("nhts,nhsw->nhtw", by_scores, k),
+        np.einsum("nhts,nhtw->nhsw", by_scores, q),
+        np.einsum("nhts,nhtw->nhsw", weights, g),
+    )
+
+    y, derivative = jax.vjp(attend, *(x.astype(np.float32) for x in (q, k, v)))
+
+    np.testing.assert_allclose(y, np.einsum("nhts,nhsw->nhtw", weights, v), atol=1e-5)
+    for found, wanted in zip(derivative(g.astype(np.float32)), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+def test_the_derivative_in_bfloat16_is_near_that_in_float32(offset):
+    """Also if keys and values have much in common, which has no effect on queries and keys."""
+    rng = np.random.default_rng(0)
+    q, k, v, g = (
+        jnp.asarray(rng.normal(size=(1, 4, 50, 16)) + shift, jnp.bfloat16)
+        for shift in (0, offset, offset, 0)
+    )
+
+    def derivative(*arrays):
+        *inputs, grad = arrays
+        return jax.jit(lambda *x: jax.vjp(attend, *x)[1](grad))(*inputs)
+
+    expected = derivative(*(x.astype(jnp.float32) for x in (q, k, v, g)))
+    for found, wanted in zip(derivative(q, k, v, g), expected, strict=True):
+        error = np.linalg.norm(np.float32(found) - wanted) / np.linalg.norm(wanted)
+        assert found.dtype == jnp.bfloat16
+        assert error < 0.03
 
 
 def test_weights_can_be_seen_and_derived_by():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from vit_jax.training import outcome as outcome_module
 from vit_jax.training import run
 from vit_jax.training.options import load_config, override
 
@@ -66,5 +67,21 @@ def outcome():
         return weights, [
             {k: v for k, v in line.items() if not k.startswith("time/")} for line in lines
         ]
+
+    return read
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Drawing the report takes most of so small a run; the first of all draws it."""
+    monkeypatch.setattr(outcome_module, "write_report", lambda report, path: path.touch())
+
+
+@pytest.fixture(scope="session")
+def saved_steps():
+    """Reads the steps of which a run has checkpoints."""
+
+    def read(workdir: Path) -> list[int]:
+        return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
 
     return read

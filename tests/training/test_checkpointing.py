@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.training import TrainState, make_optimizer, run, trainer
+from vit_jax.training import TrainState, make_optimizer, run
 from vit_jax.training.checkpointing import Checkpoints, digest
+from vit_jax.training.feed import Feed
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_jumps_of_the_clock_change_nothing(tiny, tmp_path, outcome, whole, monke
     import time
 
     chance, now, offset = np.random.default_rng(0), time.time, 0.0
-    save, take = Checkpoints.save, trainer.Feed.take
+    save, take = Checkpoints.save, Feed.take
 
     def jump():  # By decades.
         nonlocal offset
@@ -132,6 +133,6 @@ def test_jumps_of_the_clock_change_nothing(tiny, tmp_path, outcome, whole, monke
         patch.setattr(time, "time", lambda: now() + offset)
         patch.setattr(time, "time_ns", lambda: int(1e9 * (now() + offset)))
         patch.setattr(Checkpoints, "save", save_and_jump)
-        patch.setattr(trainer.Feed, "take", take_later_or_earlier)
+        patch.setattr(Feed, "take", take_later_or_earlier)
         assert run(tiny(), tmp_path).finished
     assert outcome(tmp_path) == outcome(whole)

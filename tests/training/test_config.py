@@ -149,6 +149,7 @@ def test_a_misspelt_field_in_a_file_is_named_too():
         ("grad_norm_clip", -1.0, "config.grad_norm_clip is -1.0, expected at least 0"),
         ("keep_checkpoints", 0, "config.keep_checkpoints is 0, expected at least 1"),
         ("label_smoothing", 1.0, "config.label_smoothing is 1.0, expected 0 <= value < 1"),
+        ("ema_decay", 1.0, "config.ema_decay is 1.0, expected 0 <= value < 1"),
         ("momentum", 1.0, "config.momentum is 1.0, expected 0 <= value < 1"),
         ("optim", "adam", "config.optim is 'adam', expected one of sgd, adamw"),
         ("accum_steps", 7, "config.batch 512 is not divisible by config.accum_steps 7"),

@@ -46,14 +46,14 @@ def guarded(tiny, how, *fields):
 
 
 def by_hand(config, steps):
-    """The weights, without the batches that are "left_out", and going "back" to those after batch
-    20 before some."""
+    """The averaged weights, without the batches that are "left_out", and going "back" to those
+    after batch 20 before some."""
     task = open_task(config)
     shape, spec = task.picture_shape, task.eval_ops.spec
     vit = make_network(config, picture_shape=shape, labels=task.labels, preprocess=spec)
     tx = make_optimizer(config, config.total_steps)
     train_step = trainer.step_of(task, vit.model, tx)
-    state = TrainState.create(params=vit.params, tx=tx, seed=config.seed)
+    state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, ema=True)
     saved, batches = None, task.train_batches(0)
     for i, batch in enumerate(batches):
         if i == config.total_steps:
@@ -67,7 +67,7 @@ def by_hand(config, steps):
         if i + 1 == 20:
             saved = jax.tree.map(jnp.copy, state)
     batches.close()
-    return flatten_dict(jax.device_get(state.params), sep="/")
+    return flatten_dict(jax.device_get(state.averaged), sep="/")
 
 
 def weights(workdir):
@@ -84,7 +84,7 @@ def weights(workdir):
 def test_a_bad_step_is_skipped_or_gone_back_for_and_an_interrupted_run_ends_the_same(
     how, by, tiny, tmp_path, outcome, monkeypatch, capsys
 ):
-    config = guarded(tiny, how, "keep_checkpoints=1")
+    config = guarded(tiny, how, "keep_checkpoints=1", "ema_decay=0.8")
     with monkeypatch.context() as patch:
         poison(patch, {26})
         assert run(config, tmp_path / "whole").finished

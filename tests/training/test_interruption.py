@@ -114,7 +114,7 @@ def test_a_run_killed_while_it_steps_and_while_it_saves_ends_like_one_left_alone
     tiny, tmp_path, outcome
 ):
     # The first kill leaves an unfinished checkpoint, the second a few steps beyond a finished one.
-    fields = ("total_steps=200", "checkpoint_every=20")
+    fields = ("total_steps=200", "checkpoint_every=20", "ema_decay=0.9")
     check_kills([in_save_from(40), at_step(110)], fields, tiny, tmp_path, outcome)
 
 

@@ -36,9 +36,11 @@ CONFIGS = {
     ),
     "bfloat16 moments, in a loop": config_of(*DEEP, "scan_layers=True"),
     "in a loop, computed again": config_of(
-        *DEEP, "optim_dtype=float32", "scan_layers=True", "remat=full"
+        *DEEP, "optim_dtype=float32", "scan_layers=True", "remat=full", "ema_decay=0.9"
     ),
-    "fsdp in a loop": config_of(*DEEP, "sharding=fsdp", "scan_layers=True", "remat=dots"),
+    "fsdp in a loop": config_of(
+        *DEEP, "sharding=fsdp", "scan_layers=True", "remat=dots", "ema_decay=0.9"
+    ),
 }  # fmt: skip
 
 
@@ -49,7 +51,7 @@ def real_step(config):
     mesh = make_mesh(config)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
-    state = TrainState.create(params=params, tx=tx, mesh=mesh)
+    state = TrainState.create(params=params, tx=tx, mesh=mesh, ema=config.ema_decay > 0)
     batches = task.train_batches(0)
     batch = jax.device_put(next(batches), split(mesh))
     batches.close()
@@ -92,8 +94,9 @@ def check_memory(name):
     needed = step.lower(state, batch).compile().memory_analysis()
     found = plan(config).training
 
-    assert found.parameters == nbytes(state.params)
-    assert found.optimizer == nbytes(state) - nbytes(state.params)
+    parameters = nbytes((state.params, state.ema))
+    assert parameters == nbytes(state.params) * (2 if config.ema_decay else 1)
+    assert (found.parameters, found.optimizer) == (parameters, nbytes(state) - parameters)
     assert found.batches == nbytes(batch) * (2 + config.prefetch)
     ahead = nbytes(batch) * (1 + config.prefetch)
     compiled = (

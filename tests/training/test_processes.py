@@ -22,7 +22,7 @@ from vit_jax.training.options import load_config, override
 # Wide enough that a layer is split; exact momentum, so that only sums are rounded differently; test
 # pictures in a number that no number of devices divides.
 FIELDS = ("model.mlp_dim=1024", "optim_dtype=float32", "progress_every=1", "batch_eval=7")
-FIELDS += ("splits.test=test[:353]",)
+FIELDS += ("splits.test=test[:353]", "ema_decay=0.5")
 # What runs in some number of processes with some number of devices each is what runs in one.
 LAYOUTS = {
     "8 devices": (1, 8),

@@ -226,6 +226,28 @@ def test_many_steps_are_one_compilation_and_move_nothing_to_the_host():
     assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize("compile", ["jit", "pmap"])
+def test_the_average_of_the_weights_starts_with_them_and_leaves_out_bad_steps(compile):
+    model, tx = SmallModel(), plain_sgd(0.1)
+    step = make_train_step(model, tx, compile=compile, accum_steps=2, skip_bad=True, ema_decay=0.7)
+    state = TrainState.create(params=small_params(model), tx=tx, ema=True)
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
+    for i in range(6):
+        batch = small_batch(seed=i)
+        if i == 3:
+            batch["image"] *= np.nan
+        state, metrics = step(state, batch)
+        if i != 3:
+            expected = jax.tree.map(
+                lambda mean, x: 0.7 * mean + 0.3 * np.asarray(x, np.float64), expected, state.params
+            )
+    assert int(metrics["bad_steps"]) == 1
+    for found, mean in zip(*map(jax.tree.leaves, (state.ema, expected)), strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, mean, rtol=1e-6, atol=1e-7)
+    assert TrainState.create(params=small_params(model), tx=tx).ema is None
+
+
 def test_a_batch_that_cannot_be_cut_is_refused():
     with pytest.raises(UserError, match="holds 16 pictures, expected a multiple of 3"):
         first_step(small_batch(16), accum_steps=3)
@@ -243,6 +265,7 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters():
 EIGHT_DEVICES = """
     import json, sys
     import jax, numpy as np
+    from ml_collections import ConfigDict
     from tests.training import test_step as t
     from vit_jax.training import TrainState, make_mesh, make_train_step
 
@@ -258,6 +281,12 @@ EIGHT_DEVICES = """
     program = step.lower(state, t.small_batch(32)).compile().as_text()
     moves = [n for n in ("all-gather", "all-to-all", "collective-permute") if n in program]
     assert "all-reduce" in program
+
+    mesh = make_mesh(ConfigDict(dict(batch=8, accum_steps=1, sharding="fsdp")))
+    params = {"kernel": np.ones((256, 64), np.float32)}
+    state = TrainState.create(params=params, tx=tx, mesh=mesh, ema=True)
+    for place in state.params["kernel"], state.ema["kernel"]:
+        assert {part.data.shape for part in place.addressable_shards} == {(32, 64)}
     print(json.dumps([losses, moves]))
 """
 

@@ -17,22 +17,13 @@ from vit_jax import data, load
 from vit_jax.errors import UserError
 from vit_jax.evaluation.pictures import evaluate_pictures
 from vit_jax.training import TrainState, default_config, make_optimizer, run, trainer
-from vit_jax.training import outcome as outcome_module
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.optimizer import schedule_of
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.task import Task
 
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """Drawing the report takes most of so small a run; the first of all draws it."""
-    monkeypatch.setattr(outcome_module, "write_report", lambda report, path: path.touch())
-
-
-def saved_steps(workdir):
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def times(workdir):
@@ -217,7 +208,7 @@ class _Interrupted:
 
 @pytest.mark.parametrize("step", [1, 13, 20, 39])
 def test_a_run_stopped_by_sigterm_goes_on_exactly(
-    step, whole, tiny, tmp_path, outcome, monkeypatch
+    step, whole, tiny, tmp_path, outcome, monkeypatch, saved_steps
 ):
     with monkeypatch.context() as patch:
         _Interrupted.in_step(patch, step)
@@ -284,56 +275,6 @@ def test_a_run_may_be_started_in_another_thread(tiny, tmp_path):
     assert results[0].finished
 
 
-@pytest.mark.parametrize("progress_every", [1, 40])
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(progress_every, tiny, tmp_path):
-    config = tiny(
-        "base_lr=1e36",
-        "optim=sgd",
-        "checkpoint_every=1",
-        "eval_every=0",
-        f"progress_every={progress_every}",
-    )
-    # The first update of the warm-up has learning rate 0; the second one ruins the weights.
-    with pytest.raises(UserError, match=r"at step 2 the param_norm became (nan|inf); what"):
-        run(config, tmp_path)
-    assert saved_steps(tmp_path) == [1]
-    assert not (tmp_path / "weights.npz").exists()
-
-
-def test_the_loss_is_looked_at_before_a_checkpoint_replaces_a_good_one(tiny, tmp_path):
-    config = tiny("base_lr=1e36", "optim=sgd", "checkpoint_every=1", "progress_every=40")
-    config.keep_checkpoints = 1
-    with pytest.raises(UserError, match="at step 2 "):
-        run(config, tmp_path)
-    assert saved_steps(tmp_path) == [1]
-
-
-@pytest.mark.parametrize("keep", [1, 3])
-def test_the_last_checkpoints_are_kept(keep, tiny, tmp_path):
-    run(tiny(f"keep_checkpoints={keep}", "checkpoint_every=5", "eval_every=0"), tmp_path)
-    assert saved_steps(tmp_path) == list(range(5, 41, 5))[-keep:]
-
-
-def test_keep_best_keeps_the_weights_of_the_best_evaluation(tiny, tmp_path):
-    # A learning rate that destroys in the second half what the first has learnt.
-    config = tiny("keep_best", "eval_every=5", "decay_type=constant", "base_lr=0.3")
-    run(config, tmp_path)
-    best = max(line.get("test/top1", 0) for line in read_metrics(tmp_path / "metrics.jsonl"))
-    scores = evaluate_pictures(
-        load(tmp_path / "weights_best.npz"), data.open_source("digits", "test")
-    )
-    assert scores.top1 == best
-    assert load(tmp_path / "weights_best.npz").labels == tuple("0123456789")
-
-
-def test_without_checkpoints_or_evaluations_on_the_way_the_end_still_has_both(tiny, tmp_path):
-    run(tiny("checkpoint_every=0", "eval_every=0", "total_steps=7"), tmp_path)
-    assert saved_steps(tmp_path) == [7]
-    lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [5, 7, 7]
-    assert "test/top1" in lines[-1]
-
-
 def test_a_run_starts_from_the_weights_of_another(whole, tiny, tmp_path, capsys):
     start = tiny(f"model_or_filename={whole / 'weights.npz'}", "total_steps=1", "warmup_steps=1")
     run(start, tmp_path)
@@ -364,7 +305,7 @@ def test_bfloat16_trains_and_leaves_float32_weights(tiny, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    whole, tiny, tmp_path, outcome, monkeypatch, capsys
+    whole, tiny, tmp_path, outcome, monkeypatch, capsys, saved_steps
 ):
     with monkeypatch.context() as patch:
         _Interrupted.in_step(patch, 25)

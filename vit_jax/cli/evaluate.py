@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.evaluation.pictures import evaluate_pictures, write_predictions
     from vit_jax.evaluation.zero_shot import zero_shot
     from vit_jax.pretrained import PretrainedLiT, load
-    from vit_jax.training.workdir import read_config
+    from vit_jax.training.workdir import check_named, read_config
 
     vit = load(args.weights)
     dataset, split, seed, loss, places = args.data, "test", 0, "softmax", {}
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         config = read_config(args.weights)
         places = {"data_dir": config.tfds_data_dir, "manual_dir": config.tfds_manual_dir}
         if dataset is None:
+            check_named(args.weights, config)
             dataset, split = config.dataset, config.splits.test
             seed, loss = config.seed, config.loss
     elif dataset is None:

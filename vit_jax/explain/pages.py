@@ -60,7 +60,7 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
     similarity = position_similarity(vit)
     heights = [*map(sum, rows), max(positions_height(similarity, 6), 3)]
     figure = new_figure(13, sum(heights))
-    if (pixels := figure.bbox.height) >= MAX_PIXELS:
+    if (pixels := figure.bbox.height) > MAX_PIXELS:
         raise UserError(
             f"{len(explained)} pictures make a page of {pixels:,.0f} pixels, and a PNG may be "
             f"{MAX_PIXELS:,} high: give fewer, or write a name in .html"

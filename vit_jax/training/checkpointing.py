@@ -67,7 +67,7 @@ class Checkpoints:
             # The next step may be given the arrays to overwrite at once: Orbax has copied them to
             # the host by then, and on a CPU, where there is nothing to copy, JAX leaves memory
             # alone that somebody else holds.
-            parts = {"state": state, "digest": digest(state)}
+            parts = {"state": _fields(state), "digest": digest(state)}
             self._saving = self._manager.save_checkpointables_async(step, parts)
             self._saving_step = step
 
@@ -125,7 +125,7 @@ class Checkpoints:
 
     def _load(self, step: int, like: TrainState) -> tuple[TrainState | None, str | None]:
         """The state of a step, or what is wrong with it; in all processes alike."""
-        want = {"state": like, "digest": jax.eval_shape(digest, like)}
+        want = {"state": _fields(like), "digest": jax.eval_shape(digest, like)}
         whole = like.step.sharding
         want = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or whole), want
@@ -148,7 +148,7 @@ class Checkpoints:
             problem = _reason(e)
         problems = gather(problem)
         if found is not None and not any(problems):
-            state = found["state"]
+            state = like.replace(**found["state"])
             same = np.array_equal(*jax.device_get((digest(state), found["digest"])))
             problems = gather(None if same else "its contents are not what was saved")
             if not any(problems):
@@ -207,6 +207,11 @@ class _Keep:
         steps = [c.step for c in checkpoints]
         kept = steps[-self._keep :] + [s for s in steps if _scheduled(s, self._every)][-1:]
         return [step in kept for step in steps]
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state: nothing of an average if there is none, as before there was any."""
+    return {name: field for name, field in vars(state).items() if field is not None}
 
 
 def _scheduled(step: int, every: int | None) -> bool:

@@ -42,6 +42,7 @@ LIMITS = {
     "base_lr": (0, math.inf),
     "grad_norm_clip": (0, math.inf),
     "label_smoothing": (0, 1),
+    "ema_decay": (0, 1),
     "mixup": (0, math.inf),
     "cutmix": (0, math.inf),
     "progress_every": (1, math.inf),
@@ -182,6 +183,9 @@ def default_config() -> ConfigDict:
     config.grad_norm_clip = 1.0  # 0 for none.
     config.loss = "softmax"
     config.label_smoothing = 0.0
+    # What is evaluated and left at the end is an exponential moving average of the weights:
+    # average = ema_decay * average + (1 - ema_decay) * weights, from the first ones on; 0 for none.
+    config.ema_decay = 0.0
 
     # What is shown and kept. 0 for never before the end.
     config.progress_every = 10

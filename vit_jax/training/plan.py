@@ -46,7 +46,7 @@ class Memory:
     """Bytes on each device while a step runs, or an evaluation.
 
     Attributes:
-      parameters, optimizer: what lasts.
+      parameters, optimizer: what lasts; the parameters twice if they are averaged.
       gradients: as large as the parameters; 0 in an evaluation.
       activations: all else that the program needs for the time it runs.
       batches: the batch at work, and those made ready ahead.
@@ -260,6 +260,7 @@ def _state(config: ConfigDict, params: Any) -> tuple[Any, TrainState]:
         opt_state=jax.eval_shape(tx.init, params),
         seed=jax.ShapeDtypeStruct((), jnp.uint32),  # type: ignore[arg-type]
         guard=new_guard(),
+        ema=params if config.ema_decay else None,
     )
     places = shardings(state, make_mesh(config))
     return tx, jax.tree.map(
@@ -284,12 +285,11 @@ def _training(task: Task, model: Any, params: Any) -> Memory:
     batch = _batch(task, task.train_ops, config.batch)
     step: Any = step_of(dataclasses.replace(task, config=config), model, tx, mesh)
     needed = step.lower(state, batch).compile().memory_analysis()
-    kept, weights = _bytes(state), _bytes(state.params)
+    weights = _bytes(state.params)
     # What comes out takes the place of the state that goes in, but for the figures.
     temporary = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
     return Memory(
-        parameters=weights,
-        optimizer=kept - weights,
+        **_lasting(state),
         gradients=min(weights, temporary),
         activations=max(temporary - weights, 0),
         # One that is at work, one for the next step, and those that wait: see `Feed`.
@@ -308,14 +308,17 @@ def _evaluation(task: Task, model: Any, params: Any) -> Memory:
     step: Any = make_eval_step(model, mesh=mesh, loss=config.loss)
     needed = step.lower(state.params, batch).compile().memory_analysis()
     ahead = _bytes(_batch(task, task.train_ops, config.batch), mesh) * config.prefetch
-    weights = _bytes(state.params)
     return Memory(
-        parameters=weights,
-        optimizer=_bytes(state) - weights,
+        **_lasting(state),
         gradients=0,
         activations=needed.temp_size_in_bytes + needed.output_size_in_bytes,
         batches=_bytes(batch, mesh) * EVAL_BATCHES + ahead,
     )
+
+
+def _lasting(state: TrainState) -> dict[str, int]:
+    parameters = _bytes((state.params, state.ema))
+    return {"parameters": parameters, "optimizer": _bytes(state) - parameters}
 
 
 def _bytes(tree: Any, mesh: Any = None) -> int:

@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from vit_jax import data
 from vit_jax.checkpoints import open_arrays, read_spec, to_tree
-from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import Scores
 from vit_jax.evaluation.pictures import evaluate_pictures
 from vit_jax.evaluation.report import Report, choose_examples, environment
@@ -17,7 +16,7 @@ from vit_jax.training.config import flatten
 from vit_jax.training.fields import default_config
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.task import eval_spec
-from vit_jax.training.workdir import CHECKPOINTS, GIVEN, METRICS, PAGE, read_config
+from vit_jax.training.workdir import CHECKPOINTS, METRICS, check_named, read_config
 
 
 def make_report(
@@ -71,11 +70,7 @@ def review(workdir: str | os.PathLike, *, batch_size: int = 64) -> Report:
     if not (workdir / WEIGHTS).is_file() and saved is None:
         name = config.model.name or config.model_or_filename
         return make_report(workdir, config, name, note=f"{unfinished}nothing is saved yet.")
-    if config.dataset.endswith(GIVEN):
-        raise UserError(
-            f"{workdir}: its pictures were given in Python and can't be opened again: the run "
-            f"itself writes {PAGE} at its end; or give vit-jax evaluate a folder of pictures"
-        )
+    check_named(workdir, config)
     test = data.open_source(
         config.dataset,
         config.splits.test,
@@ -98,7 +93,8 @@ def _saved(folder: Path, config: ConfigDict, labels: tuple[str, ...]) -> Pretrai
     """The network of a checkpoint."""
     preprocess = eval_spec(config)
     with open_arrays(folder) as stored:
-        params = {k[7:]: array for k, array in stored.items() if k.startswith("params/")}
+        part = "ema/" if any(k.startswith("ema/") for k in stored) else "params/"
+        params = {k.removeprefix(part): x for k, x in stored.items() if k.startswith(part)}
         spec = read_spec(
             params,
             classifier=config.model.get("classifier"),

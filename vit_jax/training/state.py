@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -22,6 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
       opt_state: what the optimizer remembers.
       seed: uint32 scalar; with `step` it gives the random numbers of the next update.
       guard: what is remembered of good and bad steps, see `new_guard`.
+      ema: the moving average of params, which lies as they do; None if there is none.
     """
 
     step: jax.Array
@@ -29,6 +31,12 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
     seed: jax.Array
     guard: Guard
+    ema: Any = None
+
+    @property
+    def averaged(self) -> Any:
+        """The weights that the run is for: those of the average, if there is one."""
+        return self.params if self.ema is None else self.ema
 
     @classmethod
     def create(
@@ -38,9 +46,11 @@ class TrainState(flax.struct.PyTreeNode):
         tx: optax.GradientTransformation,
         seed: int = 0,
         mesh: Mesh | None = None,
+        ema: bool = False,
     ) -> "TrainState":
         """The state before the first update, over the devices of a mesh (by default of all devices)
-        as `shardings` says; no device holds more than its part at any time.
+        as `shardings` says; no device holds more than its part at any time. With `ema` there is an
+        average, which begins with these parameters.
 
         The parameters are copied: a step donates its state.
         """
@@ -51,6 +61,7 @@ class TrainState(flax.struct.PyTreeNode):
         return cls(
             params=params,
             opt_state=jax.jit(tx.init, out_shardings=places)(params),
+            ema=jax.tree.map(jnp.copy, params) if ema else None,
             **spread(small, shardings(small, mesh)),
         )
 

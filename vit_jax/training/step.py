@@ -37,6 +37,7 @@ def make_train_step(
     value_range: tuple[float, float] = (-1.0, 1.0),
     skip_bad: bool = False,
     spike: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> Step:
     """Compiles one update of the weights over all devices of a mesh.
 
@@ -57,6 +58,7 @@ def make_train_step(
       value_range: what 0 and 255 of uint8 pictures become.
       skip_bad: whether a step that `judge` calls bad leaves weights and optimizer as they are.
       spike: see `judge`.
+      ema_decay: of the average of the weights, if the state has one.
 
     Returns:
       step(state, batch) -> (state, metrics). The batch holds "image", (n, h, w, c) of float32 or,
@@ -123,10 +125,13 @@ def make_train_step(
         norms = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
         metrics = {"loss": value} | {name: optax.tree.norm(x) for name, x in norms.items()}
         ok, guard = judge(state.guard, metrics, spike)
+        new = {"params": params, "opt_state": opt_state}
+        if state.ema is not None:
+            new["ema"] = optax.incremental_update(params, state.ema, 1 - ema_decay)
         if skip_bad:
-            new, old = (params, opt_state), (state.params, state.opt_state)
-            params, opt_state = jax.tree.map(functools.partial(jnp.where, ok), new, old)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, guard=guard)
+            old = {name: getattr(state, name) for name in new}
+            new = jax.tree.map(functools.partial(jnp.where, ok), new, old)
+        state = state.replace(step=state.step + 1, guard=guard, **new)
         if not axis:
             state = jax.lax.with_sharding_constraint(state, shardings(state, mesh))
         return state, metrics | guard

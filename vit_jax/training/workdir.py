@@ -90,12 +90,22 @@ def _locked(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}\n")
         file.flush()
-        os.fsync(file.fileno())  # For `lock_holder` on other hosts.
+        with contextlib.suppress(OSError):  # For `lock_holder` on other hosts; not all systems can.
+            os.fsync(file.fileno())
         try:
             yield
         finally:
             if not (workdir / CONFIG).exists():
                 path.unlink(missing_ok=True)
+
+
+def check_named(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Raises UserError if the pictures of a run have no name by which to open them again."""
+    if config.dataset.endswith(GIVEN):
+        raise UserError(
+            f"{workdir}: its pictures were given in Python and can't be opened again: the run "
+            f"itself writes {PAGE} at its end; or give vit-jax evaluate a folder of pictures"
+        )
 
 
 def lock_holder(workdir: Path) -> str | None:
