@@ -5,12 +5,13 @@ How products are written down decides how fast XLA computes them on a CPU:
 benchmarks/results/train.md has the figures; there are none of other devices.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from vit_jax.models.dense import Dense
 
 # By what it is computed: products and a softmax that XLA compiles, or cuDNN's one kernel.
 ATTENTION = ("xla", "cudnn")
@@ -40,7 +41,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """`attention_weights(query, key) @ value`, and its derivative, in less time.
 
     On a CPU, XLA computes a batch of small products on one core, and independent ones side by side:
-    there the heads are taken in a few groups. It has no forward-mode derivative (`jax.jvp`).
+    there the pictures are taken in slices. It has no forward-mode derivative (`jax.jvp`).
 
     Args:
       query, key, value: (n, h, t, d / h), (n, h, s, d / h), (n, h, s, d / h).
@@ -48,14 +49,22 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     Returns:
       (n, h, t, d / h).
     """
-    groups = _head_groups(query.shape[1])
-    parts = zip(*(jnp.split(x, groups, axis=1) for x in (query, key, value)), strict=True)
-    return jnp.concatenate([_attend(*part) for part in parts], axis=1)
+    n, slices = len(query), _slices(len(query))
+
+    def cut(x: jax.Array) -> list[jax.Array]:
+        # Each slice has pictures of every device, so that none has to be moved.
+        x = x.reshape(n // slices, slices, *x.shape[1:])
+        return [x[:, i] for i in range(slices)]
+
+    parts = [_attend(*part) for part in zip(cut(query), cut(key), cut(value), strict=True)]
+    return jnp.stack(parts, axis=1).reshape(query.shape)
 
 
-def _head_groups(heads: int) -> int:
-    most = 4 if jax.default_backend() == "cpu" else 1
-    return max(i for i in range(1, heads + 1) if heads % i == 0 and i <= most)
+def _slices(pictures: int) -> int:
+    on_each, rest = divmod(pictures, jax.device_count())
+    if rest or jax.default_backend() != "cpu":
+        return 1
+    return max(i for i in range(1, 5) if on_each % i == 0)
 
 
 @jax.custom_vjp
@@ -136,8 +145,8 @@ class MultiHeadAttention(nn.Module):
         heads = (self.num_heads, d // self.num_heads)
 
         def project(name: str, tokens: jax.Array) -> jax.Array:
-            tokens = _Projection((d, *heads), heads, self.dtype, name=name)(tokens)
-            return split_heads(tokens, self.num_heads)
+            dense = Dense(d, self.dtype, kernel_shape=(d, *heads), bias_shape=heads, name=name)
+            return split_heads(dense(tokens), self.num_heads)
 
         query, key, value = project("query", x), project("key", asked), project("value", asked)
         if self.dropout_rate > 0 and not deterministic:
@@ -152,7 +161,7 @@ class MultiHeadAttention(nn.Module):
                 weights = attention_weights(query, key)
                 self.sow("intermediates", "attention_weights", weights)
                 y += self.perturb("attention_weights", jnp.zeros_like(weights)) @ value
-        return _Projection((*heads, d), (d,), self.dtype, name="out")(join_heads(y))
+        return Dense(d, self.dtype, kernel_shape=(*heads, d), name="out")(join_heads(y))
 
     def _watched(self) -> bool:
         # While initializing they would become a part of the network's variables.
@@ -161,24 +170,3 @@ class MultiHeadAttention(nn.Module):
             any(self.is_mutable_collection(name) for name in collections)
             or self.has_variable("perturbations", "attention_weights")
         )
-
-
-class _Projection(nn.Module):
-    """A dense layer (n, t, d) -> (n, t, d) whose parameters are kept with an axis for the heads."""
-
-    kernel_shape: tuple[int, ...]
-    bias_shape: tuple[int, ...]
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        d = tokens.shape[-1]
-
-        def initial(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return nn.initializers.xavier_uniform()(key, (d, d)).reshape(shape)
-
-        kernel = self.param("kernel", initial, self.kernel_shape).reshape(d, d)
-        bias = self.param("bias", nn.initializers.zeros, self.bias_shape).reshape(d)
-        tokens, kernel, bias = nn.dtypes.promote_dtype(tokens, kernel, bias, dtype=self.dtype)
-        flat = tokens.reshape(math.prod(tokens.shape[:-1]), d)  # There may be none.
-        return (flat @ kernel + bias).reshape(tokens.shape)

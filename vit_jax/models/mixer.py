@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models.blocks import BlockLoop, DropPath, run_blocks
+from vit_jax.models.gelu import gelu
 from vit_jax.models.normalization import LayerNorm
 from vit_jax.models.vit import LAYER_NORM_EPSILON, check_images, check_patch_size, check_rates
 
@@ -26,7 +27,7 @@ class MixerMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype)(x), approximate=True)
+        hidden = gelu(nn.Dense(self.mlp_dim, dtype=self.dtype)(x))
         return nn.Dense(x.shape[-1], dtype=self.dtype)(hidden)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models.attention import attention_weights, join_heads, split_heads
+from vit_jax.models.gelu import gelu
 from vit_jax.models.normalization import LayerNorm
 from vit_jax.models.vit import Encoder
 
@@ -259,7 +260,7 @@ class _Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.gelu(_dense(self.mlp_dim, self.dtype, "dense_layer")(x), approximate=True)
+        return gelu(_dense(self.mlp_dim, self.dtype, "dense_layer")(x))
 
 
 def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
