@@ -5,8 +5,9 @@
 
 Both do the same: float32 pictures of 224 px and 1,000 classes, forwards, backwards, the gradient
 clipped to norm 1, SGD with momentum. Ours is what `vit-jax train` runs. Each side is a process of
-its own that lives through all rounds; they take turns, so that whatever else the machine does slows
-both alike. Figures are medians of the rounds; the first steps don't count.
+its own that lives through all rounds; they take turns of a second, so that whatever else the
+machine does slows both alike. Figures are medians of the rounds, the ratio is that of the ratios of
+single rounds, with its quartiles; the first steps don't count.
 """
 
 import json
@@ -20,11 +21,12 @@ from collections.abc import Callable
 
 # Our name, timm's, pictures in a batch, steps a round, and the least ratio that is wanted.
 MODELS = {
-    "ViT-Ti_16": ("vit_tiny_patch16_224", 8, 8, 1.0),
-    "ViT-S_16": ("vit_small_patch16_224", 8, 3, 1.05),
-    "ViT-B_16": ("vit_base_patch16_224", 4, 2, 1.05),
+    "ViT-Ti_16": ("vit_tiny_patch16_224", 8, 3, 1.0),
+    "ViT-S_16": ("vit_small_patch16_224", 8, 1, 1.05),
+    "ViT-B_16": ("vit_base_patch16_224", 4, 1, 1.05),
 }
-ROUNDS = 7
+ROUNDS = 31
+UNCOUNTED = 3
 SIDES = ("ours", "timm")
 
 
@@ -106,8 +108,8 @@ def _processor(before: resource.struct_rusage, after: resource.struct_rusage) ->
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def compare(name: str) -> dict[str, dict[str, float]]:
-    """The medians of both sides."""
+def compare(name: str) -> dict[str, list[dict[str, float]]]:
+    """The figures of both sides, of each round."""
     command = [sys.executable, __file__, "--worker"]
     sides = {
         side: subprocess.Popen(
@@ -120,21 +122,18 @@ def compare(name: str) -> dict[str, dict[str, float]]:
         for side in SIDES
     }
     rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for i in range(ROUNDS + 1):  # The first round waits until both are ready.
+    for i in range(UNCOUNTED + ROUNDS):  # The first round waits until both are ready.
         for side in SIDES[:: (-1) ** i]:
             process = sides[side]
             assert process.stdin is not None
             assert process.stdout is not None
-            print(MODELS[name][2] if i else 1, file=process.stdin, flush=True)
+            print(MODELS[name][2], file=process.stdin, flush=True)
             figures = json.loads(process.stdout.readline())
-            if i:
+            if i >= UNCOUNTED:
                 rounds[side].append(figures)
     for process in sides.values():
         process.communicate()
-    return {
-        side: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
-        for side, runs in rounds.items()
-    }
+    return rounds
 
 
 def main(names: list[str]) -> None:
@@ -145,13 +144,14 @@ def main(names: list[str]) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in names or MODELS:
         _, batch_size, _, wanted = MODELS[name]
-        medians = compare(name)
-        for side, figures in medians.items():
-            cells = " | ".join(f"{value:,.0f}" for value in figures.values())
-            ratio = f"{medians['timm']['ms'] / figures['ms']:.2f} | {wanted}"
-            print(
-                f"| {name}, {batch_size} | {side} | {cells} | {ratio if side == 'ours' else '|'} |"
-            )
+        rounds = compare(name)
+        pairs = zip(rounds["timm"], rounds["ours"], strict=True)
+        low, middle, high = statistics.quantiles(a["ms"] / b["ms"] for a, b in pairs)
+        ratios = {"ours": f"{middle:.2f} ({low:.2f} to {high:.2f}) | {wanted}", "timm": "|"}
+        for side, runs in rounds.items():
+            medians = [statistics.median(figures[key] for figures in runs) for key in runs[0]]
+            cells = " | ".join(f"{value:,.0f}" for value in medians)
+            print(f"| {name}, {batch_size} | {side} | {cells} | {ratios[side]} |", flush=True)
 
 
 if __name__ == "__main__":

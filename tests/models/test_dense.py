@@ -45,8 +45,8 @@ def test_parameters_may_be_kept_in_other_shapes():
 
     assert variables["params"]["kernel"].shape == (6, 2, 2)
     assert variables["params"]["bias"].shape == (2, 2)
-    plain, joined = Dense(4).init_with_output(jax.random.key(0), x)
+    expected, plain = Dense(4).init_with_output(jax.random.key(0), x)
     np.testing.assert_array_equal(
-        variables["params"]["kernel"].reshape(6, 4), joined["params"]["kernel"]
+        variables["params"]["kernel"].reshape(6, 4), plain["params"]["kernel"]
     )
-    np.testing.assert_array_equal(y, plain)
+    np.testing.assert_array_equal(y, expected)

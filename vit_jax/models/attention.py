@@ -49,12 +49,13 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     Returns:
       (n, h, t, d / h).
     """
-    n, slices = len(query), _slices(len(query))
+    slices = _slices(query.shape[0]) if jax.default_backend() == "cpu" else 1
+    if slices == 1:
+        return _attend(query, key, value)
 
     def cut(x: jax.Array) -> list[jax.Array]:
-        # Each slice has pictures of every device, so that none has to be moved.
-        x = x.reshape(n // slices, slices, *x.shape[1:])
-        return [x[:, i] for i in range(slices)]
+        # Of the pictures that lie on a device, so that none has to be moved: every so many.
+        return jnp.unstack(x.reshape(-1, slices, *x.shape[1:]), axis=1)
 
     parts = [_attend(*part) for part in zip(cut(query), cut(key), cut(value), strict=True)]
     return jnp.stack(parts, axis=1).reshape(query.shape)
@@ -62,9 +63,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 def _slices(pictures: int) -> int:
     on_each, rest = divmod(pictures, jax.device_count())
-    if rest or jax.default_backend() != "cpu":
-        return 1
-    return max(i for i in range(1, 5) if on_each % i == 0)
+    return 1 if rest or not on_each else max(i for i in range(1, 5) if on_each % i == 0)
 
 
 @jax.custom_vjp

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 class Dense(nn.Module):
     """A dense layer over the last axis: (..., d) -> (..., features) of `dtype`.
 
+    Its name is that of Flax's, from which the parameters of the checkpoints have theirs.
+
     Attributes:
       kernel_shape, bias_shape: in which the float32 parameters are kept, if it is not (d, features)
         and (features,).
@@ -31,10 +33,12 @@ class Dense(nn.Module):
         d = x.shape[-1]
 
         def initial(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return nn.initializers.xavier_uniform()(key, (d, self.features)).reshape(shape)
+            kernel = nn.initializers.xavier_uniform()(key, (d, self.features), jnp.float32)
+            return kernel.reshape(shape)
 
         kernel = self.param("kernel", initial, self.kernel_shape or (d, self.features))
-        bias = self.param("bias", self.bias_init, self.bias_shape or (self.features,))
+        shape = self.bias_shape or (self.features,)
+        bias = self.param("bias", self.bias_init, shape, jnp.float32)
         kernel, bias = kernel.reshape(d, self.features), bias.reshape(self.features)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         # Two axes are faster on a CPU than three. (There may be no rows.)
@@ -46,7 +50,7 @@ class Dense(nn.Module):
 
 @jax.custom_vjp
 def _narrowing(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The product (n, d) @ (d, f), for d > f: JAX's own derivative by the kernel is slower."""
+    """(n, d) @ (d, f) for d > f: JAX's own derivative by the kernel is slower. No `jax.jvp`."""
     return rows @ kernel
 
 
