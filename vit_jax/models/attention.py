@@ -53,7 +53,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     if slices == 1:
         return _attend(query, key, value)
 
-    def cut(x: jax.Array) -> list[jax.Array]:
+    def cut(x: jax.Array) -> tuple[jax.Array, ...]:
         # Of the pictures that lie on a device, so that none has to be moved: every so many.
         return jnp.unstack(x.reshape(-1, slices, *x.shape[1:]), axis=1)
 
