@@ -51,7 +51,8 @@ def ours(name: str, batch_size: int) -> Callable[[int], object]:
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0), images)["params"])
     tx = training.make_optimizer(config, config.total_steps)
     state = training.TrainState.create(params=params, tx=tx, mesh=mesh)
-    step = training.make_train_step(model, tx, mesh=mesh)
+    every = config.progress_every
+    step = training.make_train_step(model, tx, mesh=mesh, update_norm_every=every)
 
     def train(steps: int) -> None:
         nonlocal state

@@ -32,8 +32,9 @@ def judge(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Whether a step is good, a boolean scalar, and what is remembered after it.
 
-    A bad one has a figure (loss, norms) that is not finite, or a "grad_norm" of more than `spike`
-    times the usual one, if `spike` is not 0 and there were LEARNING good ones.
+    A bad one has a figure (loss, norms of gradient and new weights) that is not finite, or a
+    "grad_norm" of more than `spike` times the usual one, if `spike` is not 0 and there were
+    LEARNING good ones.
     """
     ok = jnp.stack([jnp.isfinite(x) for x in figures.values()]).all()
     grad_norm = figures["grad_norm"]

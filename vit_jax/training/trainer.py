@@ -204,6 +204,7 @@ def step_of(
         skip_bad=task.config.on_bad_step != "stop",
         spike=task.config.spike,
         ema_decay=task.config.ema_decay,
+        update_norm_every=task.config.progress_every,
     )
 
 
