@@ -51,7 +51,7 @@ def test_parameters_and_numbers_are_those_of_flax(dtype):
     )
 
 
-@pytest.mark.parametrize("pictures", [1, 3, 8])
+@pytest.mark.parametrize("pictures", [1, 3, 4, 8])
 def test_attention_and_its_derivative_are_those_of_the_formula(pictures):
     """Against float64 NumPy, with scores of up to some hundreds, which exp alone can't take."""
     rng = np.random.default_rng(pictures)

@@ -156,6 +156,22 @@ def test_the_norms_of_the_update_and_of_the_new_weights_are_told():
         assert metrics[name] == pytest.approx(np.sqrt(squares), rel=1e-4)
 
 
+@pytest.mark.parametrize("compile", ["jit", "pmap"])
+def test_the_norm_of_the_update_is_told_where_it_is_wanted(compile):
+    model, tx = SmallModel(), plain_sgd(lr=0.1)
+
+    def norms(**options):
+        step = make_train_step(model, tx, compile=compile, **options)
+        state = TrainState.create(params=small_params(model), tx=tx)
+        for _ in range(5):
+            state, metrics = step(state, small_batch())
+            assert not metrics["bad_steps"]
+            yield float(metrics["update_norm"])
+
+    expected = [norm if step % 2 == 0 else np.nan for step, norm in enumerate(norms(), 1)]
+    assert [*norms(update_norm_every=2)] == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
 @pytest.mark.parametrize("slices", [2, 4, 16])
 def test_slices_give_the_loss_and_the_gradient_of_the_whole_batch(slices):
     whole, grads = first_step(small_batch())
