@@ -368,3 +368,14 @@ def test_what_makes_no_sense_is_refused_with_a_reason(fields, shape, message):
 def test_raw_pixels_are_refused(dtype):
     with pytest.raises(UserError, match=f"images are {dtype}, expected floats"):
         tiny().init(key(0), jnp.zeros((1, 8, 8, 3), dtype))
+
+
+def test_a_network_is_exported_for_any_number_of_pictures():
+    model = tiny()
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
+    variables = jax.jit(model.init)(key(0), x)
+    many = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *x.shape[1:]), x.dtype)
+    exported = jax.export.export(jax.jit(functools.partial(model.apply, variables)))(many)
+    for pictures in (x[:1], x):
+        expected = apply(model, variables, pictures)
+        np.testing.assert_allclose(exported.call(pictures), expected, atol=1e-6)

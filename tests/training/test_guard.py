@@ -146,9 +146,10 @@ def test_a_run_that_stopped_at_a_bad_step_goes_on_by_skipping_it(tiny, tmp_path,
     assert run(guarded(tiny, "skip"), tmp_path).finished
 
 
-def test_a_gradient_that_jumps_is_a_bad_step_too(tiny, tmp_path):
+@pytest.mark.parametrize("progress_every", [1, 40])
+def test_a_gradient_that_jumps_is_a_bad_step_too(progress_every, tiny, tmp_path):
     with pytest.raises(UserError, match=r"the grad_norm \S+ was 1\.\d+ times the usual \S+; what"):
-        run(tiny("spike=1.05"), tmp_path)
+        run(tiny("spike=1.05", f"progress_every={progress_every}"), tmp_path)
 
 
 def test_what_is_usual_is_the_mean_of_the_good_norms_the_latest_counting_most():
@@ -157,7 +158,7 @@ def test_what_is_usual_is_the_mean_of_the_good_norms_the_latest_counting_most():
     guard, usual, good = new_guard(), 0.0, 0
     for norm in norms:
         expected = np.isfinite(norm) and (good < LEARNING or norm <= 20 * usual)
-        figures = {"loss": jnp.float32(1), "grad_norm": jnp.float32(norm)}
+        figures = {"loss": 1.0, "grad_norm": jnp.float32(norm), "param_norm": 1.0}
         ok, guard = judge(guard, figures, spike=20)
         assert ok == expected
         if expected:

@@ -101,4 +101,5 @@ def test_without_checkpoints_or_evaluations_on_the_way_the_end_still_has_both(
     assert saved_steps(tmp_path) == [7]
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [5, 7, 7]
+    assert all(line["train/update_norm"] > 0 for line in lines[:2])
     assert "test/top1" in lines[-1]

@@ -63,10 +63,11 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 def _slices(pictures: int) -> int:
     on_each, rest = divmod(pictures, jax.device_count())
-    if rest:
+    if rest or not on_each:
         return 1
-    # Of two pictures at least: XLA lays out a single one otherwise, which takes longer.
-    return max((i for i in range(1, 5) if on_each % i == 0 and on_each >= 2 * i), default=1)
+    # Of two pictures at least: XLA lays out a single one otherwise, which takes longer. (Their
+    # number may be a symbol, which can only be asked whether it is equal.)
+    return max((i for i in range(1, 5) if on_each % i == 0 and on_each != i), default=1)
 
 
 @jax.custom_vjp

@@ -48,10 +48,10 @@ def _backwards(epsilon: float, dtype: Any, kept: Any, grad: jax.Array) -> Any:
 
 
 def _mean(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Of (..., d) times (d,) over the last axis: (..., 1). A product of matrices is the faster on
-    CPUs, and of lower precision elsewhere."""
+    """The mean of x * weights over the last axis: (..., d) and (d,) give (..., 1)."""
+    # On CPUs a product of matrices is faster.
     if jax.default_backend() == "cpu":
-        return (x @ weights)[..., None] / x.shape[-1]
+        return jnp.matmul(x, weights, precision="highest")[..., None] / x.shape[-1]
     return (x * weights).mean(axis=-1, keepdims=True)
 
 

@@ -15,6 +15,9 @@ LEARNING = 10  # Good steps before a gradient is called too large.
 MEMORY = 0.02  # Weight of a step in the running mean, after its first 50.
 LIMIT = 10  # Bad steps in a row, or since one checkpoint, that are enough.
 
+# What has to be finite; in the order of what a person thinks of first.
+JUDGED = ("loss", "grad_norm", "param_norm")
+
 Guard = Mapping[str, Any]
 
 
@@ -32,11 +35,10 @@ def judge(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Whether a step is good, a boolean scalar, and what is remembered after it.
 
-    A bad one has a figure (loss, norms of gradient and new weights) that is not finite, or a
-    "grad_norm" of more than `spike` times the usual one, if `spike` is not 0 and there were
-    LEARNING good ones.
+    A bad one has a figure of JUDGED that is not finite, or a "grad_norm" of more than `spike`
+    times the usual one, if `spike` is not 0 and there were LEARNING good ones.
     """
-    ok = jnp.stack([jnp.isfinite(x) for x in figures.values()]).all()
+    ok = jnp.stack([jnp.isfinite(figures[name]) for name in JUDGED]).all()
     grad_norm = figures["grad_norm"]
     if spike:
         ok &= (guard["good"] < LEARNING) | (grad_norm <= spike * guard["usual"])
@@ -96,9 +98,8 @@ def bad_step(step: int, figures: Mapping[str, float]) -> BadStep | None:
     """What was wrong with a step, by its figures; None for nothing."""
     if not figures["in_a_row"]:
         return None
-    not_finite = [key for key, value in figures.items() if not np.isfinite(value)]
+    not_finite = [name for name in JUDGED if not np.isfinite(figures[name])]
     if not_finite:
-        not_finite.sort(key=lambda key: key != "loss")  # What a person thinks of first.
         reason = f"the {not_finite[0]} became {figures[not_finite[0]]}"
     else:
         usual = figures["usual"]

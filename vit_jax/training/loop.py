@@ -171,8 +171,6 @@ class Loop:
     def _report(self) -> None:
         """Shows and writes the figures of the last step."""
         values = self._look()
-        if not self._due(self._config.progress_every):  # At the end; see `make_train_step`.
-            del values["update_norm"]
         speed = self._feed.speed()
         times = self._usage.figures(speed.batches_per_s * self._config.batch)
         lr, now = self._learning_rate(self.step - 1), values | times

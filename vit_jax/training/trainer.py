@@ -190,21 +190,26 @@ def step_of(
     task: Task, model: Any, tx: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> Step:
     """The compiled step of a run, as its configuration says; see `make_train_step`."""
+    config = task.config
+
+    def is_reported(step: jax.Array) -> jax.Array:
+        return (step % config.progress_every == 0) | (step == config.total_steps)
+
     return make_train_step(
         model,
         tx,
         mesh=mesh,
-        compile=task.config.compile,
-        accum_steps=task.config.accum_steps,
-        loss=task.config.loss,
-        label_smoothing=task.config.label_smoothing,
-        mixup=mixup(task.config),
-        cutmix=task.config.cutmix,
+        compile=config.compile,
+        accum_steps=config.accum_steps,
+        loss=config.loss,
+        label_smoothing=config.label_smoothing,
+        mixup=mixup(config),
+        cutmix=config.cutmix,
         value_range=task.value_range,
-        skip_bad=task.config.on_bad_step != "stop",
-        spike=task.config.spike,
-        ema_decay=task.config.ema_decay,
-        update_norm_every=task.config.progress_every,
+        skip_bad=config.on_bad_step != "stop",
+        spike=config.spike,
+        ema_decay=config.ema_decay,
+        update_norm_at=is_reported if config.optim == "sgd" else None,  # Adam's costs more anew.
     )
 
 
