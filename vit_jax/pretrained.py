@@ -17,6 +17,7 @@ from vit_jax.checkpoints import hub
 from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
 from vit_jax.models import POOLED, LiT
+from vit_jax.models.kernels import choose_kernels
 from vit_jax.notes import (
     Notes,
     class_labels,
@@ -39,7 +40,8 @@ class Pretrained:
     """A Vision Transformer with its weights and what is needed to use it.
 
     Attributes:
-      model: the Linen module.
+      model: the Linen module, in stock forms; what is faster on the devices here is chosen by the
+        methods, see `models.kernels`.
       params: nested dict of float32 arrays; flattened with "/" it has the official keys.
       spec: the architecture in numbers.
       labels: names of the classes, or None if nobody noted them.
@@ -88,7 +90,9 @@ class Pretrained:
                 "preprocess them, or load the weights with image_size=(h, w)"
             )
         if name not in self._compiled:
-            self._compiled[name] = jax.jit(functools.partial(function, self.model))
+            kernels, _ = choose_kernels(self.model, self.image_size, jax.local_devices()[:1])
+            model = self.model.clone(kernels=kernels)
+            self._compiled[name] = jax.jit(functools.partial(function, model))
         apply = self._compiled[name]
         if len(images) <= _BATCH:
             return np.asarray(apply(self._device_params, images))

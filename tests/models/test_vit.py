@@ -343,7 +343,6 @@ def test_bfloat16_keeps_float32_parameters_and_logits(classifier):
         ({"num_heads": 3}, (1, 8, 8, 3), "hidden_size 16 is not divisible by num_heads 3"),
         ({"classifier": "mean"}, (1, 8, 8, 3), "unknown classifier 'mean', expected one of token"),
         ({"position_embedding": "rotary"}, (1, 8, 8, 3), "unknown position_embedding 'rotary'"),
-        ({"attention": "flash"}, (1, 8, 8, 3), "unknown attention 'flash', expected one of xla"),
         (
             {"position_embedding": "sincos2d", "hidden_size": 18},
             (1, 8, 8, 3),

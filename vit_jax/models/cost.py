@@ -1,16 +1,22 @@
-"""What a model costs, counted from the model itself without running or compiling it."""
+"""What a model costs, counted from the model itself without running, lowering or compiling it."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from vit_jax.models.blocks import BlockLoop
+from vit_jax.models.kernels import Kernels
 
 
 class Cost(NamedTuple):
     """Numbers in the weights, and floating-point operations of one example's way through them.
 
-    A multiplication and an addition are two operations. (Papers often count them as one.)
+    The operations are those of products of matrices and convolutions, which are 99 % and more of
+    all; a multiplication and an addition are two. (Papers often count them as one.)
     """
 
     parameters: int
@@ -18,12 +24,12 @@ class Cost(NamedTuple):
 
 
 def flops(model: Any, image_size: tuple[int, int], *, channels: int = 3) -> float:
-    """The operations that a picture of image_size (height, width) takes; see `cost`."""
+    """The operations that an image of image_size (height, width) takes; see `Cost`."""
     return cost(model, jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)).flops
 
 
 def training_flops(model: Any, image_size: tuple[int, int], *, channels: int = 3) -> float:
-    """The operations of a training step for each picture, see `flops`.
+    """The operations of a training step for each image, see `flops`.
 
     Three times those of the way forwards: each product of matrices has two more backwards, one for
     either factor's gradient. What is computed a second time to save memory is not counted.
@@ -31,26 +37,52 @@ def training_flops(model: Any, image_size: tuple[int, int], *, channels: int = 3
     return 3 * flops(model, image_size, channels=channels)
 
 
+@functools.lru_cache(100)  # Of families with a common tower.
 def cost(model: Any, inputs: jax.ShapeDtypeStruct) -> Cost:
-    """What a model costs.
-
-    The operations are counted in the lowered program. All blocks cost the same, so that only none
-    and one of them are lowered.
+    """What a model costs, on whatever platform and with whatever kernels.
 
     Args:
-      model: a Linen module with `num_layers` equal blocks, e.g. of `create_model`.
-      inputs: shape and type of one example: a picture (1, h, w, c), or the tokens (1, t) of a text.
+      model: a Linen module, e.g. of `create_model`.
+      inputs: shape and dtype of one example: an image (1, h, w, c), or the tokens (1, t) of a text.
     """
-    none, one = (_whole_cost(model.clone(num_layers=n), inputs) for n in (0, 1))
-    return Cost(
-        none.parameters + (one.parameters - none.parameters) * model.num_layers,
-        none.flops + (one.flops - none.flops) * model.num_layers,
-    )
-
-
-@functools.lru_cache(100)  # Of families with a common tower.
-def _whole_cost(model: Any, inputs: jax.ShapeDtypeStruct) -> Cost:
+    stock = {"kernels": Kernels(), "loop": BlockLoop(scan=True)}  # One block is traced, not each.
+    model = model.clone(**{name: x for name, x in stock.items() if hasattr(model, name)})
     variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
-    program: Any = jax.jit(model.apply).lower(variables, inputs)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    return Cost(parameters, program.cost_analysis()["flops"])
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+    return Cost(parameters, count_flops(jax.make_jaxpr(model.apply)(variables, inputs)))
+
+
+def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
+    """The operations of the products of matrices and convolutions of a function.
+
+    A loop counts as often as it runs, of branches the dearest one.
+
+    Args:
+      jaxpr: what `jax.make_jaxpr` gives.
+
+    Raises ValueError for a loop of unknown length that holds products.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return float(sum(map(_flops_of, jaxpr.eqns)))
+
+
+def _flops_of(eqn: Any) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        return 2 * eqn.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel, (features, *_) = eqn.invars[1].aval, params["dimension_numbers"].rhs_spec
+        return 2 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[features]
+    inner = [
+        count_flops(x)
+        for value in params.values()
+        for x in (value if isinstance(value, tuple | list) else [value])
+        if isinstance(x, ClosedJaxpr | Jaxpr)
+    ]
+    if name == "cond":
+        return max(inner)
+    if name == "while" and any(inner):
+        raise ValueError("the operations of a loop of unknown length can't be counted")
+    return sum(inner) * params.get("length", 1) if name == "scan" else sum(inner)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models.kernels import Kernels
 from vit_jax.models.text import BertModel, TextTransformer
 from vit_jax.models.vit import VisionTransformer
 
@@ -51,6 +52,7 @@ class LiT(nn.Module):
       out_dim: widths of the projections on top of the image and of the text tower; None for no
         projection. Towers that end with unequal widths raise UserError.
       dtype: what is computed in, float32 or bfloat16. Parameters and embeddings are float32.
+      kernels: of the image tower, see `VisionTransformer`.
     """
 
     image: Mapping[str, Any]
@@ -58,6 +60,7 @@ class LiT(nn.Module):
     text: Mapping[str, Any]
     out_dim: tuple[int | None, int | None]
     dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +103,11 @@ class LiT(nn.Module):
         zimg, ztxt, out = None, None, {}
         if images is not None:
             tower = VisionTransformer(
-                num_classes=self.out_dim[0], dtype=self.dtype, **self.image, name="img"
+                num_classes=self.out_dim[0],
+                dtype=self.dtype,
+                kernels=self.kernels,
+                **self.image,
+                name="img",
             )
             pooled: Any = tower(images)
             zimg, out["img/norm"] = _normalize(pooled)

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models.blocks import BlockLoop, DropPath, run_blocks
-from vit_jax.models.gelu import gelu
-from vit_jax.models.normalization import LayerNorm
-from vit_jax.models.vit import LAYER_NORM_EPSILON, check_images, check_patch_size, check_rates
+from vit_jax.models.kernels import Kernels
+from vit_jax.models.vit import check_images, check_patch_size, check_rates, layer_norm
 
 
 class MixerMlp(nn.Module):
@@ -24,10 +23,11 @@ class MixerMlp(nn.Module):
 
     mlp_dim: int
     dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = gelu(nn.Dense(self.mlp_dim, dtype=self.dtype)(x))
+        hidden = self.kernels.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype)(x))
         return nn.Dense(x.shape[-1], dtype=self.dtype)(hidden)
 
 
@@ -37,6 +37,7 @@ class MixerBlock(nn.Module):
     tokens_mlp_dim: int
     channels_mlp_dim: int
     dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(
@@ -45,11 +46,15 @@ class MixerBlock(nn.Module):
         drop_path = functools.partial(
             DropPath(name="Dropout_0"), rate=drop_path_rate, deterministic=deterministic
         )
-        y = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
-        y = MixerMlp(self.tokens_mlp_dim, self.dtype, name="token_mixing")(y.swapaxes(1, 2))
+
+        def mlp(mlp_dim: int, name: str) -> MixerMlp:
+            return MixerMlp(mlp_dim, self.dtype, self.kernels, name=name)
+
+        y = layer_norm(self, "LayerNorm_0")(x)
+        y = mlp(self.tokens_mlp_dim, "token_mixing")(y.swapaxes(1, 2))
         x = x + drop_path(y.swapaxes(1, 2))
-        y = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
-        y = MixerMlp(self.channels_mlp_dim, self.dtype, name="channel_mixing")(y)
+        y = layer_norm(self, "LayerNorm_1")(x)
+        y = mlp(self.channels_mlp_dim, "channel_mixing")(y)
         return x + drop_path(y)
 
 
@@ -66,6 +71,7 @@ class MlpMixer(nn.Module):
       stochastic_depth_rate: active only with train=True, which then needs an rng named "dropout".
       dtype: what is computed in, float32 or bfloat16; parameters and logits are float32.
       loop: how the blocks are computed.
+      kernels: in which forms, by default the stock ones of Flax; see `choose_kernels`.
     """
 
     num_classes: int | None
@@ -78,6 +84,7 @@ class MlpMixer(nn.Module):
     stochastic_depth_rate: float = 0.0
     dtype: Any = jnp.float32
     loop: BlockLoop = BlockLoop()
+    kernels: Kernels = Kernels()
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -118,11 +125,12 @@ class MlpMixer(nn.Module):
             strides=self.patch_size,
             padding="SAME",
             dtype=self.dtype,
+            conv_general_dilated=self.kernels.conv_general_dilated,
             name="stem",
         )(images.astype(self.dtype))
         features = {"stem": stem}
         x = stem.reshape(len(images), rows * columns, self.hidden_size)
-        names = ("tokens_mlp_dim", "channels_mlp_dim", "dtype")
+        names = ("tokens_mlp_dim", "channels_mlp_dim", "dtype", "kernels")
         x, block_features = run_blocks(
             MixerBlock,
             {name: getattr(self, name) for name in names},
@@ -134,7 +142,7 @@ class MlpMixer(nn.Module):
             deterministic=not train,
         )
         features |= block_features
-        x = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="pre_head_layer_norm")(x)
+        x = layer_norm(self, "pre_head_layer_norm")(x)
         features["pre_head_layer_norm"] = x
         x = features["pre_logits"] = x.astype(jnp.float32).mean(axis=1)
         if self.num_classes is not None:

@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
-from vit_jax.models.attention import attention_weights, join_heads, split_heads
-from vit_jax.models.gelu import gelu
-from vit_jax.models.normalization import LayerNorm
+from vit_jax.models.kernels import attention_weights, gelu, weighted_sum
 from vit_jax.models.vit import Encoder
 
 # Those of Devlin et al. (arXiv:1810.04805), with which BERT's published weights were trained.
@@ -133,7 +131,7 @@ class BertEncoder(nn.Module):
         x = _Embedder(self.vocab_size, self.max_len, self.hidden_size, self.dtype, name="embedder")(
             tokens
         )
-        x = LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x)
+        x = nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x)
         return _Blocks(
             self.num_layers, self.num_heads, self.mlp_dim, self.dtype, name="encoder_block"
         )(x, tokens > 0)
@@ -218,7 +216,7 @@ class _AttentionBlock(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         y = _Attention(self.num_heads, self.dtype, name="attention_layer")(x, mask)
         y = _dense(x.shape[-1], self.dtype, "dense_layer")(y)
-        return LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x + y)
+        return nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x + y)
 
 
 class _Attention(nn.Module):
@@ -232,11 +230,13 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        n, t, d = x.shape
         query, key, value = (
-            split_heads(_dense(x.shape[-1], self.dtype, name)(x), self.num_heads)
+            _dense(d, self.dtype, name)(x).reshape(n, t, self.num_heads, d // self.num_heads)
             for name in ("query", "key", "value")
         )
-        return join_heads(attention_weights(query, key, mask[:, None, None, :]) @ value)
+        weights = attention_weights(query, key, mask[:, None, None, :])
+        return weighted_sum(weights, value).reshape(n, t, d)
 
 
 class _MlpBlock(nn.Module):
@@ -249,7 +249,7 @@ class _MlpBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = _Mlp(self.mlp_dim, self.dtype, name="mlp")(x)
         y = _dense(x.shape[-1], self.dtype, "dense_layer")(y)
-        return LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x + y)
+        return nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x + y)
 
 
 class _Mlp(nn.Module):

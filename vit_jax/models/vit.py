@@ -5,6 +5,7 @@ The names of the sub-modules are those of the official checkpoints: flattening t
 d = hidden_size.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.models.attention import ATTENTION, ATTENTION_NAME, MultiHeadAttention
+from vit_jax.models.attention import ATTENTION_NAME, MultiHeadAttention
 from vit_jax.models.blocks import BlockLoop, DropPath, run_blocks
-from vit_jax.models.dense import Dense
-from vit_jax.models.gelu import gelu
-from vit_jax.models.normalization import LayerNorm
+from vit_jax.models.kernels import Kernels, dot_product_attention
 from vit_jax.models.resnet import resnet_features, resnet_output_size, resnet_stride
 
 CLASSIFIERS = ("token", "gap", "map", "unpooled", "token_unpooled")
@@ -68,14 +67,21 @@ class MlpBlock(nn.Module):
     mlp_dim: int
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        def dense(features):
-            return Dense(features, self.dtype, nn.initializers.normal(stddev=1e-6))
+        def dense(features: int) -> nn.Dense:
+            return nn.Dense(
+                features,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.xavier_uniform(),
+                bias_init=nn.initializers.normal(stddev=1e-6),
+                dot_general=self.kernels.dot_general,
+            )
 
         dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
-        hidden = dropout(gelu(dense(self.mlp_dim)(x)))
+        hidden = dropout(self.kernels.gelu(dense(self.mlp_dim)(x)))
         return dropout(dense(x.shape[-1])(hidden))
 
 
@@ -83,7 +89,8 @@ class EncoderBlock(nn.Module):
     """One pre-LayerNorm encoder block (equations 2 and 3). (n, t, d) -> (n, t, d).
 
     With probability `drop_path_rate` each of the two residual branches is left out for a picture
-    while training (stochastic depth, arXiv:1603.09382).
+    while training (stochastic depth, arXiv:1603.09382). If `length` is given, the tokens after so
+    many are padding: nobody attends to them.
     """
 
     num_heads: int
@@ -91,7 +98,8 @@ class EncoderBlock(nn.Module):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     dtype: Any = jnp.float32
-    attention: str = "xla"
+    kernels: Kernels = Kernels()
+    length: int | None = None
 
     @nn.compact
     def __call__(
@@ -100,20 +108,21 @@ class EncoderBlock(nn.Module):
         def drop_path(branch, name):  # The draws follow from the name.
             return DropPath(name=name)(branch, drop_path_rate, deterministic=deterministic)
 
-        y = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
+        y = layer_norm(self, "LayerNorm_0")(x)
         y = MultiHeadAttention(
             self.num_heads,
             self.attention_dropout_rate,
             self.dtype,
-            self.attention,
+            self.kernels,
+            self.length,
             name=ATTENTION_NAME,
         )(y, y, deterministic=deterministic)
         y = nn.Dropout(self.dropout_rate, deterministic=deterministic)(y)
         x = x + drop_path(y, "Dropout_1")
 
-        y = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(x)
-        y = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype)(y, deterministic=deterministic)
-        return x + drop_path(y, "Dropout_2")
+        y = layer_norm(self, "LayerNorm_1")(x)
+        mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, self.kernels)
+        return x + drop_path(mlp(y, deterministic=deterministic), "Dropout_2")
 
 
 class MAPHead(nn.Module):
@@ -125,23 +134,28 @@ class MAPHead(nn.Module):
     num_heads: int
     mlp_dim: int
     dtype: Any = jnp.float32
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         n, _, d = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
-        y = MultiHeadAttention(self.num_heads, dtype=self.dtype, name=ATTENTION_NAME)(
-            jnp.tile(probe.astype(x.dtype), (n, 1, 1)), x
-        )
-        z = LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype)(y)
-        y = y + MlpBlock(self.mlp_dim, dtype=self.dtype)(z, deterministic=True)
+        # One query is little work, and not what the kernels of self-attention are for.
+        kernels = dataclasses.replace(self.kernels, attention=dot_product_attention)
+        y = MultiHeadAttention(
+            self.num_heads, dtype=self.dtype, kernels=kernels, name=ATTENTION_NAME
+        )(jnp.tile(probe.astype(x.dtype), (n, 1, 1)), x)
+        z = layer_norm(self, "LayerNorm_0")(y)
+        mlp = MlpBlock(self.mlp_dim, dtype=self.dtype, kernels=self.kernels)
+        y = y + mlp(z, deterministic=True)
         return y[:, 0]
 
 
 class Encoder(nn.Module):
     """Position embeddings, `num_layers` blocks and a final LayerNorm. (n, t, d) -> (n, t, d).
 
-    `positions` (1, t, d) are added in place of learned ones if they are given.
+    `positions` (1, t, d) are added in place of learned ones if they are given. Around the blocks
+    tokens are padded to what the kernels take; what is returned has no padding.
     """
 
     num_layers: int
@@ -152,7 +166,7 @@ class Encoder(nn.Module):
     stochastic_depth_rate: float = 0.0
     dtype: Any = jnp.float32
     loop: BlockLoop = BlockLoop()
-    attention: str = "xla"
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(
@@ -164,10 +178,15 @@ class Encoder(nn.Module):
             x = x + positions.astype(x.dtype)
         x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
         names = ["num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate"]
-        names += ["dtype", "attention"]
+        names += ["dtype", "kernels"]
+        fields = {name: getattr(self, name) for name in names}
+        t = x.shape[1]
+        if padding := -t % self.kernels.token_multiple:
+            x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+            fields["length"] = t
         x, features = run_blocks(
             EncoderBlock,
-            {name: getattr(self, name) for name in names},
+            fields,
             x,
             name="encoderblock",
             depth=self.num_layers,
@@ -175,7 +194,14 @@ class Encoder(nn.Module):
             loop=self.loop,
             deterministic=deterministic,
         )
-        return LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="encoder_norm")(x), features
+        if padding:
+            x, features = jax.tree.map(lambda x: x[:, :t], (x, features))
+        return layer_norm(self, "encoder_norm")(x), features
+
+
+def layer_norm(module: Any, name: str, epsilon: float = LAYER_NORM_EPSILON) -> nn.Module:
+    """A LayerNorm (arXiv:1607.06450) in the form and dtype of the module that it is a part of."""
+    return module.kernels.layer_norm(epsilon=epsilon, dtype=module.dtype, name=name)
 
 
 def check_images(images: jax.Array) -> None:
@@ -226,7 +252,7 @@ class VisionTransformer(nn.Module):
       dtype: what is computed in, float32 or bfloat16. Parameters, statistics of the LayerNorms,
         attention softmax and the returned logits are float32 in any case.
       loop: how the blocks are computed.
-      attention: by what the blocks compute attention, see `MultiHeadAttention`.
+      kernels: in which forms, by default the stock ones of Flax; see `choose_kernels`.
     """
 
     num_classes: int | None
@@ -245,7 +271,7 @@ class VisionTransformer(nn.Module):
     position_embedding: str = "learned"
     dtype: Any = jnp.float32
     loop: BlockLoop = BlockLoop()
-    attention: str = "xla"
+    kernels: Kernels = Kernels()
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -268,6 +294,11 @@ class VisionTransformer(nn.Module):
                 "use a larger image size".format(*image_size, *self.stride)
             )
         return rows, columns
+
+    def num_tokens(self, image_size: tuple[int, int]) -> int:
+        """How many tokens go through the blocks, for an image of (height, width) pixels."""
+        rows, columns = self.grid_size(image_size)
+        return rows * columns + self.has_class_token
 
     @property
     def has_class_token(self) -> bool:
@@ -306,6 +337,7 @@ class VisionTransformer(nn.Module):
             strides=self.patch_size,
             padding="VALID",
             dtype=self.dtype,
+            conv_general_dilated=self.kernels.conv_general_dilated,
             name="embedding",
         )(x)
         grid = self.grid_size((h, w))
@@ -329,7 +361,7 @@ class VisionTransformer(nn.Module):
             self.stochastic_depth_rate,
             self.dtype,
             self.loop,
-            self.attention,
+            self.kernels,
             name="Transformer",
         )(x, deterministic=not train, positions=positions)
 
@@ -339,7 +371,7 @@ class VisionTransformer(nn.Module):
         elif self.classifier == "gap":
             x = x.astype(jnp.float32).mean(axis=1)
         elif self.classifier == "map":
-            x = MAPHead(self.num_heads, self.mlp_dim, self.dtype, name="MAPHead_0")(x)
+            x = MAPHead(self.num_heads, self.mlp_dim, self.dtype, self.kernels, name="MAPHead_0")(x)
 
         if self.representation_size is not None:
             x = nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x)
@@ -373,10 +405,6 @@ class VisionTransformer(nn.Module):
             raise UserError(
                 f"unknown position_embedding {self.position_embedding!r}, expected one of "
                 f"{', '.join(POSITION_EMBEDDINGS)}"
-            )
-        if self.attention not in ATTENTION:
-            raise UserError(
-                f"unknown attention {self.attention!r}, expected one of {', '.join(ATTENTION)}"
             )
         if self.hidden_size % self.num_heads:
             raise UserError(

@@ -7,8 +7,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_jax.models import MlpMixer, VisionTransformer, variant
-from vit_jax.models.attention import ATTENTION
 from vit_jax.models.blocks import REMAT
+from vit_jax.models.kernels import ATTENTION
 from vit_jax.parallel import SHARDINGS
 
 CHOICES = {
@@ -167,7 +167,7 @@ def default_config() -> ConfigDict:
     config.remat = "none"
 
     # By what attention is computed: "xla"; "cudnn", by NVIDIA's kernel, which needs a GPU, dtype
-    # bfloat16 and no dropout in attention; "auto" takes cudnn where it works.
+    # bfloat16 and no dropout in attention; "auto" takes cudnn where it works and is faster.
     config.attention = "auto"
 
     # How.
@@ -224,6 +224,6 @@ def model_fields() -> dict[str, Any]:
         for module in (MlpMixer, VisionTransformer)
         for f in dataclasses.fields(module)
     }
-    for computed in ("name", "parent", "num_classes", "dtype", "loop", "attention"):
+    for computed in ("name", "parent", "num_classes", "dtype", "loop", "kernels"):
         del fields[computed]
     return fields | variant("R50+ViT-B_16") | variant("Mixer-B_16")

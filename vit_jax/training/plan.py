@@ -19,6 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import make_eval_step
 from vit_jax.models.blocks import REMAT
 from vit_jax.models.cost import training_flops
+from vit_jax.models.kernels import choose_kernels
 from vit_jax.parallel import divisible, make_mesh, shardings, split
 from vit_jax.training.config import config_from_json, config_to_json
 from vit_jax.training.guard import new_guard
@@ -116,6 +117,8 @@ def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None
     else:
         spec = eval_spec(config)
         model = make_network(config, picture_shape=shape, labels=task.labels, preprocess=spec).model
+    kernels, _ = choose_kernels(model, shape[:2], jax.devices())
+    model = model.clone(kernels=kernels)
     picture = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), picture)["params"]
 

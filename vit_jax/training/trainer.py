@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 
 from vit_jax.cache import keep_compiled
 from vit_jax.data import Source
-from vit_jax.errors import full_disk_explained
+from vit_jax.errors import UserError, full_disk_explained
 from vit_jax.evaluation.metrics import make_eval_step
+from vit_jax.models.kernels import Kernels, choose_kernels
 from vit_jax.parallel import make_mesh
 from vit_jax.pretrained import Pretrained
-from vit_jax.training.attention import choose_attention
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.config import check_config, flatten, weights_source
 from vit_jax.training.fields import CHANGING, FREE_FIELDS
@@ -133,13 +133,13 @@ def _prepare(
             labels=task.labels,
             preprocess=task.eval_ops.spec,
         )
-        attention, told = choose_attention(config, vit.model, task.picture_shape[:2], mesh)
+        kernels, why = kernels_of(config, vit.model, task.picture_shape[:2], mesh)
         introduction = _introduction(config, vit, task)
         fingerprints = task.fingerprints
-    check_same(_what_matters(config, fingerprints) | {"attention": attention})
+    check_same(_what_matters(config, fingerprints) | {"attention": why})
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
-    model = model if attention == "xla" else model.clone(attention=attention)
+    model = model.clone(kernels=kernels)
     ema = config.ema_decay > 0
     state = TrainState.create(params=params, tx=tx, seed=config.seed, mesh=mesh, ema=ema)
     work = Work(
@@ -149,7 +149,7 @@ def _prepare(
         mesh=mesh,
         train_step=step_of(task, model, tx, mesh),
         eval_step=make_eval_step(model, mesh=mesh, loss=config.loss),
-        introduction="; ".join(filter(None, (introduction, told, compiled))),
+        introduction="; ".join(filter(None, (introduction, why, compiled))),
     )
     with together():
         if is_first():
@@ -186,11 +186,26 @@ def _what_matters(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[s
     return fields | versions | {f"the {k} pictures": v for k, v in fingerprints.items()}
 
 
+def kernels_of(
+    config: ConfigDict, model: Any, image_size: tuple[int, int], mesh: Mesh
+) -> tuple[Kernels, str]:
+    """The kernels that a configuration asks for, and why: see `choose_kernels`.
+
+    Raises UserError if it asks for what doesn't work here.
+    """
+    kernels, why = choose_kernels(model, image_size, [*mesh.devices.flat], config.attention)
+    if config.attention == "cudnn" and why.startswith("attention by xla"):
+        reason = why.removeprefix("attention by xla: ")
+        raise UserError(f"config.attention is cudnn, but {reason}: use auto or xla")
+    return kernels, why
+
+
 def step_of(
     task: Task, model: Any, tx: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> Step:
     """The compiled step of a run, as its configuration says; see `make_train_step`."""
     config = task.config
+    on_cpus = (mesh or make_mesh()).devices.flat[0].platform == "cpu"
 
     def is_reported(step: jax.Array) -> jax.Array:
         return (step % config.progress_every == 0) | (step == config.total_steps)
@@ -209,7 +224,9 @@ def step_of(
         skip_bad=config.on_bad_step != "stop",
         spike=config.spike,
         ema_decay=config.ema_decay,
-        update_norm_at=is_reported if config.optim == "sgd" else None,  # Adam's costs more anew.
+        # On CPUs it pays to leave it out of the other steps (with Adam it would have to be computed
+        # anew); a GPU would wait for the decision.
+        update_norm_at=is_reported if on_cpus and config.optim == "sgd" else None,
     )
 
 

@@ -1,0 +1,131 @@
+"""The program of a training step as a GPU or a TPU gets it, lowered on this machine.
+
+It proves that the step can be lowered for them, what is in the program, and that JAX's own checks
+of cuDNN's attention pass. What their compilers make of it, only they can tell.
+"""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+from jax.sharding import AbstractMesh, AxisType
+
+from vit_jax import create_model
+from vit_jax.models import kernels as kernels_module
+from vit_jax.models.blocks import BlockLoop, stack_blocks
+from vit_jax.models.kernels import CUDNN, Kernels, choose_kernels, cpu_kernels
+from vit_jax.parallel import shardings
+from vit_jax.training import TrainState, default_config, make_mesh, make_optimizer, make_train_step
+from vit_jax.training.guard import new_guard
+
+# Wide enough for some weights to be split over 8 devices.
+VIT = dict(patch_size=(4, 4), hidden_size=128, num_layers=2, num_heads=2, mlp_dim=256)
+MIXER = dict(patch_size=(4, 4), hidden_size=128, num_layers=2, tokens_mlp_dim=8)
+FAMILIES = {
+    "class token": ("ViT-Ti_16", VIT),
+    "mean": ("ViT-S_16-gap-norep", VIT),
+    "attention pooling": ("ViT-mu_16", VIT),
+    "hybrid": ("R+ViT-Ti_16", VIT | dict(patch_size=(1, 1), resnet=(1,))),
+    "Mixer": ("Mixer-B_16", MIXER | dict(channels_mlp_dim=256)),
+}
+SIZE, BATCH = (16, 16), 16
+ONE = AbstractMesh((1, 1), ("copy", "part"), axis_types=(AxisType.Auto,) * 2)
+EIGHT = AbstractMesh((1, 8), ("copy", "part"), axis_types=(AxisType.Auto,) * 2)
+# (mesh, loop) -> the barriers by which remat keeps XLA from merging what is computed twice: one a
+# block that isn't in a loop; of weights in parts one, around all that is not computed again.
+LAYOUTS = {
+    "one device": (ONE, BlockLoop(), 0),
+    "remat": (ONE, BlockLoop(remat="dots"), 2),
+    "fsdp": (EIGHT, BlockLoop(), 1),
+    "fsdp, scan, remat": (EIGHT, BlockLoop(scan=True, remat="full"), 0),
+}
+
+
+def network(family: str):
+    name, fields = FAMILIES[family]
+    return create_model(name, num_classes=10, dtype=jnp.bfloat16, **fields)
+
+
+def lowered(model, mesh, *platforms: str) -> Counter:
+    """How often each operation occurs in the program of a step, for each of the platforms."""
+    tx = make_optimizer(default_config(), 100)
+    image = jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
+    params = jax.eval_shape(model.clone(loop=BlockLoop()).init, jax.random.key(0), image)["params"]
+    if model.loop.scan:
+        params = jax.eval_shape(stack_blocks, params)
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
+        opt_state=jax.eval_shape(tx.init, params),
+        seed=jax.ShapeDtypeStruct((), jnp.uint32),
+        guard=new_guard(),
+        ema=None,
+    )
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        shardings(state, mesh),
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((BATCH, *SIZE, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+    }
+    cudnn = [f"__cudnn$fmhaSoftmax{way}" for way in ("", "Backward")]
+    program = export.export(
+        make_train_step(model, tx, mesh=mesh),
+        platforms=platforms,
+        disabled_checks=map(export.DisabledSafetyCheck.custom_call, cudnn),
+    )(state, batch)
+    assert program.nr_devices == mesh.size
+    return Counter(
+        re.findall(r"stablehlo\.(?!custom_call)\w+|custom_call @[\w$]+", program.mlir_module())
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpus_and_tpus_get_no_form_for_cpus(monkeypatch, family, layout):
+    """Those have barriers, to keep XLA's compiler for CPUs from what is slow there."""
+    mesh, loop, barriers = LAYOUTS[layout]
+    model = network(family)
+    for platform in ("gpu", "tpu"):
+        monkeypatch.setattr(kernels_module, "platform_of", lambda _, platform=platform: platform)
+        assert choose_kernels(model, SIZE, jax.devices())[0] == Kernels()
+
+    operations = lowered(model.clone(loop=loop), mesh, "cuda", "tpu")
+
+    assert operations["stablehlo.optimization_barrier"] == barriers
+    assert not [name for name in operations if name.startswith("custom_call @__")]
+    assert operations["stablehlo.dot_general"] > 20
+
+
+def test_the_forms_for_cpus_would_be_found():
+    model = network("class token").clone(kernels=cpu_kernels(1))
+    assert lowered(model, make_mesh(), "cuda")["stablehlo.optimization_barrier"] > 5
+
+
+@pytest.fixture
+def gpu_with_cudnn(monkeypatch):
+    """JAX's checks of cuDNN's attention ask for its version and the GPU: those of an H100."""
+    module = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(module, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(module, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+def test_cudnn_takes_what_a_class_token_makes_odd(gpu_with_cudnn):
+    """In each of two blocks, forwards and backwards."""
+    operations = lowered(network("class token").clone(kernels=CUDNN), make_mesh(), "cuda")
+
+    assert operations["custom_call @__cudnn$fmhaSoftmax"] == 2
+    assert operations["custom_call @__cudnn$fmhaSoftmaxBackward"] == 2
+
+
+def test_cudnn_refuses_odd_numbers_of_tokens(gpu_with_cudnn):
+    """Why they are padded."""
+    unpadded = Kernels(attention=CUDNN.attention)
+    with pytest.raises(NotImplementedError, match="Unsupported sequence length Q 17, KV 17"):
+        lowered(network("class token").clone(kernels=unpadded), make_mesh(), "cuda")
