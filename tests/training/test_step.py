@@ -19,19 +19,23 @@ from tests import reference
 from vit_jax.data import parse
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
+from vit_jax.models.vit import check_images
 from vit_jax.training import TrainState, default_config, make_optimizer, make_train_step
 
 CLASSES = 5
 
 
 class SmallModel(nn.Module):
-    """Any Linen module can be trained; one that compiles fast does for most of what follows."""
+    """Any Linen module can be trained; one that compiles fast does for most of what follows.
+
+    As those of the package it takes no raw pixels."""
 
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images, *, train=False):
+        check_images(images)
         x = nn.Dense(16, dtype=self.dtype)(images.reshape(len(images), -1))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.gelu(x))
         return nn.Dense(CLASSES, dtype=self.dtype)(x).astype(jnp.float32)
@@ -330,7 +334,13 @@ def test_eight_devices_give_the_losses_of_one_and_exchange_nothing_but_sums():
     assert not moves
 
 
-@pytest.mark.parametrize("options", [{}, dict(accum_steps=4), dict(mixup=0.5, cutmix=1.0)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, dict(accum_steps=4), dict(mixup=0.5), dict(cutmix=1.0)),
+        *(dict(mixup=0.5, cutmix=1.0, accum_steps=2), dict(mixup=0.5, cutmix=1.0, compile="pmap")),
+    ],
+)
 def test_whole_grey_levels_are_normalised_on_the_device(options):
     levels = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)
     batch = small_batch() | {"image": levels}
