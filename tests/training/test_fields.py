@@ -13,7 +13,6 @@ from tests.cli.conftest import write_pictures
 from vit_jax.cli import main
 from vit_jax.data import AUGREG
 from vit_jax.training import default_config
-from vit_jax.training import outcome as outcome_module
 from vit_jax.training.config import flatten
 from vit_jax.training.fields import CHOICES, LIMITS, model_fields
 
@@ -162,7 +161,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "3": "config.batch 16 is not divisible by config.accum_steps 3",
         "32": "config.batch 16 is not divisible by config.accum_steps 32",
     },
-    "sharding": {name: SAME for name in CHOICES["sharding"]},
+    "sharding": dict.fromkeys(CHOICES["sharding"], SAME),
     "compile": {"jit": SAME, "pmap": SAME},
     "compile_cache": {
         "off": says("compiled programs are not kept"),
@@ -170,7 +169,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "{table}": says("compiled programs are not kept: {table} can't be written"),
     },
     "scan_layers": {"true": SAME, "false": SAME, "maybe": "config.scan_layers is 'maybe'"},
-    "remat": {name: SAME for name in CHOICES["remat"]},
+    "remat": dict.fromkeys(CHOICES["remat"], SAME),
     "attention": {"auto": SAME, "xla": SAME, "cudnn": "config.attention is cudnn, but "},
     "optim": {"sgd": SAME, "adamw": OTHER},
     "momentum": {"0": OTHER, "0.5": OTHER, "0.999": OTHER},
@@ -207,7 +206,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
     "threads": {"0": SAME, "1": SAME, "3": SAME},
     "workers": {"0": SAME, "2": SAME},
     "image_dtype": {"uint8": SAME, "float32": OTHER},
-    "on_bad_step": {name: SAME for name in CHOICES["on_bad_step"]},
+    "on_bad_step": dict.fromkeys(CHOICES["on_bad_step"], SAME),
     "spike": {"0": SAME, "10": SAME, "1": "config.spike is 1.0, and a usual gradient is 1 times"},
     "silence_timeout": {"1": SAME, "599.9": SAME},
 }

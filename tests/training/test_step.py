@@ -75,7 +75,9 @@ def assert_same_gradients(a, b, tolerance=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 0, tolerance), a, b)
 
 
-def test_five_steps_are_those_of_the_original():
+def official_steps(dtype):
+    """The original's figures of five steps, our metrics of them, and the weights before and after
+    by name."""
     with np.load(reference.OFFICIAL / "train.npz", allow_pickle=False) as arrays:
         official = dict(arrays)
     shapes = reference.official_shapes("ViT-Ti_16", "1000", 64)
@@ -84,7 +86,7 @@ def test_five_steps_are_those_of_the_original():
     config = default_config()
     config.update(dict(base_lr=0.03, warmup_steps=2, grad_norm_clip=1.0, optim="sgd"))
 
-    model = create_model("ViT-Ti_16", num_classes=10)
+    model = create_model("ViT-Ti_16", num_classes=10, dtype=dtype)
     tx = make_optimizer(config, 10)
     state = TrainState.create(params=unflatten_dict(before, sep="/"), tx=tx)
     step = make_train_step(model, tx, accum_steps=2)
@@ -94,11 +96,16 @@ def test_five_steps_are_those_of_the_original():
             images = reference.make_images(400 + i, 8, 64)
             state, values = step(state, {"image": images, "label": one_hot_labels(400 + i)})
             metrics.append(jax.device_get(values))
+    after = {k: np.asarray(v) for k, v in flatten_dict(state.params, sep="/").items()}
+    assert sorted(after) == list(official["keys"])
+    return official, metrics, before, after
+
+
+def test_five_steps_are_those_of_the_original():
+    official, metrics, before, after = official_steps(jnp.float32)
 
     np.testing.assert_allclose([m["loss"] for m in metrics], official["loss"], atol=2e-5)
     np.testing.assert_allclose([m["grad_norm"] for m in metrics], official["grad_norm"], rtol=2e-5)
-    after = {k: np.asarray(v) for k, v in flatten_dict(state.params, sep="/").items()}
-    assert sorted(after) == list(official["keys"])
     for i, key in enumerate(sorted(after)):
         norm = np.linalg.norm(after[key].astype(np.float64))
         change = np.linalg.norm((after[key] - before[key]).astype(np.float64))
@@ -109,6 +116,36 @@ def test_five_steps_are_those_of_the_original():
     found, expected = after["head/kernel"] - before["head/kernel"], official["head_kernel_delta"]
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=2**-6)
     assert (np.abs(found - expected) > 1e-6).mean() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_five_steps_in_bfloat16_are_those_of_the_original_but_for_its_rounding():
+    """A rounding to bfloat16 is off by at most eps / 2, evenly spread: by eps / sqrt(12) in the
+    mean square. On its way forwards a number is rounded by 13 operations in each of 12 blocks: two
+    norms, four projections, weights and means of attention, two dense layers, GELU and two sums.
+    Independent errors add as their squares, and there is as much again on the way back."""
+    official, metrics, before, after = official_steps(jnp.bfloat16)
+
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    forwards = eps * np.sqrt(12 * 13 / 12)  # 2.8 %
+    back = eps * np.sqrt(2 * 12 * 13 / 12)  # 4.0 %
+    # Logits are about 0.8, and the loss of one of 8 pictures changes by at most sqrt(2) times as
+    # much; three standard deviations of their mean.
+    losses = [m["loss"] for m in metrics]
+    atol = 3 * forwards * 0.8 * np.sqrt(2 / 8)
+    np.testing.assert_allclose(losses, official["loss"], rtol=0, atol=atol)
+    assert np.abs(losses - official["loss"]).max() > 1e-4  # It is bfloat16.
+    np.testing.assert_allclose([m["grad_norm"] for m in metrics], official["grad_norm"], rtol=back)
+    expected = dict(zip(official["keys"], official["delta_norm"], strict=True))
+    for key, norm in expected.items():
+        change = np.linalg.norm((after[key] - before[key]).astype(np.float64))
+        # The bias of keys has no effect: its gradient is rounding alone.
+        size = expected[key.replace("key/bias", "query/bias")]
+        assert change == pytest.approx(norm, abs=back * size), key
+        assert after[key].dtype == np.float32
+    found, expected = after["head/kernel"] - before["head/kernel"], official["head_kernel_delta"]
+    assert np.linalg.norm(found - expected) < back * np.linalg.norm(expected)
 
 
 def one_hot_labels(seed):
