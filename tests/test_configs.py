@@ -1,10 +1,13 @@
 """The configurations that come with the package."""
 
+import json
+import statistics
 from pathlib import Path
 
 import pytest
 
 from vit_jax import data, list_models
+from vit_jax.cli import main
 from vit_jax.errors import UserError
 from vit_jax.training import check_config, make_schedule
 from vit_jax.training.config import weights_source
@@ -98,3 +101,16 @@ def test_the_learning_rate_for_a_folder_follows_the_square_root_of_the_batch(mon
     assert len(rates) == 3
     for batch, rate in rates.items():
         assert rate == pytest.approx(0.03 * (batch / 512) ** 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(1800)
+def test_the_digits_are_learnt_in_bfloat16_too(tmp_path, capsys):
+    """As in float32, of which README.md tells; the median of three seeds."""
+    accuracies = []
+    for seed in range(3):
+        fields = (f"--config.seed={seed}", "--config.dtype=bfloat16", "--json")
+        assert main(["train", "--config=digits", f"--workdir={tmp_path / str(seed)}", *fields]) == 0
+        accuracies.append(json.loads(capsys.readouterr().out)["test"]["test/top1"])
+    assert statistics.median(accuracies) >= 0.97, accuracies

@@ -11,6 +11,7 @@ from vit_jax.training.config import (
     differing_fields,
     flatten,
     weights_source,
+    without_effect,
 )
 from vit_jax.training.options import find_config_file, load_config, override
 from vit_jax.training.task import eval_spec, mixup, train_spec
@@ -329,6 +330,28 @@ def test_two_ways_to_say_how_to_augment_are_one_too_many():
         changed("--config.augment=mediun1")
     with pytest.raises(UserError, match=r"config\.cutmix is -1"):
         changed("--config.cutmix=-1")
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ("", []),
+        ("b1=0.8 momentum=0.8", ["config.b1 0.8 (config.optim is sgd)"]),
+        ("b1=0.8 optim=adamw", []),
+        ("momentum=0.8 optim=adamw", ["config.momentum 0.8 (config.optim is adamw)"]),
+        ("pp.crop=8 pp.train=flip", []),
+        (
+            "pp.crop=8 pp.resize=9 pp.train=flip pp.eval=rgb",
+            [
+                "config.pp.resize 9 (config.pp.eval is set)",
+                "config.pp.crop 8 (config.pp.train and config.pp.eval are set)",
+            ],
+        ),
+    ],
+)
+def test_what_is_set_and_has_no_effect_is_told(options, found):
+    config = changed(*(f"--config.{option}" for option in options.split()))
+    assert without_effect(config) == found
 
 
 def test_the_size_to_resize_to_and_operations_of_ones_own():

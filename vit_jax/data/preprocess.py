@@ -53,6 +53,12 @@ class Preprocess:
             size = size if step.size == KEPT else step.size
         return size
 
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """What 0 and 255 become."""
+        ranges = [step.value_range for step in self.steps if step.value_range]
+        return ranges[-1] if ranges else (0.0, 255.0)
+
     def to_levels(self) -> tuple["Preprocess", tuple[float, float]] | None:
         """What leaves the last value_range to others: (uint8 preprocessing, (lo, hi)).
 
@@ -72,8 +78,7 @@ class Preprocess:
 
     def undo_range(self, image: np.ndarray) -> np.ndarray:
         """The uint8 picture that value_range made a result of, to be looked at."""
-        ranges = [step.value_range for step in self.steps if step.value_range]
-        low, high = ranges[-1] if ranges else (0.0, 255.0)
+        low, high = self.value_range
         return np.clip(np.rint((image - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
     def part(self, shape: tuple[int, int], rng: np.random.Generator | None) -> Part:

@@ -98,6 +98,22 @@ def check_config(config: ConfigDict) -> ConfigDict:
     return full
 
 
+def without_effect(config: ConfigDict) -> list[str]:
+    """The fields of a checked configuration that were set and that nothing reads, with the reason,
+    ["config.b2 0.99 (config.optim is sgd)", ...]."""
+    flat, default = flatten(config), flatten(default_config())
+    pp, optim = config.pp, f"config.optim is {config.optim}"
+    reasons = dict.fromkeys(("b1", "b2") if config.optim == "sgd" else ("momentum",), optim)
+    if pp.eval:
+        reasons |= {"pp.resize": "config.pp.eval is set"}
+        reasons |= {"pp.crop": "config.pp.train and config.pp.eval are set"} if pp.train else {}
+    return [
+        f"config.{field} {flat[f'config.{field}']} ({reason})"
+        for field, reason in reasons.items()
+        if flat[f"config.{field}"] != default[f"config.{field}"]
+    ]
+
+
 def weights_source(config: ConfigDict) -> str | None:
     """The weights that a checked configuration starts from, for `load`; None for from scratch.
 

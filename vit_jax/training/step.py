@@ -91,14 +91,17 @@ def make_train_step(
 
     low, high = value_range
 
-    def loss_fn(
-        params: Any, images: jax.Array, labels: jax.Array, key: jax.Array, *, levels: bool
-    ) -> jax.Array:
+    def normalised(images: jax.Array) -> jax.Array:
+        """As the operation value_range does it; floats are normalised already."""
+        if images.dtype != jnp.uint8:
+            return images
+        images = (images.astype(jnp.float32) - 127.5) / 127.5
+        return images * ((high - low) / 2) + (high + low) / 2
+
+    def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         if in_parts:
             params = jax.tree_util.tree_map_with_path(whole, params)
-        if levels:  # As the operation value_range does; mixed ones are no integers any more.
-            images = (images.astype(jnp.float32) - 127.5) / 127.5
-            images = images * ((high - low) / 2) + (high + low) / 2
+        images = normalised(images)  # A slice at a time.
         logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         return example_losses(logits, labels, loss, label_smoothing).mean()
 
@@ -107,11 +110,11 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """With an axis of `pmap`, of the part of the batch that is on this device."""
         key = state.dropout_key()
-        levels = batch["image"].dtype == jnp.uint8
-        if mixup or cutmix:
+        if mixup or cutmix:  # Mixed pictures are floats, so they are normalised before.
+            batch = dict(batch, image=normalised(batch["image"]))
             classes = jax.eval_shape(logits_of, state.params, batch["image"]).shape[-1]
             batch = mix(batch, key, classes, mixup=mixup, cutmix=cutmix)
-        forward: Callable = functools.partial(loss_fn, levels=levels)
+        forward: Callable = loss_fn
         # Gathered weights are not kept until they are used backwards. (Blocks that are computed
         # again do that for themselves; this would keep what they don't.)
         if in_parts and loop.remat == "none":

@@ -102,6 +102,12 @@ def open_task(config: ConfigDict, sources: tuple[data.Source, data.Source] | Non
             f"training makes pictures of shape {shapes[0]} and evaluation of {shapes[1]}: "
             "give config.pp.train and config.pp.eval the same size"
         )
+    if train_ops.value_range != eval_ops.value_range:
+        ranges = ("{:g} to {:g}".format(*ops.value_range) for ops in (train_ops, eval_ops))
+        raise UserError(
+            "training makes pictures of values from {} and evaluation of values from {}: give "
+            "config.pp.train and config.pp.eval the same value_range".format(*ranges)
+        )
     value_range = (-1.0, 1.0)
     if config.image_dtype == "uint8" and (levels := train_ops.to_levels()):
         train_ops, value_range = levels

@@ -22,7 +22,7 @@ from vit_jax.models.kernels import Kernels, choose_kernels
 from vit_jax.parallel import make_mesh
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.config import check_config, flatten, weights_source
+from vit_jax.training.config import check_config, flatten, weights_source, without_effect
 from vit_jax.training.fields import CHANGING, FREE_FIELDS
 from vit_jax.training.loop import Loop, Work
 from vit_jax.training.network import as_trained, make_network
@@ -239,4 +239,5 @@ def _introduction(config: ConfigDict, vit: Pretrained, task: Task) -> str:
         f"{'from scratch' if weights is None else f'from {weights}'}, {len(task.labels)} classes, "
         f"{len(task.train):,} pictures to train on and {len(task.test):,} to test on, "
         f"{len(devices)} x {devices[0].device_kind}"
+        + "".join(f"; no effect has {field}" for field in without_effect(config))
     )
