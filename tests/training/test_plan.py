@@ -142,9 +142,12 @@ def refuse(_):
     [
         lambda _: None,
         lambda _: SimpleNamespace(temp_size_in_bytes=1000),
+        lambda _: SimpleNamespace(
+            temp_size_in_bytes=-1, output_size_in_bytes=0, alias_size_in_bytes=0
+        ),
         refuse,
     ],
-    ids=["None", "a figure is missing", "raises"],
+    ids=["None", "a figure is missing", "no real figures", "raises"],
 )
 def test_memory_that_the_compiler_does_not_tell_is_not_known(monkeypatch, answer):
     monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", answer)

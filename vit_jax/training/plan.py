@@ -321,12 +321,11 @@ def _evaluation(task: Task, model: Any, params: Any) -> Memory:
 def _temporary(program: Any) -> int | None:
     """Bytes of a compiled program beside what goes in; None if its platform doesn't tell."""
     try:
-        needed = program.memory_analysis()
-        return needed and (
-            needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
-        )
-    except (AttributeError, RuntimeError):  # Figures that are not there; not implemented at all.
+        told = program.memory_analysis()
+        needed = told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+    except (AttributeError, RuntimeError):  # None, or a figure is not there; not implemented.
         return None
+    return needed if needed > 0 else None  # TPUs have told zeros and -1.
 
 
 def _lasting(state: TrainState) -> dict[str, int]:
