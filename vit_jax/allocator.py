@@ -27,7 +27,8 @@ def keep_memory() -> bool:
         return False
     if sys.platform != "linux":
         return False
-    if any(map(glob.glob, ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*"))):
+    accelerators = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/accel*", "/dev/vfio/[0-9]*")
+    if any(map(glob.glob, accelerators)):  # dxg: GPUs of Windows, seen from its Linux.
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

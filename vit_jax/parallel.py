@@ -46,6 +46,12 @@ def make_mesh(config: ConfigDict | None = None) -> Mesh:
     return Mesh(grid, ("copy", "part"), axis_types=(AxisType.Auto,) * 2)
 
 
+def device_kinds() -> str:
+    """All devices of all processes, e.g. "8 x NVIDIA H100 80GB HBM3"."""
+    kinds = [device.device_kind for device in jax.devices()]
+    return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+
+
 def divisible(batch_size: int) -> int:
     """A batch size, at least 1, rounded up to what can be split over all devices."""
     devices = jax.device_count()

@@ -155,6 +155,17 @@ def test_a_broken_package_and_a_cache_that_cannot_be_written_are_told(ask, tmp_p
     assert "VIT_JAX_CACHE" in the_fault(found, f"the cache {place} can't be written")["mend"]
 
 
+@pytest.mark.parametrize(
+    "answer", ["None", "{}", "{'bytes_in_use': 1}", "(_ for _ in ()).throw(RuntimeError('no'))"]
+)
+def test_a_device_need_not_tell_its_memory(answer):
+    line = "for d in jax.local_devices()"
+    stand_in = f"for d in [type('D', (), dict(device_kind='X', memory_stats=lambda s: {answer}))()]"
+    assert line in doctor.LOOK_AT_JAX
+    said = doctor._ask(doctor.LOOK_AT_JAX.replace(line, stand_in), JAX_PLATFORMS="cpu")
+    assert json.loads(said.out)["devices"] == [{"kind": "X", "memory": None}]
+
+
 def test_a_person_gets_lines_and_each_fault_with_its_mend():
     found = {
         "versions": {"python": "3.11"},
@@ -166,5 +177,7 @@ def test_a_person_gets_lines_and_each_fault_with_its_mend():
     text = doctor._text(found)
     assert "JAX sees     2 x NVIDIA L4 (18.0 GiB)" in text
     assert text.endswith("no faults found")
+    found["jax"]["devices"] = [{"kind": "NVIDIA L4", "memory": None}]
+    assert "JAX sees     1 x NVIDIA L4 (memory not told)" in doctor._text(found)
     found["faults"] = [{"what": "a", "mend": "b"}]
     assert doctor._text(found).endswith("FAULT  a\nmend   b")

@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import pytest
 
 from tests.training.conftest import TINY
 from vit_jax.cli import main
 from vit_jax.cli.plan import _size, _verdict
+from vit_jax.training import plan as plan_module
 
 PLAN = ("plan", f"--config={TINY}", "--config.total_steps=3600", "--config.warmup_steps=1")
 
@@ -43,6 +45,23 @@ def test_a_verdict_names_what_would_make_it_fit():
     assert _verdict(found) == f"no, not into 16.0 GiB; it would with {flags}"
     found["changes"] = None
     assert "remat and sharding (the state is 2.0 GiB): take a smaller" in _verdict(found)
+
+
+def test_memory_that_is_not_told_is_said_and_nothing_is_concluded(capsys, monkeypatch):
+    monkeypatch.setattr(
+        plan_module, "plan_for", lambda config, _, **o: plan_module.plan(config, **o)
+    )
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda _: None)
+    assert main([*PLAN, "--chip=v5e"]) == 0
+    text = capsys.readouterr().out
+    assert "\n  activations          not told   not told\n" in text
+    assert "\n  total                not told   not told\nthe compiler does not tell here" in text
+    assert "fits        not known, into 16.0 GiB" in text
+    assert "as XLA lays it out" not in text
+
+    assert main([*PLAN, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["training"]["total"] is found["fits"] is None
 
 
 @pytest.mark.parametrize(

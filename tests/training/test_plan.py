@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -130,6 +131,34 @@ def plan_without_compiling(config, **options):
         for name in ("_training", "_evaluation"):
             patch.setattr(plan_module, name, lambda *_: nothing)
         return plan(config, **options)
+
+
+def refuse(_):
+    raise NotImplementedError("memory_analysis")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda _: None,
+        lambda _: SimpleNamespace(temp_size_in_bytes=1000),
+        lambda _: SimpleNamespace(
+            temp_size_in_bytes=-1, output_size_in_bytes=0, alias_size_in_bytes=0
+        ),
+        refuse,
+    ],
+    ids=["None", "a figure is missing", "no real figures", "raises"],
+)
+def test_memory_that_the_compiler_does_not_tell_is_not_known(monkeypatch, answer):
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", answer)
+    found = plan(CONFIGS["AdamW in slices"], memory=2**40)
+    for phase in (found.training, found.evaluation):
+        assert phase.parameters > 0
+        assert phase.optimizer > 0
+        assert phase.batches > 0
+        assert phase.activations is phase.total is None
+    assert found.training.gradients is None
+    assert found.changes is None
 
 
 @pytest.mark.slow

@@ -39,14 +39,18 @@ PATIENCE = 120  # Seconds; a TPU that another program holds can make JAX wait fo
 LOOK_AT_JAX = """
 import json
 import jax, jax.numpy as jnp
+def memory(device):
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except RuntimeError:
+        return None
 total = jax.jit(lambda x: (x @ x).sum())(jnp.ones((256, 256)))
 print(json.dumps({
     "backend": jax.default_backend(),
     "processes": jax.process_count(),
     "computes": float(total) == 256.0**3,
     "devices": [
-        {"kind": d.device_kind, "memory": (d.memory_stats() or {}).get("bytes_limit")}
-        for d in jax.local_devices()
+        {"kind": d.device_kind, "memory": memory(d)} for d in jax.local_devices()
     ],
 }))
 """
@@ -308,8 +312,9 @@ def _cache_faults() -> Iterator[Fault]:
 
 def _text(found: dict[str, Any]) -> str:
     jax, machine = found["jax"], found["machine"]
+    untold = "" if jax.get("backend") == "cpu" else " (memory not told)"
     devices = [
-        device["kind"] + (f" ({device['memory'] / 2**30:.1f} GiB)" if device["memory"] else "")
+        device["kind"] + (f" ({device['memory'] / 2**30:.1f} GiB)" if device["memory"] else untold)
         for device in jax.get("devices", ())
     ]
     kinds = {kind: devices.count(kind) for kind in devices}

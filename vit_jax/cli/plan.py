@@ -71,8 +71,9 @@ def _facts(plan: Any, memory: float | None) -> dict[str, Any]:
     found = dataclasses.asdict(plan)
     for phase in ("training", "evaluation"):
         found[phase]["total"] = getattr(plan, phase).total
-    needed = max(plan.training.total, plan.evaluation.total)
-    return found | {"memory": memory, "fits": None if memory is None else needed <= memory}
+    totals = [plan.training.total, plan.evaluation.total]
+    known = memory is not None and None not in totals
+    return found | {"memory": memory, "fits": max(totals) <= memory if known else None}
 
 
 def _text(found: dict[str, Any], mfu: float, tflops: float | None) -> str:
@@ -87,9 +88,13 @@ def _text(found: dict[str, Any], mfu: float, tflops: float | None) -> str:
         f"{'GiB on each device':<20} {'training':>10} {'evaluation':>10}",
     ]
     for part in ("parameters", "optimizer", "gradients", "activations", "batches", "total"):
-        sizes = [found[phase][part] / 2**30 for phase in ("training", "evaluation")]
-        lines.append(f"  {part:<18} {sizes[0]:>10.3f} {sizes[1]:>10.3f}")
-    lines += ["as XLA lays it out for CPUs; another kind of device may need more or less", ""]
+        sizes = [found[phase][part] for phase in ("training", "evaluation")]
+        texts = ["not told" if size is None else f"{size / 2**30:.3f}" for size in sizes]
+        lines.append(f"  {part:<18} {texts[0]:>10} {texts[1]:>10}")
+    if None in (found[phase]["total"] for phase in ("training", "evaluation")):
+        lines += ["the compiler does not tell here what the program needs beside its arrays", ""]
+    else:
+        lines += ["as XLA lays it out for CPUs; another kind of device may need more or less", ""]
     if found["memory"] is not None:
         lines += [f"fits        {_verdict(found)}"]
     if tflops is not None:
@@ -105,6 +110,8 @@ def _text(found: dict[str, Any], mfu: float, tflops: float | None) -> str:
 
 def _verdict(found: dict[str, Any]) -> str:
     size = f"{found['memory'] / 2**30:.1f} GiB"
+    if found["fits"] is None:
+        return f"not known, into {size}: see above"
     if found["fits"]:
         return f"yes, into {size}"
     if found["changes"] is None:

@@ -94,7 +94,7 @@ def _scan(dataset: str, root: str, part: str, labels: tuple[str, ...]) -> Source
 
 
 def _packed(names: list[str]) -> np.ndarray:
-    """Texts in half of a list's memory, unless one of them is no Unicode."""
+    """Texts in about half of a list's memory, unless one of them is no Unicode."""
     try:
         return np.array(names, np.dtypes.StringDType())
     except UnicodeEncodeError:

@@ -25,6 +25,7 @@ from vit_jax.evaluation.plots import (
     panels,
 )
 from vit_jax.page import TINY, elide, kind_of, png
+from vit_jax.parallel import device_kinds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -92,13 +93,12 @@ class Report:
 
 def environment() -> dict[str, str]:
     """What computes here: {"jax": "0.10.2", ..., "devices": "1 x cpu", ...}."""
-    kinds = [device.device_kind for device in jax.devices()]
     return {
         "vit_jax": __version__,
         **{name: metadata.version(name) for name in PACKAGES},
         "Python": platform.python_version(),
         "system": platform.platform(),
-        "devices": ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)),
+        "devices": device_kinds(),
         "processes": str(jax.process_count()),
     }
 

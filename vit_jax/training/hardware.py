@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +66,33 @@ def chip_named(name: str) -> Chip:
     return chip
 
 
+def memory_stats(device: jax.Device) -> Mapping[str, int]:
+    """What a device tells of its memory; empty if its platform or allocator tells nothing."""
+    try:
+        return device.memory_stats() or {}
+    except RuntimeError:  # So say plugins that do not implement it.
+        return {}
+
+
+def untold() -> str:
+    """What `Usage` leaves out because the devices don't tell it; "" if nothing, or on CPUs, where
+    these figures are never expected."""
+    if jax.devices()[0].platform == "cpu":
+        return ""
+    kinds = dict.fromkeys(device.device_kind for device in jax.devices())
+    unknown = [kind for kind in kinds if find_chip(kind) is None]
+    found = [f"no time/mfu: the peak of {', '.join(unknown)} is not known"] if unknown else []
+    if not _peaks():
+        found.append("no time/memory_peak_gib: the devices do not tell their memory")
+    return "; ".join(found)
+
+
+def _peaks() -> list[int]:
+    """The most bytes that the devices of this process have held, of those that tell."""
+    stats = map(memory_stats, jax.local_devices())
+    return [told["peak_bytes_in_use"] for told in stats if "peak_bytes_in_use" in told]
+
+
 class Usage:
     """How fast the devices of a run are, and how full.
 
@@ -74,12 +102,12 @@ class Usage:
 
     def __init__(self, model: Any, picture_shape: tuple[int, int, int]):
         self._devices = jax.device_count()
-        chip = find_chip(jax.devices()[0].device_kind)
+        chips = [find_chip(device.device_kind) for device in jax.devices()]
         self._share_of_peak = 0.0  # That an image a second makes.
-        if chip is not None:
+        if None not in chips:
             *size, channels = picture_shape
             operations = training_flops(model, (size[0], size[1]), channels=channels)
-            self._share_of_peak = operations / (chip.tflops * 1e12 * self._devices)
+            self._share_of_peak = operations / (1e12 * sum(chip.tflops for chip in chips if chip))
 
     def figures(self, images_per_s: float) -> dict[str, float]:
         """Figures by their names in metrics.jsonl.
@@ -95,7 +123,6 @@ class Usage:
         }
         if self._share_of_peak:
             values["time/mfu"] = images_per_s * self._share_of_peak
-        held = [(device.memory_stats() or {}) for device in jax.local_devices()]
-        if peak := max(stats.get("peak_bytes_in_use", 0) for stats in held):
+        if peak := max(_peaks(), default=0):
             values["time/memory_peak_gib"] = peak / 2**30
         return {key: value for key, value in values.items() if not math.isnan(value)}

@@ -107,8 +107,7 @@ class Loop:
         self.say = self._progress.message
         self._feed = self._feed_from(self.step)
         self._figures = Figures()
-        self._traces = trace_folder(workdir)
-        self._profile = stack.enter_context(Profile(self._config.profile, self._traces))
+        self._profile = stack.enter_context(Profile(self._config.profile, trace_folder(workdir)))
         self._stop = SharedStop(own_stop, work.mesh)
         self._usage = Usage(work.vit.model, work.task.picture_shape)
         self._schedule = schedule_of(self._config, total)
@@ -140,8 +139,8 @@ class Loop:
         In an order that a kill at any moment does not disturb: figures are written before the state
         is saved, and on resuming those after the saved state go.
         """
-        if self._profile.at(self.step, self._figures.wait):
-            self.say(f"step {self.step}: a trace is in {self._traces}")
+        if told := self._profile.at(self.step, self._figures.wait):
+            self.say(f"step {self.step}: {told}")
         last = self.step == self._config.total_steps
         if last or self._due(self._config.eval_every):
             self._test(last)

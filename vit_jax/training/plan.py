@@ -49,20 +49,22 @@ class Memory:
     Attributes:
       parameters, optimizer: what lasts; the parameters twice if they are averaged.
       gradients: as large as the parameters; 0 in an evaluation.
-      activations: all else that the program needs for the time it runs.
+      activations: all else that the program needs for the time it runs. Neither it nor the
+        gradients are known (None) if the compiler doesn't tell what the program needs.
       batches: the batch at work, and those made ready ahead.
     """
 
     parameters: int
     optimizer: int
-    gradients: int
-    activations: int
+    gradients: int | None
+    activations: int | None
     batches: int
 
     @property
-    def total(self) -> int:
-        """The sum."""
-        return sum(dataclasses.astuple(self))
+    def total(self) -> int | None:
+        """The sum; None if a part is not known."""
+        parts = dataclasses.astuple(self)
+        return None if None in parts else sum(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Plan:
       training, evaluation: memory of each device.
       accum_steps, batch_eval: of the configuration.
       changes: {field: value} with which it fits into the memory that was given: none if it does as
-        it is; None if nothing that was tried does, or no memory was given.
+        it is; None if nothing that was tried does, no memory was given, or it is not known what
+        the run needs.
     """
 
     parameters: int
@@ -142,7 +145,7 @@ def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None
         accum_steps=config.accum_steps,
         batch_eval=batch_eval,
     )
-    if memory is None:
+    if memory is None or None in (found.training.total, found.evaluation.total):
         return found
     return dataclasses.replace(found, changes=_changes(config, needs, memory))
 
@@ -161,7 +164,8 @@ def _changes(
         sizes = list(dict.fromkeys(sizes))
 
         def fits(at: int) -> bool:
-            return needs(phase, **saving, **{field: sizes[at]}).total <= memory
+            total = needs(phase, **saving, **{field: sizes[at]}).total
+            return total is not None and total <= memory
 
         if not fits(-1):
             return None
@@ -287,14 +291,13 @@ def _training(task: Task, model: Any, params: Any) -> Memory:
     tx, state = _state(config, params)
     batch = _batch(task, task.train_ops, config.batch)
     step: Any = step_of(dataclasses.replace(task, config=config), model, tx, mesh)
-    needed = step.lower(state, batch).compile().memory_analysis()
-    weights = _bytes(state.params)
     # What comes out takes the place of the state that goes in, but for the figures.
-    temporary = needed.temp_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
+    temporary = _temporary(step.lower(state, batch).compile())
+    weights = _bytes(state.params)
     return Memory(
         **_lasting(state),
-        gradients=min(weights, temporary),
-        activations=max(temporary - weights, 0),
+        gradients=None if temporary is None else min(weights, temporary),
+        activations=None if temporary is None else max(temporary - weights, 0),
         # One that is at work, one for the next step, and those that wait: see `Feed`.
         batches=_bytes(batch, mesh) * (2 + config.prefetch),
     )
@@ -309,14 +312,23 @@ def _evaluation(task: Task, model: Any, params: Any) -> Memory:
     _, state = _state(config, params)
     batch = _batch(task, task.eval_ops, config.batch_eval)
     step: Any = make_eval_step(model, mesh=mesh, loss=config.loss)
-    needed = step.lower(state.params, batch).compile().memory_analysis()
     ahead = _bytes(_batch(task, task.train_ops, config.batch), mesh) * config.prefetch
     return Memory(
         **_lasting(state),
         gradients=0,
-        activations=needed.temp_size_in_bytes + needed.output_size_in_bytes,
+        activations=_temporary(step.lower(state.params, batch).compile()),
         batches=_bytes(batch, mesh) * EVAL_BATCHES + ahead,
     )
+
+
+def _temporary(program: Any) -> int | None:
+    """Bytes of a compiled program beside what goes in; None if its platform doesn't tell."""
+    try:
+        told = program.memory_analysis()
+        needed = told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+    except (AttributeError, RuntimeError):  # None, or a figure is not there; not implemented.
+        return None
+    return needed if needed > 0 else None  # TPUs have told zeros and -1.
 
 
 def _lasting(state: TrainState) -> dict[str, int]:

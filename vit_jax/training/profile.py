@@ -8,6 +8,7 @@ from typing import Self
 
 import jax
 
+from vit_jax.checkpoints.npz import first_line
 from vit_jax.training.processes import gather
 
 FOLDER = "profile"
@@ -35,19 +36,24 @@ class Profile:
         self._folder = folder
         self._running = False
 
-    def at(self, step: int, wait: Callable[[], None]) -> bool:
+    def at(self, step: int, wait: Callable[[], None]) -> str:
         """Starts or stops where that is due after `step`; `wait` is called first, which waits until
-        the devices have done the steps so far. True if a trace was just written."""
+        the devices have done the steps so far. What to tell: where a trace was just written, or why
+        there is none."""
         due = self._start <= step < self._stop
         if due == self._running:
-            return False
+            return ""
         wait()
-        if due:
-            jax.profiler.start_trace(self._folder)
-        else:
-            jax.profiler.stop_trace()
+        try:
+            if due:
+                jax.profiler.start_trace(self._folder)
+            else:
+                jax.profiler.stop_trace()
+        except RuntimeError as e:  # Somebody else traces, or the platform has no profiler.
+            self._running, self._stop = False, self._start
+            return f"no trace: {first_line(e)}"
         self._running = due
-        return not due
+        return "" if due else f"a trace is in {self._folder}"
 
     def __enter__(self) -> Self:
         return self

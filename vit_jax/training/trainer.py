@@ -19,11 +19,12 @@ from vit_jax.data import Source
 from vit_jax.errors import UserError, full_disk_explained
 from vit_jax.evaluation.metrics import make_eval_step
 from vit_jax.models.kernels import Kernels, choose_kernels
-from vit_jax.parallel import make_mesh
+from vit_jax.parallel import device_kinds, make_mesh
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.config import check_config, flatten, weights_source, without_effect
 from vit_jax.training.fields import CHANGING, FREE_FIELDS
+from vit_jax.training.hardware import untold
 from vit_jax.training.loop import Loop, Work
 from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.optimizer import make_optimizer
@@ -149,7 +150,7 @@ def _prepare(
         mesh=mesh,
         train_step=step_of(task, model, tx, mesh),
         eval_step=make_eval_step(model, mesh=mesh, loss=config.loss),
-        introduction="; ".join(filter(None, (introduction, why, compiled))),
+        introduction="; ".join(filter(None, (introduction, why, untold(), compiled))),
     )
     with together():
         if is_first():
@@ -233,11 +234,10 @@ def step_of(
 def _introduction(config: ConfigDict, vit: Pretrained, task: Task) -> str:
     parameters = sum(x.size for x in jax.tree.leaves(vit.params))
     weights = weights_source(config)
-    devices = jax.devices()
     return (
         f"{vit.spec.description}, {parameters / 1e6:.2f} M parameters, "
         f"{'from scratch' if weights is None else f'from {weights}'}, {len(task.labels)} classes, "
         f"{len(task.train):,} pictures to train on and {len(task.test):,} to test on, "
-        f"{len(devices)} x {devices[0].device_kind}"
+        f"{device_kinds()}"
         + "".join(f"; no effect has {field}" for field in without_effect(config))
     )
