@@ -292,8 +292,8 @@ def _training(task: Task, model: Any, params: Any) -> Memory:
         **_lasting(state),
         gradients=min(weights, temporary),
         activations=max(temporary - weights, 0),
-        # One that is at work, one for the next step, and those that wait: see `Feed`.
-        batches=_bytes(batch, mesh) * (2 + config.prefetch),
+        # The one at work, and those that are there before they are needed: see `DevicePrefetcher`.
+        batches=_bytes(batch, mesh) * (1 + config.prefetch),
     )
 
 
@@ -307,7 +307,7 @@ def _evaluation(task: Task, model: Any, params: Any) -> Memory:
     batch = _batch(task, task.eval_ops, config.batch_eval)
     step: Any = make_eval_step(model, mesh=mesh, loss=config.loss)
     needed = step.lower(state.params, batch).compile().memory_analysis()
-    ahead = _bytes(_batch(task, task.train_ops, config.batch), mesh) * config.prefetch
+    ahead = _bytes(_batch(task, task.train_ops, config.batch), mesh) * (1 + config.prefetch)
     return Memory(
         **_lasting(state),
         gradients=0,

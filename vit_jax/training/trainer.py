@@ -26,7 +26,7 @@ from vit_jax.training.config import check_config, flatten, weights_source
 from vit_jax.training.fields import CHANGING, FREE_FIELDS
 from vit_jax.training.loop import Loop, Work
 from vit_jax.training.network import as_trained, make_network
-from vit_jax.training.optimizer import make_optimizer
+from vit_jax.training.optimizer import make_optimizer, schedule_of
 from vit_jax.training.outcome import Result, finish, finished, last_test
 from vit_jax.training.processes import check_same, gather, is_first, together
 from vit_jax.training.signals import StopRequest
@@ -210,6 +210,7 @@ def step_of(
         spike=config.spike,
         ema_decay=config.ema_decay,
         update_norm_at=is_reported if config.optim == "sgd" else None,  # Adam's costs more anew.
+        learning_rate=schedule_of(config, config.total_steps),
     )
 
 
