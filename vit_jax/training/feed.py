@@ -29,12 +29,17 @@ class Clock(NamedTuple):
     idle: float
 
 
+def to_device(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Mapping[str, jax.Array]:
+    """The batch on the device, of the rows that each process has (see `parallel.shard`). When it is
+    there the host's memory may be used anew, unless the device's is the same."""
+    return jax.block_until_ready(join(batch, sharding))
+
+
 class DevicePrefetcher:
     """Moves batches to the device before they are needed, in a thread.
 
     A batch is on the device until the step that takes it is done: beside the one at work there are
-    at most `prefetch`, which wait, or belong to steps that JAX was given already. Each process
-    gives the rows of its `parallel.shard`.
+    at most `prefetch`, which wait, or belong to steps that JAX was given already.
 
     Attributes:
       clock: at the end of the last step that is done, or when the clock was restarted since.
@@ -80,9 +85,7 @@ class DevicePrefetcher:
         self._coming.put(self._transfers.submit(self._transfer))
 
     def _transfer(self) -> tuple[Mapping[str, jax.Array], float]:
-        # The host's memory may be used anew as soon as the next batch is asked for.
-        batch = jax.block_until_ready(join(next(self._batches), self._sharding))
-        return batch, time.perf_counter()
+        return to_device(next(self._batches), self._sharding), time.perf_counter()
 
     def _finish(self, output: jax.Array, arrived: float) -> Clock:
         try:

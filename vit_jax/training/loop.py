@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,10 @@ from ml_collections import ConfigDict
 
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate
 from vit_jax.models.blocks import unstack_blocks
-from vit_jax.parallel import join, split, to_host
+from vit_jax.parallel import split, to_host
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer, StepMetrics
+from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer, StepMetrics, to_device
 from vit_jax.training.guard import LIMIT, BadStep, heed, new_guard
 from vit_jax.training.hardware import Usage
 from vit_jax.training.metrics import MetricsWriter
@@ -234,13 +235,13 @@ class Loop:
 
     def _evaluate(self) -> Scores | None:
         """Scores on the test pictures; None if the run is to end before all were seen."""
-        task, place = self._work.task, split(self._work.mesh)
+        task, sharding = self._work.task, split(self._work.mesh)
 
         def until_stopped() -> Iterator[Mapping[str, Any]]:
-            for batch in task.eval_batches():
+            for batch in map(to_device, task.eval_batches(), itertools.repeat(sharding)):
                 if self._stop.check():
                     raise _StoppedError
-                yield join(batch, place)
+                yield batch
 
         try:
             return evaluate(
