@@ -10,7 +10,7 @@ import pytest
 from vit_jax.errors import UserError
 from vit_jax.training import TrainState, make_optimizer, run
 from vit_jax.training.checkpointing import Checkpoints, digest
-from vit_jax.training.feed import Feed
+from vit_jax.training.feed import DevicePrefetcher
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_jumps_of_the_clock_change_nothing(tiny, tmp_path, outcome, whole, monke
     import time
 
     chance, now, offset = np.random.default_rng(0), time.time, 0.0
-    save, take = Checkpoints.save, Feed.take
+    save, take = Checkpoints.save, DevicePrefetcher.__next__
 
     def jump():  # By decades.
         nonlocal offset
@@ -125,14 +125,14 @@ def test_jumps_of_the_clock_change_nothing(tiny, tmp_path, outcome, whole, monke
             time.sleep(0.01)
             jump()
 
-    def take_later_or_earlier(self, drain):
+    def take_later_or_earlier(self):
         jump()
-        return take(self, drain)
+        return take(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: now() + offset)
         patch.setattr(time, "time_ns", lambda: int(1e9 * (now() + offset)))
         patch.setattr(Checkpoints, "save", save_and_jump)
-        patch.setattr(Feed, "take", take_later_or_earlier)
+        patch.setattr(DevicePrefetcher, "__next__", take_later_or_earlier)
         assert run(tiny(), tmp_path).finished
     assert outcome(tmp_path) == outcome(whole)

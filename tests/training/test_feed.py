@@ -1,4 +1,5 @@
-"""Batches are fetched ahead, and only an idle device waits for them."""
+"""Batches are on the device before they are needed, not too many of them, and only an idle device
+waits for them; metrics stay there until they are read."""
 
 import threading
 import time
@@ -7,66 +8,156 @@ import numpy as np
 import pytest
 
 from vit_jax.parallel import make_mesh, split
-from vit_jax.training.feed import Feed, Figures
+from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer
 
 
-def batches(seconds, closed=None):
+class Step:
+    """What a step gives, on a device that works as long as the test wants."""
+
+    def __init__(self, error=None):
+        self._done = threading.Event()
+        self._error = error
+
+    def finish(self):
+        self._done.set()
+
+    def block_until_ready(self):
+        self._done.wait(60)
+        if self._error:
+            raise self._error
+        return self
+
+
+class Batches:
     """Endless batches, each of which takes a while."""
-    try:
-        for i in range(10**6):
-            time.sleep(seconds)
-            yield {"image": np.full(8, i)}
-    finally:
-        if closed is not None:
-            closed.set()
+
+    def __init__(self, seconds=0.0):
+        self.asked = 0
+        self.closed = False
+        self._seconds = seconds
+
+    def __next__(self):
+        self.asked += 1
+        time.sleep(self._seconds)
+        return {"image": np.full(8, self.asked)}
+
+    def close(self):
+        self.closed = True
 
 
-@pytest.mark.parametrize(("busy", "least", "most"), [(0.0, 0.6, 1.0), (0.4, 0.0, 0.2)])
-def test_only_the_time_in_which_the_device_has_nothing_to_do_is_waiting(busy, least, most):
-    feed = Feed(batches(0.2), split(make_mesh()), 1)
-    feed.take(lambda: None)
-    feed.restart_clock()
-    taken = [feed.take(lambda: time.sleep(busy)) for _ in range(3)]
-    assert least <= feed.speed().wait_share <= most
-    assert [np.asarray(batch["image"])[0] for batch in taken] == [1, 2, 3]
-    feed.close()
+def prefetcher(batches, prefetch):
+    return DevicePrefetcher(batches, split(make_mesh()), prefetch)
 
 
-def test_batches_that_are_there_are_taken_while_the_device_works():
-    feed = Feed(batches(0.0), split(make_mesh()), 3)
-    time.sleep(0.5)
-    for i in range(3):
-        assert feed.take(lambda: pytest.fail("waited for the device"))["image"][0] == i
+def settled(batches):
+    """How many batches were asked for, when no more are."""
+    asked = -1
+    while asked != batches.asked:
+        asked = batches.asked
         time.sleep(0.1)
-    assert feed.speed().wait_share == 0
-    assert np.isnan(feed.speed().batches_per_s)  # None since.
+    return asked
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_beside_the_batch_at_work_no_more_than_prefetch_are_on_the_device(prefetch):
+    batches, steps = Batches(), []
+    feed = prefetcher(batches, prefetch)
+    for done in range(4):
+        # All that are there can be taken at once, but more come only when a step is done.
+        while len(steps) < done + prefetch + 1:
+            assert np.asarray(next(feed)["image"])[0] == len(steps) + 1
+            steps.append(Step())
+            feed.watch({"loss": steps[-1]})
+        assert settled(batches) == done + prefetch + 1
+        steps[done].finish()
+        assert settled(batches) == done + prefetch + 2
+    for step in steps:
+        step.finish()
     feed.close()
 
 
-def test_closing_ends_the_thread_and_the_reading():
-    closed, before = threading.Event(), threading.active_count()
-    feed = Feed(batches(0.0, closed), split(make_mesh()), 2)
-    feed.take(lambda: None)
+@pytest.mark.parametrize(("busy", "least", "most"), [(0.0, 0.7, 1.0), (0.4, 0.0, 0.2)])
+def test_only_the_time_in_which_the_device_has_nothing_to_do_is_idle(busy, least, most):
+    feed = prefetcher(Batches(0.2), 1)
+    done = None
+    for i in range(5):
+        next(feed)
+        step = Step()
+        if done is not None:
+            done.result()  # A device does one step after the other.
+        threading.Timer(busy, step.finish).start()
+        done = feed.watch({"loss": step})
+        if i == 1:
+            feed_begins = done.result()
+    clock = done.result()
+    assert clock.steps - feed_begins.steps == 3
+    assert least <= (clock.idle - feed_begins.idle) / (clock.at - feed_begins.at) <= most
     feed.close()
-    assert closed.is_set()
+
+
+def test_what_passes_before_the_clock_is_restarted_is_not_idle():
+    feed = prefetcher(Batches(0.3), 1)
+    next(feed)
+    feed.restart_clock()
+    step = Step()
+    step.finish()
+    clock = feed.watch({"loss": step}).result()
+    assert clock.idle == 0
+    assert clock.at - feed.clock.at == 0
+    feed.close()
+
+
+def test_closing_ends_the_threads_and_the_reading():
+    batches, before = Batches(), threading.active_count()
+    feed = prefetcher(batches, 2)
+    next(feed)
+    feed.close()
+    assert batches.closed
     assert threading.active_count() == before
 
 
-def test_waiting_leaves_the_last_steps_running():
-    waited = []
+def test_the_error_of_a_step_comes_where_its_metrics_are_read():
+    feed = prefetcher(Batches(), 1)
+    for _ in range(4):  # More than there is room for: the error keeps none of them away.
+        next(feed)
+        step = Step(RuntimeError("out of memory"))
+        step.finish()
+        done = feed.watch({"loss": step})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        done.result()
+    feed.close()
 
-    class Scalar:
-        def __init__(self, step):
-            self.step = step
 
-        def block_until_ready(self):
-            waited.append(self.step)
-            return self
+def metrics(loss, in_a_row=0):
+    values = {"loss": loss, "grad_norm": 1.0, "param_norm": 1.0, "usual": 1.0, "bad_steps": 5}
+    return {k: np.float32(x) for k, x in (values | {"in_a_row": in_a_row}).items()}
 
-    figures = Figures()
-    figures.wait()
-    for step in (1, 2, 3):
-        figures.add(step, {"loss": Scalar(step)})
-        figures.wait(running=1)
-    figures.wait()
-    assert waited == [1, 2, 3]
+
+def test_metrics_are_read_in_order_up_to_a_step_each_once():
+    feed, buffer = prefetcher(Batches(), 1), MetricsBuffer()
+    for number in (1, 2, 3, 4):
+        next(feed)
+        loss = np.nan if number == 2 else number
+        values = metrics(loss, in_a_row=int(number == 2))
+        buffer.add(number, values, feed.watch(values), wanted=number % 2 == 1)
+    first = list(buffer.read(3))
+    assert [step.step for step in first] == [1, 2, 3]
+    assert [step.values.get("loss") for step in first] == pytest.approx([1, np.nan, 3], nan_ok=True)
+    assert [step.bad and step.bad.reason for step in first] == [None, "the loss became nan", None]
+    assert [step.clock.steps for step in first] == [1, 2, 3]
+    assert [(step.step, step.values) for step in buffer.read(9)] == [(4, {})]
+    assert not list(buffer.read(9))
+    feed.close()
+
+
+def test_waiting_for_metrics_waits_for_the_last_step():
+    feed, buffer = prefetcher(Batches(), 1), MetricsBuffer()
+    buffer.wait()
+    next(feed)
+    step = Step()
+    buffer.add(1, {"loss": step}, feed.watch({"loss": step}), wanted=True)
+    threading.Timer(0.2, step.finish).start()
+    begin = time.perf_counter()
+    buffer.wait()
+    assert time.perf_counter() - begin > 0.1
+    feed.close()

@@ -1,7 +1,8 @@
 """Fields that change how a run is computed, and not what comes out; and what every run avoids."""
 
-import concurrent.futures
+import threading
 from collections import Counter
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
 from vit_jax.training import make_optimizer, run, trainer
-from vit_jax.training.feed import Feed
+from vit_jax.training.feed import DevicePrefetcher
+from vit_jax.training.task import Task
 
 SHORT = (
     *("total_steps=6", "eval_every=3", "checkpoint_every=4", "progress_every=3"),
@@ -63,15 +65,15 @@ def test_a_run_with_stacked_weights_goes_on_with_them_alone(tiny, outcome, tmp_p
     class Pulled(Exception):
         pass
 
-    take, taken = Feed.take, []
+    take, taken = DevicePrefetcher.__next__, []
 
-    def pull(feed, drain):
+    def pull(feed):
         taken.append(feed)
         if len(taken) == 5:
             raise Pulled
-        return take(feed, drain)
+        return take(feed)
 
-    monkeypatch.setattr(Feed, "take", pull)
+    monkeypatch.setattr(DevicePrefetcher, "__next__", pull)
     with pytest.raises(Pulled):
         run(tiny(*fields), tmp_path / "halves")
     with pytest.raises(UserError, match=r"config\.scan_layers True -> False"):
@@ -108,8 +110,8 @@ def test_a_run_compiles_once_moves_nothing_unasked_and_waits_where_it_tells_some
     tiny, tmp_path, monkeypatch
 ):
     """Every program of a run is compiled at most once; after the first step JAX may move nothing
-    between host and device that nobody asked for; and nothing waits for the last step that was sent
-    off but what is printed, evaluated or saved."""
+    between host and device that nobody asked for; and the main thread waits for the last step that
+    was sent off only to evaluate or to save: what is printed is of an earlier one."""
     compiled: Counter[str] = Counter()
     newest: list[jax.Array] = []
     waits: list[int] = []
@@ -121,8 +123,10 @@ def test_a_run_compiles_once_moves_nothing_unasked_and_waits_where_it_tells_some
 
     def noted(wait):
         def waiting(x, *args, **kwargs):
-            if any(leaf is new for leaf in jax.tree.leaves(x) for new in newest):
-                waits.append(steps)
+            if threading.current_thread() is threading.main_thread():
+                leaves = jax.tree.leaves(x)
+                if any(leaf is new for leaf in leaves for new in newest):
+                    waits.append(steps)
             return wait(x, *args, **kwargs)
 
         return waiting
@@ -140,13 +144,22 @@ def test_a_run_compiles_once_moves_nothing_unasked_and_waits_where_it_tells_some
 
         return counted
 
-    def take(feed, drain):  # For data that are late the device has to be waited for.
-        concurrent.futures.wait([feed._coming[0]])
-        return real_take(feed, drain)
+    def result(future, timeout=None):  # Of the last step, which a thread waits for.
+        if future is last:
+            waits.append(steps)
+        return real_result(future, timeout)
 
-    real_step_of, real_take, array = trainer.step_of, Feed.take, type(jnp.zeros(()))
+    def watch(feed, metrics):
+        nonlocal last
+        last = real_watch(feed, metrics)
+        return last
+
+    last = None
+    real_step_of, array = trainer.step_of, type(jnp.zeros(()))
+    real_result, real_watch = Future.result, DevicePrefetcher.watch
     monkeypatch.setattr(trainer, "step_of", step_of)
-    monkeypatch.setattr(Feed, "take", take)
+    monkeypatch.setattr(Future, "result", result)
+    monkeypatch.setattr(DevicePrefetcher, "watch", watch)
     for name in ("block_until_ready", "device_get"):
         monkeypatch.setattr(jax, name, noted(getattr(jax, name)))
     for name in ("__array__", "__float__", "__int__", "__bool__", "item", "block_until_ready"):
@@ -161,5 +174,35 @@ def test_a_run_compiles_once_moves_nothing_unasked_and_waits_where_it_tells_some
 
     assert steps == 40
     assert compiled["jit(step)"] == 2  # That of training and that of evaluation.
-    # The first step, whose time is the compiler's; then what is printed, evaluated and saved.
-    assert set(waits) == {1, 8, 16, 20, 24, 30, 32, 40}
+    # The first step, whose time is the compiler's; then what is evaluated and saved.
+    assert set(waits) == {1, 20, 30, 40}
+
+
+def test_a_run_has_no_more_than_prefetch_batches_beside_the_one_at_work(
+    tiny, tmp_path, monkeypatch, no_picture
+):
+    losses: list[jax.Array] = []
+    counts: list[int] = []
+
+    def step_of(*args):
+        step = real_step_of(*args)
+
+        def noted(state, batch):
+            state, metrics = step(state, batch)
+            losses.append(metrics["loss"])
+            return state, metrics
+
+        return noted
+
+    def train_batches(task, start_step):
+        for asked, batch in enumerate(real_batches(task, start_step), start=1):
+            # Those before it, less those whose steps are done, and itself.
+            counts.append(asked - sum(loss.is_ready() for loss in losses))
+            yield batch
+
+    real_step_of, real_batches = trainer.step_of, Task.train_batches
+    monkeypatch.setattr(trainer, "step_of", step_of)
+    monkeypatch.setattr(Task, "train_batches", train_batches)
+    run(tiny("prefetch=3"), tmp_path / "run")
+    assert len(losses) == 40
+    assert max(counts) == 4

@@ -1,5 +1,7 @@
 """The loop of a run: what it looks at, evaluates and saves, and when."""
 
+import gc
+
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -9,6 +11,7 @@ from vit_jax.checkpoints import open_arrays
 from vit_jax.errors import UserError
 from vit_jax.evaluation.pictures import evaluate_pictures
 from vit_jax.training import run
+from vit_jax.training.feed import DevicePrefetcher
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.review import review
 
@@ -103,3 +106,20 @@ def test_without_checkpoints_or_evaluations_on_the_way_the_end_still_has_both(
     assert [line["step"] for line in lines] == [5, 7, 7]
     assert all(line["train/update_norm"] > 0 for line in lines[:2])
     assert "test/top1" in lines[-1]
+
+
+def test_while_it_trains_python_looks_for_garbage_among_what_is_new_alone(
+    tiny, tmp_path, monkeypatch
+):
+    frozen = []
+
+    def take(feed):
+        frozen.append(gc.get_freeze_count())
+        return real_take(feed)
+
+    real_take, before = DevicePrefetcher.__next__, gc.get_freeze_count()
+    monkeypatch.setattr(DevicePrefetcher, "__next__", take)
+    run(tiny("total_steps=3", "warmup_steps=1"), tmp_path)
+    assert frozen[0] == before
+    assert min(frozen[1:]) > before + 100_000
+    assert gc.get_freeze_count() == 0

@@ -98,8 +98,8 @@ def check_memory(name):
     parameters = nbytes((state.params, state.ema))
     assert parameters == nbytes(state.params) * (2 if config.ema_decay else 1)
     assert (found.parameters, found.optimizer) == (parameters, nbytes(state) - parameters)
-    assert found.batches == nbytes(batch) * (2 + config.prefetch)
-    ahead = nbytes(batch) * (1 + config.prefetch)
+    assert found.batches == nbytes(batch) * (1 + config.prefetch)
+    ahead = nbytes(batch) * config.prefetch
     compiled = (
         needed.argument_size_in_bytes
         + needed.temp_size_in_bytes

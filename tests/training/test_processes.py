@@ -167,6 +167,23 @@ def test_a_mistake_of_one_process_in_mid_run_ends_the_other_with_its_message(tmp
 
 
 @pytest.mark.slow
+def test_all_processes_go_back_from_a_bad_step_together_whatever_each_has_made_ready(tmp_path):
+    fields = ("on_bad_step=rollback", "base_lr=1e36", "optim=sgd", "warmup_steps=8")
+    fields += ("checkpoint_every=4", "progress_every=3", "eval_every=0")
+    group = Group(tmp_path / "run", *fields, own={1: ["--config.prefetch=5"]})
+    (status, _, log), (other_status, _, other_log) = group.end()
+    assert (status, other_status) == (2, 2), log + other_log
+    gone_back = re.findall(r"step (\d+): the param_norm .* weights of step (\d+)", log)
+    assert [int(step) for step, _ in gone_back] == list(range(2, 11))
+    assert [int(since) for _, since in gone_back] == [0, 0, 0, 4, 4, 4, 4, 8, 8]
+    message = (
+        "vit-jax: at step 11 the param_norm became (inf|nan), the last of 10 bad steps in a row"
+    )
+    assert re.match(message, log.splitlines()[-1])
+    assert log.splitlines()[-1] == other_log.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_at_one_step_and_any_devices_go_on(alone, tmp_path):
     workdir = tmp_path / "run"
     group = Group(workdir, *FIELDS, "sharding=fsdp")

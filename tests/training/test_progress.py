@@ -94,6 +94,24 @@ def test_time_left_is_open_where_nothing_was_measured_and_long_where_it_is_long(
     assert plain([(1, 3600, {})], clock, total=101)[0].endswith("eta 100:00:00")
 
 
+def test_a_terminal_is_drawn_ten_times_a_second_at_most_and_ends_with_the_last_step(
+    clock, monkeypatch
+):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with Progress(600, 0, stream=stream) as shown:
+        for step in range(1, 501):  # In five seconds.
+            clock[0] += 0.01
+            shown.update(step, **VALUES)
+    drawn = re.findall(r"(\d+)/600", stream.getvalue())
+    assert 40 < len(drawn) <= 55
+    assert drawn[-1] == "500"
+
+
 def test_messages_are_lines_of_their_own():
     stream = io.StringIO()
     with Progress(10, 0, stream=stream) as shown:

@@ -65,7 +65,8 @@ def test_the_learning_rate_in_the_metrics_is_the_one_that_was_applied(whole, tin
     schedule = schedule_of(tiny(), 40)
     for line in read_metrics(whole / "metrics.jsonl"):
         if "train/lr" in line:
-            assert line["train/lr"] == float(schedule(line["step"] - 1))
+            # But for the last bit, which the compiled step rounds otherwise.
+            assert line["train/lr"] == pytest.approx(float(schedule(line["step"] - 1)), rel=1e-6)
 
 
 def test_equal_seeds_give_equal_runs_and_another_seed_another(whole, tiny, tmp_path, outcome):

@@ -1,7 +1,7 @@
 """Steps that go wrong: how they are told from others, and what the state remembers of them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -80,18 +80,17 @@ class BadStep:
         )
 
 
-def heed(bad: Sequence[BadStep], on_bad_step: str, say: Callable[[str], None]) -> BadStep | None:
-    """What `config.on_bad_step` says of bad steps: raises UserError, tells of them, or gives the
-    one for which the run has to go back."""
-    for one in bad:
-        if on_bad_step == "stop":
-            raise one.error()
-        if one.in_a_row >= LIMIT:
-            raise one.error(f", the last of {LIMIT} bad steps in a row")
-        if on_bad_step == "rollback":
-            return one
-        say(f"step {one.step}: {one.reason}: skipped, as {one.bad} in all")
-    return None
+def heed(bad: BadStep, on_bad_step: str, say: Callable[[str], None]) -> bool:
+    """What `config.on_bad_step` says of a bad step: raises UserError, tells of it, or gives True
+    if the run has to go back."""
+    if on_bad_step == "stop":
+        raise bad.error()
+    if bad.in_a_row >= LIMIT:
+        raise bad.error(f", the last of {LIMIT} bad steps in a row")
+    if on_bad_step == "rollback":
+        return True
+    say(f"step {bad.step}: {bad.reason}: skipped, as {bad.bad} in all")
+    return False
 
 
 def bad_step(step: int, figures: Mapping[str, float]) -> BadStep | None:

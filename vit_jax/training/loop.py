@@ -2,26 +2,26 @@
 
 import contextlib
 import dataclasses
+import gc
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate
 from vit_jax.models.blocks import unstack_blocks
-from vit_jax.parallel import join, split, to_host
+from vit_jax.parallel import split, to_host
 from vit_jax.pretrained import Pretrained
 from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.feed import Feed, Figures
-from vit_jax.training.guard import LIMIT, heed
+from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer, StepMetrics, to_device
+from vit_jax.training.guard import LIMIT, BadStep, heed, new_guard
 from vit_jax.training.hardware import Usage
 from vit_jax.training.metrics import MetricsWriter
-from vit_jax.training.optimizer import schedule_of
 from vit_jax.training.outcome import read_tests, score_figures, score_text
 from vit_jax.training.processes import SharedStop, gather, is_first, together
 from vit_jax.training.profile import Profile, trace_folder
@@ -31,6 +31,13 @@ from vit_jax.training.state import TrainState
 from vit_jax.training.step import Step
 from vit_jax.training.task import Task
 from vit_jax.training.workdir import BEST_WEIGHTS
+
+# Steps that follow before the metrics of a step are read: the device works on these meanwhile. The
+# same number in all processes of a run, so that they go back from a bad step at the same place.
+REPORT_DELAY = 2
+
+# What a step remembers of others, and nobody wants to see.
+HIDDEN = new_guard().keys() - {"bad_steps"}
 
 # What a progress line shows at its end, by its names in a step's figures and in `Usage`.
 MORE = {
@@ -94,23 +101,22 @@ class Loop:
         self._checkpoints, self._stack = checkpoints, stack
         self._start = self.step
         self._goes_back = self._config.on_bad_step == "rollback"
-        self._metrics: MetricsWriter | None = None
+        self._writer: MetricsWriter | None = None
         tests: list[tuple[int, float]] = []
         with together():
             if is_first():
-                self._metrics = stack.enter_context(MetricsWriter(workdir, resume_step=self.step))
+                self._writer = stack.enter_context(MetricsWriter(workdir, resume_step=self.step))
                 tests = [(line["step"], line["test/top1"]) for line in read_tests(workdir)]
         self._accuracies: dict[int, float] = dict(gather(tests)[0])
         console = None if is_first() else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
         total = self._config.total_steps
         self._progress = stack.enter_context(Progress(total, self.step, stream=console))
         self.say = self._progress.message
-        self._feed = self._feed_from(self.step)
-        self._figures = Figures()
+        self._start_batches()
         self._profile = stack.enter_context(Profile(self._config.profile, trace_folder(workdir)))
         self._stop = SharedStop(own_stop, work.mesh)
         self._usage = Usage(work.vit.model, work.task.picture_shape)
-        self._schedule = schedule_of(self._config, total)
+        stack.callback(gc.unfreeze)
 
     @property
     def signal_name(self) -> str | None:
@@ -118,80 +124,104 @@ class Loop:
         return self._stop.signal_name
 
     def run(self) -> None:
-        """Goes on until the last step is done, or a signal has come; the state is then saved."""
-        ended = False
-        while not ended:
-            try:
-                ended = self._do_what_is_due()
-                if not ended:
-                    self._take_step()
-            except _GoneBackError:
-                continue
+        """Goes on until the last step is done, or a signal has come; the state is then saved.
+
+        In an order that a kill at any moment does not disturb: metrics are written before the state
+        is saved, and on resuming those after the saved state go.
+        """
+        while True:
+            if told := self._profile.at(self.step, self._metrics.wait):
+                self.say(f"step {self.step}: {told}")
+            last = self.step == self._config.total_steps
+            if last or self._due(self._config.eval_every):
+                if not self._read_metrics():
+                    continue
+                self._test(last)
+            stopping = self._stop.check(wait=self.step == self._start)
+            begins = self._goes_back and self._checkpoints.latest is None
+            if last or stopping or begins or self._due(self._config.checkpoint_every):
+                if not self._read_metrics():  # What is saved is known to be good.
+                    continue
+                self._save()
+            if last or stopping:
+                return
+            self._train_step()
 
     def weights(self) -> Pretrained:
         """The network with the weights of the state. All processes have to call it together."""
         params = unstack_blocks(to_host(self.state.averaged))
         return dataclasses.replace(self._work.vit, params=params)
 
-    def _do_what_is_due(self) -> bool:
-        """What is due after a step; True if the run ends with that.
-
-        In an order that a kill at any moment does not disturb: figures are written before the state
-        is saved, and on resuming those after the saved state go.
-        """
-        if told := self._profile.at(self.step, self._figures.wait):
-            self.say(f"step {self.step}: {told}")
-        last = self.step == self._config.total_steps
-        if last or self._due(self._config.eval_every):
-            self._test(last)
-        stopping = self._stop.check(wait=self.step == self._start)
-        begins = self._goes_back and self._checkpoints.latest is None
-        if last or stopping or begins or self._due(self._config.checkpoint_every):
-            self._save()
-        return last or stopping
-
-    def _take_step(self) -> None:
-        # JAX would send off any number of steps, each with its batch in the device's memory:
-        # one is running while the next is made ready.
-        self._figures.wait(running=1)
-        self.state, figures = self._work.train_step(
-            self.state, self._feed.take(drain=self._figures.wait)
-        )
+    def _train_step(self) -> None:
+        self.state, metrics = self._work.train_step(self.state, next(self._batches))
         self.step += 1
-        self._figures.add(self.step, figures)
+        done = self._batches.watch(metrics)
+        self._metrics.add(self.step, metrics, done, wanted=self._is_reported(self.step))
         if self.step == self._start + 1:  # The compiler's time is not the steps' time.
-            self._figures.wait()
-            self._learning_rate(self.step)
-            self._feed.restart_clock()
+            self._reported = done.result()
             self._progress.restart_clock(self.step)
-        if self._due(self._config.progress_every) or self.step == self._config.total_steps:
-            self._report()
+            # Else Python looks through all that the compiler left, for garbage, every few hundred
+            # steps: 0.15 s in which no step is sent off.
+            gc.freeze()
+        if self._is_reported(self.step - REPORT_DELAY):
+            self._read_metrics(self.step - REPORT_DELAY)
 
-    def _report(self) -> None:
-        """Shows and writes the figures of the last step."""
-        values = self._look()
-        speed = self._feed.speed()
-        times = self._usage.figures(speed.batches_per_s * self._config.batch)
-        lr, now = self._learning_rate(self.step - 1), values | times
+    def _is_reported(self, step: int) -> bool:
+        return step % self._config.progress_every == 0 or step == self._config.total_steps
+
+    def _read_metrics(self, last: int | None = None) -> bool:
+        """Heeds the bad ones and reports the due ones of the steps up to `last`, by default of all.
+
+        Of a bad one it raises UserError, tells, or goes back to the checkpoint before it, for the
+        batch after it. False if it has gone back: state and step are then others.
+        """
+        for done in self._metrics.read(self.step if last is None else last):
+            if done.bad and heed(done.bad, self._config.on_bad_step, self.say):
+                self._go_back(done.bad)
+                return False
+            if self._is_reported(done.step):
+                self._report(done)
+        return True
+
+    def _go_back(self, bad: BadStep) -> None:
+        since, saved = self._checkpoints.restore_scheduled(self.state)
+        if bad.bad - int(saved.guard["bad_steps"]) >= LIMIT:
+            raise bad.error(f", the {LIMIT}th time since step {since}")
+        self.say(
+            f"step {bad.step}: {bad.reason}: gone back to the weights of step {since}, {bad.bad} "
+            "in all"
+        )
+        self.state, self.step = saved.moved(bad), bad.step
+        self._batches.close()
+        self._start_batches()
+
+    def _report(self, done: StepMetrics) -> None:
+        """Shows and writes the metrics of a step."""
+        before, self._reported = self._reported, done.clock
+        steps, seconds = done.clock.steps - before.steps, done.clock.at - before.at
+        wait_share = (done.clock.idle - before.idle) / seconds if steps else math.nan
+        rate = steps / seconds if steps else math.nan
+        times = self._usage.figures(rate * self._config.batch)
+        values = {k: v for k, v in done.values.items() if k not in HIDDEN}
+        now = values | times
         self._progress.update(
-            self.step,
+            done.step,
             loss=values["loss"],
-            lr=lr,
+            lr=values["lr"],
             images_per_s=times.get("time/images_per_s", math.nan),
-            wait_share=speed.wait_share,
+            wait_share=wait_share,
             more={short: now[name] for short, name in MORE.items() if name in now},
         )
         if self._config.on_bad_step == "stop":
             del values["bad_steps"]
-        values = {f"train/{key}": value for key, value in values.items()}
-        if not math.isnan(speed.wait_share):
-            times["time/data_wait"] = speed.wait_share
-        if self._metrics:
-            self._metrics.write(self.step, values | times | {"train/lr": lr})
+        if steps:
+            times["time/data_wait"] = wait_share
+        if self._writer:
+            values = {f"train/{key}": value for key, value in values.items()}
+            self._writer.write(done.step, values | times)
 
     def _test(self, last: bool) -> None:
         """Evaluates the state; writes the scores, unless they stand there from before a restart."""
-        self._look()
         new = self.step not in self._accuracies
         if last or new:
             self.scores = self._evaluate()
@@ -202,20 +232,20 @@ class Loop:
                 if is_first():
                     weights.save(self._workdir / BEST_WEIGHTS)
             self._accuracies[self.step] = self.scores.top1
-            if self._metrics:
-                self._metrics.write(self.step, score_figures(self.scores))
+            if self._writer:
+                self._writer.write(self.step, score_figures(self.scores))
             self.say(f"step {self.step}: {score_text(self.scores)}")
-        self._feed.restart_clock()
+        self._restart_clock()
 
     def _evaluate(self) -> Scores | None:
         """Scores on the test pictures; None if the run is to end before all were seen."""
-        task, place = self._work.task, split(self._work.mesh)
+        task, sharding = self._work.task, split(self._work.mesh)
 
         def until_stopped() -> Iterator[Mapping[str, Any]]:
-            for batch in task.eval_batches():
+            for batch in map(to_device, task.eval_batches(), itertools.repeat(sharding)):
                 if self._stop.check():
                     raise _StoppedError
-                yield join(batch, place)
+                yield batch
 
         try:
             return evaluate(
@@ -225,43 +255,27 @@ class Loop:
             return None
 
     def _save(self) -> None:
-        self._look()  # What is saved is known to be good.
         if (self.step or self._goes_back) and self._checkpoints.latest != self.step:
-            if self._metrics:
-                self._metrics.sync()
+            if self._writer:
+                self._writer.sync()
             self._checkpoints.save(self.step, self.state)
-        self._feed.restart_clock()
+        self._restart_clock()
 
-    def _look(self) -> dict[str, float]:
-        """The figures of the last step.
-
-        Of a bad one among those since the last look, raises UserError, tells, or goes back to the
-        checkpoint before it, for the batch after it, and raises _GoneBackError.
-        """
-        values, steps = self._figures.look()
-        bad = heed(steps, self._config.on_bad_step, self.say)
-        if bad is None:
-            return values
-        since, saved = self._checkpoints.restore_scheduled(self.state)
-        if bad.bad - int(saved.guard["bad_steps"]) >= LIMIT:
-            raise bad.error(f", the {LIMIT}th time since step {since}")
-        self.say(
-            f"step {bad.step}: {bad.reason}: gone back to the weights of step {since}, {bad.bad} "
-            "in all"
+    def _start_batches(self) -> None:
+        """The batches from the current step on, and no metrics to read."""
+        batches = DevicePrefetcher(
+            self._work.task.train_batches(self.step),
+            split(self._work.mesh),
+            self._config.prefetch,
         )
-        self.state, self.step = saved.moved(bad), bad.step
-        self._feed.close()
-        self._feed = self._feed_from(self.step)
-        raise _GoneBackError
+        self._batches = self._stack.enter_context(contextlib.closing(batches))
+        self._metrics = MetricsBuffer()
+        self._restart_clock()
 
-    def _feed_from(self, step: int) -> Feed:
-        batches = self._work.task.train_batches(step)
-        feed = Feed(batches, split(self._work.mesh), self._config.prefetch)
-        return self._stack.enter_context(contextlib.closing(feed))
-
-    def _learning_rate(self, step: int) -> float:
-        with jax.transfer_guard("allow"):  # Of a few numbers, where a line is written anyway.
-            return float(self._schedule(step))
+    def _restart_clock(self) -> None:
+        """Speed is measured from here on; all steps are done."""
+        self._batches.restart_clock()
+        self._reported = self._batches.clock
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0
@@ -269,7 +283,3 @@ class Loop:
 
 class _StoppedError(Exception):
     """An evaluation is broken off because the run is to end."""
-
-
-class _GoneBackError(Exception):
-    """The state is now another: that of a checkpoint, to leave out a bad step."""

@@ -61,16 +61,15 @@ class MetricsWriter:
             values: scalars by name, such as {"train/loss": 2.25}; anything float() takes.
         """
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
+        from tensorboardX.proto.summary_pb2 import Summary
 
         scalars = {key: float(values[key]) for key in sorted(values)}
         finite = {key: x if math.isfinite(x) else None for key, x in scalars.items()}
         line = json.dumps({"step": int(step), **finite}, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
-        for key, value in scalars.items():
-            summary = scalar(key, value)
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=x) for k, x in scalars.items()])
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() > self._flushed + FLUSH_SECONDS:
             self._flush_events()
 

@@ -298,8 +298,8 @@ def _training(task: Task, model: Any, params: Any) -> Memory:
         **_lasting(state),
         gradients=None if temporary is None else min(weights, temporary),
         activations=None if temporary is None else max(temporary - weights, 0),
-        # One that is at work, one for the next step, and those that wait: see `Feed`.
-        batches=_bytes(batch, mesh) * (2 + config.prefetch),
+        # The one at work, and those that are there before they are needed: see `DevicePrefetcher`.
+        batches=_bytes(batch, mesh) * (1 + config.prefetch),
     )
 
 
@@ -312,7 +312,7 @@ def _evaluation(task: Task, model: Any, params: Any) -> Memory:
     _, state = _state(config, params)
     batch = _batch(task, task.eval_ops, config.batch_eval)
     step: Any = make_eval_step(model, mesh=mesh, loss=config.loss)
-    ahead = _bytes(_batch(task, task.train_ops, config.batch), mesh) * config.prefetch
+    ahead = _bytes(_batch(task, task.train_ops, config.batch), mesh) * (1 + config.prefetch)
     return Memory(
         **_lasting(state),
         gradients=0,

@@ -1,6 +1,7 @@
 """Several processes that train together: how they find each other, agree, and stop as one."""
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -188,7 +189,8 @@ class SharedStop:
     def __init__(self, own: StopRequest, mesh: Mesh):
         self._own = own
         self._alone = jax.process_count() == 1
-        self._place = split(mesh)
+        place, count = split(mesh), jax.local_device_count()
+        self._on_devices = functools.cache(lambda n: join(np.full(count, n, np.int32), place))
         self._highest = jax.jit(lambda x: x.max(), out_shardings=replicated(mesh))
         self._waiting: list[jax.Array] = []
         self.signal_name: str | None = None
@@ -205,8 +207,7 @@ class SharedStop:
             return self.signal_name is not None
         name = self._own.signal_name
         number = 0 if name is None else int(signal.Signals[name])
-        own = np.full(jax.local_device_count(), number, np.int32)
-        self._waiting.append(self._highest(join(own, self._place)))
+        self._waiting.append(self._highest(self._on_devices(number)))
         while len(self._waiting) > (0 if wait else 2):
             if number := int(jax.device_get(self._waiting.pop(0))):
                 self.signal_name = signal.Signals(number).name

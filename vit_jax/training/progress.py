@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+REDRAW_SECONDS = 0.1  # A terminal's lines are drawn no oftener, as this takes a millisecond.
+
 
 class Progress:
     """Shows how far a run is, how well it goes and what it waits for.
@@ -40,6 +42,7 @@ class Progress:
         self._eta = "-:--:--"
         self._numbers = "the first step is being compiled"
         self._more: list[str] = []
+        self._drawn = -math.inf
         self.restart_clock(start_step)
         self._live: Live | None = None
         if self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
@@ -80,8 +83,9 @@ class Progress:
         if self._live is None:
             line = f"step {self._counter()}  {self._numbers}  eta {self._eta}"
             self._print("".join([line, *self._more]).rstrip())
-        else:
+        elif time.monotonic() > self._drawn + REDRAW_SECONDS:
             self._live.refresh()
+            self._drawn = time.monotonic()
 
     def restart_clock(self, step: int) -> None:
         """The time left comes from the steps after this one, which has just been done."""

@@ -39,6 +39,7 @@ def make_train_step(
     spike: float = 0.0,
     ema_decay: float = 0.0,
     update_norm_at: Callable[[jax.Array], jax.Array] | None = None,
+    learning_rate: optax.Schedule | None = None,
 ) -> Step:
     """Compiles one update of the weights over all devices of a mesh.
 
@@ -62,6 +63,7 @@ def make_train_step(
       ema_decay: of the average of the weights, if the state has one.
       update_norm_at: whether "update_norm" is wanted after the step of a number; it is NaN after
         the others. On CPUs it costs 1 to 2 % of a step with SGD. None: after each.
+      learning_rate: that of `tx`, to be among the metrics.
 
     Returns:
       step(state, batch) -> (state, metrics). The batch holds "image", (n, h, w, c) of float32 or,
@@ -69,7 +71,7 @@ def make_train_step(
       state passed in is donated: it can't be used again. Metrics are float32 scalars on the device:
       "loss", the mean over the batch, and the global norms of its gradient before clipping,
       "grad_norm", of what the optimizer made of it, "update_norm", and of the new weights,
-      "param_norm"; and what `judge` remembers, see `new_guard`.
+      "param_norm"; "lr", if `learning_rate` is given; and what `judge` remembers, see `new_guard`.
     """
     mesh = make_mesh() if mesh is None else mesh
     pieces, in_parts = mesh.size * accum_steps, mesh.shape["part"] > 1
@@ -131,6 +133,8 @@ def make_train_step(
         norms = {"grad_norm": grads, "param_norm": params}
         metrics = {"loss": value} | {name: optax.tree.norm(x) for name, x in norms.items()}
         ok, guard = judge(state.guard, metrics, spike)
+        if learning_rate is not None:
+            metrics["lr"] = learning_rate(state.step)
         if update_norm_at is None:
             metrics["update_norm"] = optax.tree.norm(updates)
         else:  # Of updates that are made again for it, so that the others aren't written to memory.

@@ -27,7 +27,7 @@ from vit_jax.training.fields import CHANGING, FREE_FIELDS
 from vit_jax.training.hardware import untold
 from vit_jax.training.loop import Loop, Work
 from vit_jax.training.network import as_trained, make_network
-from vit_jax.training.optimizer import make_optimizer
+from vit_jax.training.optimizer import make_optimizer, schedule_of
 from vit_jax.training.outcome import Result, finish, finished, last_test
 from vit_jax.training.processes import check_same, gather, is_first, together
 from vit_jax.training.signals import StopRequest
@@ -228,6 +228,7 @@ def step_of(
         # On CPUs it pays to leave it out of the other steps (with Adam it would have to be computed
         # anew); a GPU would wait for the decision.
         update_norm_at=is_reported if on_cpus and config.optim == "sgd" else None,
+        learning_rate=schedule_of(config, config.total_steps),
     )
 
 
