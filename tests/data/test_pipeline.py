@@ -217,7 +217,7 @@ def test_only_a_bounded_number_of_pictures_is_read_ahead():
     next(batches)
     time.sleep(0.3)
     batches.close()
-    assert len(read) == 30  # One batch given out, two ready.
+    assert len(set(read)) == 30  # One batch given out, two ready.
 
 
 # Evaluation.
