@@ -25,7 +25,7 @@ def read_header(data: bytes) -> Header:
     """Reads the segments up to the first scan."""
     starts: dict[int, int] = {}
     position = 2
-    while data[position : position + 1] == b"\xff" and position + 3 < len(data):
+    while position + 3 < len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF:  # padding
             position += 1
@@ -33,7 +33,7 @@ def read_header(data: bytes) -> Header:
         starts.setdefault(marker, position)
         if marker == 0xDA:
             break
-        position += 2 + int.from_bytes(data[position + 2 : position + 4])
+        position += 2 + (data[position + 2] << 8 | data[position + 3])
     frames = (m for m in starts if 0xC0 <= m <= 0xCF and m not in (0xC4, 0xC8, 0xCC))
     kind = next(frames, 0)
     frame, scan = starts.get(kind, 0), starts.get(0xDA, 0)
@@ -54,9 +54,10 @@ def upper_rows(data: bytes, header: Header, bottom: int) -> bytes | bytearray:
     height = bottom + 2
     if height >= header.size[0]:
         return data
-    rows = bytearray(data[: data.rfind(_END)])
+    rows = bytearray(data)  # The one copy.
     rows[header.frame + 5 : header.frame + 7] = height.to_bytes(2)
-    return rows + bytes(16)  # Some bytes are read ahead.
+    rows[data.rfind(_END) :] = bytes(16)  # Some bytes are read ahead.
+    return rows
 
 
 def _number(data: bytes, start: int) -> int:

@@ -19,10 +19,16 @@ from vit_jax.data.buffers import Buffers, Layout, anonymous_file
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.reading import Batch, Reader, Skipped
 from vit_jax.data.sources import Source
-from vit_jax.data.workers import AUTOMATIC, Processes, Readers, Threads, choose_readers
+from vit_jax.data.workers import (
+    AUTOMATIC,
+    LEAST_FOR_PROCESSES,
+    Processes,
+    Readers,
+    Threads,
+    choose_readers,
+)
 from vit_jax.errors import UserError
 
-_LEAST_FOR_PROCESSES = 4096  # Pictures of an evaluation.
 _ROWS_AT_ONCE = 16  # Of a task: few enough that all readers end a batch at about the same time.
 
 _log = logging.getLogger(__name__)
@@ -117,7 +123,7 @@ def eval_batches(
             "result; remove the random operations from the evaluation's"
         )
     steps = -(-len(source) // batch_size)
-    if workers == AUTOMATIC and steps * rows < _LEAST_FOR_PROCESSES:
+    if workers == AUTOMATIC and len(source) < LEAST_FOR_PROCESSES * shard[1]:
         workers = 0
     keys = ("image", "label", "mask", "index")
     choose = functools.partial(_in_order, count=len(source))

@@ -1,6 +1,7 @@
 """Single pictures of a source: read, preprocessed, and left out if they can't be read."""
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,21 @@ Batch = dict[str, np.ndarray]
 Skipped = list[tuple[int, str]]  # Index of an unreadable picture, and what is wrong with it.
 
 _ZEROS = (0, 0, 0, 0)
+_own = threading.local()
 
 
-def restart(bits: np.random.Philox, seed: int, position: int) -> None:
-    """Has a bit generator go on as a new `Philox(key=(seed, position))`, in a sixth of the time."""
+def generator() -> np.random.Generator:
+    """This thread's, to be restarted for each picture: to make one takes long."""
+    if not hasattr(_own, "generator"):
+        _own.generator = np.random.Generator(np.random.Philox(0))
+    return _own.generator
+
+
+def restart(rng: np.random.Generator, seed: int, position: int) -> None:
+    """Has it go on as a new one of `Philox(key=(seed, position))` would begin."""
     state: Any = {"counter": _ZEROS, "key": (seed, position)}
     rest: Any = {"buffer": _ZEROS, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-    bits.state = {"bit_generator": "Philox", "state": state} | rest
+    rng.bit_generator.state = {"bit_generator": "Philox", "state": state} | rest
 
 
 class Reader:
@@ -49,8 +58,7 @@ class Reader:
         """Shape and dtype of what the picture at `index` becomes, or the next one that can be read;
         the size that `fill` expects of all."""
         skipped: Skipped = []
-        bits = np.random.Philox(0)
-        image, _, self._example = self._readable(index, bits, 0, skipped)
+        image, _, self._example = self._readable(index, generator(), 0, skipped)
         return image.shape, image.dtype, skipped
 
     def fill(self, batch: Batch, rows: Sequence[int], position: int) -> Skipped:
@@ -69,11 +77,11 @@ class Reader:
         """
         images, labels, mask, indices = (batch[k] for k in ("image", "label", "mask", "index"))
         skipped: Skipped = []
-        bits = np.random.Philox(0)  # One for all rows: to make one takes long.
+        rng = generator()
         for row in rows:
             index, found = int(indices[row]), None
             if self._seed is not None:
-                found = self._readable(index, bits, position + row, skipped)
+                found = self._readable(index, rng, position + row, skipped)
             elif index >= 0:
                 found = self._read(index, None, skipped)
             if found is None:
@@ -86,13 +94,12 @@ class Reader:
         return skipped
 
     def _readable(
-        self, index: int, bits: np.random.Philox, position: int, skipped: Skipped
+        self, index: int, rng: np.random.Generator, position: int, skipped: Skipped
     ) -> tuple[np.ndarray, Any, int]:
         """Image, label and index of the picture at `index` or the next one that can be read."""
-        rng = np.random.Generator(bits)
         for offset in range(len(self.source)):
             # Drawn from or not: the next one is augmented as if it had been the first.
-            restart(bits, self._seed or 0, position)
+            restart(rng, self._seed or 0, position)
             found = self._read((index + offset) % len(self.source), rng, skipped)
             if found is not None:
                 return found

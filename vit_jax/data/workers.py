@@ -32,8 +32,10 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 AUTOMATIC = -1
+_QUOTA = "/sys/fs/cgroup/cpu.max"  # Of a container.
 # Of so few cores, threads leave none idle, and start at once.
 _CORES_FOR_THREADS = 2
+LEAST_FOR_PROCESSES = 4096  # Pictures of an evaluation: fewer are read while processes would start.
 _MOST_THREADS = 16  # More would only take turns for the interpreter's lock.
 _MOST_COPIED = 2 << 30  # Bytes of pictures in memory that are copied unasked.
 
@@ -55,9 +57,9 @@ class Readers:
     reason: str = ""
 
     def __str__(self) -> str:
-        count, kind = (self.workers, "process") if self.workers else (self.threads, "thread")
-        plural = "" if count == 1 else "es" if self.workers else "s"
-        return f"{count} {kind}{plural}" + (f" ({self.reason})" if self.reason else "")
+        several = f"{self.workers} worker processes" if self.workers else f"{self.threads} threads"
+        one = {"1 worker processes": "1 worker process", "1 threads": "1 thread"}
+        return one.get(several, several) + (f" ({self.reason})" if self.reason else "")
 
 
 def choose_readers(
@@ -96,7 +98,7 @@ def own_cores() -> int:
     """The cores that this process was given: a container or a job may have fewer than there are."""
     given = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if given else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
+    with contextlib.suppress(OSError, ValueError), open(_QUOTA) as file:
         quota, period = file.read().split()  # "max 100000" where there is no limit.
         cores = min(cores, max(round(int(quota) / int(period)), 1))
     return cores
