@@ -1,5 +1,6 @@
 """Memory of batches: filled by threads or processes, read by the consumer without a copy."""
 
+import math
 import mmap
 import os
 import tempfile
@@ -36,7 +37,7 @@ class Layout:
         return batch
 
     def _bytes(self) -> list[int]:
-        return [int(np.prod(shape)) * dtype.itemsize for shape, dtype in self.arrays.values()]
+        return [math.prod(shape) * dtype.itemsize for shape, dtype in self.arrays.values()]
 
 
 class Buffers:

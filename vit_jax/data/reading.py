@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,22 @@ from vit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Skipped = list[tuple[int, str]]  # Index of an unreadable picture, and what is wrong with it.
+Opened = tuple[Callable[[], np.ndarray], Any]  # What decodes a picture, and its label.
+Example = tuple[np.ndarray, Any, int]  # Image, label, index in the source.
 
 _ZEROS = (0, 0, 0, 0)
 _own = threading.local()
 
 
-def generator() -> np.random.Generator:
-    """This thread's, to be restarted for each picture: to make one takes long."""
-    if not hasattr(_own, "generator"):
-        _own.generator = np.random.Generator(np.random.Philox(0))
-    return _own.generator
+def generators() -> list[np.random.Generator]:
+    """This thread's, to be restarted for each picture: to make one takes long.
+
+    As many as pictures that are opened before the first is decoded, which leaves nothing of
+    Python in the processor's cache: alternating takes longer. More would take more memory.
+    """
+    if not hasattr(_own, "generators"):
+        _own.generators = [np.random.Generator(np.random.Philox(0)) for _ in range(4)]
+    return _own.generators
 
 
 def restart(rng: np.random.Generator, seed: int, position: int) -> None:
@@ -58,7 +64,7 @@ class Reader:
         """Shape and dtype of what the picture at `index` becomes, or the next one that can be read;
         the size that `fill` expects of all."""
         skipped: Skipped = []
-        image, _, self._example = self._readable(index, generator(), 0, skipped)
+        image, _, self._example = self._readable(index, generators()[0], 0, skipped)
         return image.shape, image.dtype, skipped
 
     def fill(self, batch: Batch, rows: Sequence[int], position: int) -> Skipped:
@@ -77,53 +83,73 @@ class Reader:
         """
         images, labels, mask, indices = (batch[k] for k in ("image", "label", "mask", "index"))
         skipped: Skipped = []
-        rng = generator()
-        for row in rows:
-            index, found = int(indices[row]), None
-            if self._seed is not None:
-                found = self._readable(index, rng, position + row, skipped)
-            elif index >= 0:
-                found = self._read(index, None, skipped)
-            if found is None:
-                images[row], labels[row], mask[row] = 0, 0, False
-                continue
-            image, labels[row], indices[row] = found
-            if image.shape != images.shape[1:]:
-                raise self._several_sizes(images.shape[1:], image.shape, found[2])
-            images[row], mask[row] = image, True
+        training, rngs = self._seed is not None, generators()
+        for first in range(0, len(rows), len(rngs)):
+            group = []
+            for row, rng in zip(rows[first : first + len(rngs)], rngs, strict=False):
+                index = int(indices[row])
+                if training:
+                    restart(rng, self._seed or 0, position + row)
+                opened = self._open(index, rng if training else None, skipped)
+                group.append((row, index, rng, opened))
+            for row, index, rng, opened in group:
+                found = opened and self._finish(index, rng if training else None, opened, skipped)
+                if not found and training:
+                    found = self._readable(index, rng, position + row, skipped)
+                if not found:
+                    images[row], labels[row], mask[row] = 0, 0, False
+                    continue
+                image, labels[row], indices[row] = found
+                if image.shape != images.shape[1:]:
+                    raise self._several_sizes(images.shape[1:], image.shape, found[2])
+                images[row], mask[row] = image, True
         return skipped
 
     def _readable(
         self, index: int, rng: np.random.Generator, position: int, skipped: Skipped
-    ) -> tuple[np.ndarray, Any, int]:
-        """Image, label and index of the picture at `index` or the next one that can be read."""
+    ) -> Example:
+        """The picture at `index` or the next one that can be read."""
         for offset in range(len(self.source)):
             # Drawn from or not: the next one is augmented as if it had been the first.
             restart(rng, self._seed or 0, position)
-            found = self._read((index + offset) % len(self.source), rng, skipped)
-            if found is not None:
+            place = (index + offset) % len(self.source)
+            opened = self._open(place, rng, skipped)
+            found = opened and self._finish(place, rng, opened, skipped)
+            if found:
                 return found
         raise UserError(f"{self.source.name}: none of its {len(self.source)} pictures can be read")
 
-    def _read(
-        self, index: int, rng: np.random.Generator | None, skipped: Skipped
-    ) -> tuple[np.ndarray, Any, int] | None:
-        """Image, label and index of a picture; None if it is left out, for it can't be read."""
-        if index in self._unreadable:
+    def _open(self, index: int, rng: np.random.Generator | None, skipped: Skipped) -> Opened | None:
+        """What is left to do for the pixels of a picture, and its label; None if it is left out."""
+        if index in self._unreadable or index < 0:
             return None
         try:
+            stored, label = self.source.stored(index)
             part = functools.partial(self._preprocess.part, rng=rng)
-            example = self.source.example(index, part)
+            return self.source.opened(stored, index, part), self.source.label(label)
         except UserError as error:
-            if not self._skip:
-                raise
-            self._unreadable.add(index)
-            skipped.append((index, str(error)))
+            self._leave_out(index, error, skipped)
+            return None
+
+    def _finish(
+        self, index: int, rng: np.random.Generator | None, opened: Opened, skipped: Skipped
+    ) -> Example | None:
+        """The preprocessed picture; None if it is left out."""
+        try:
+            pixels = opened[0]()
+        except UserError as error:
+            self._leave_out(index, error, skipped)
             return None
         try:
-            return self._preprocess(example["image"], rng, cut=True), example["label"], index
+            return self._preprocess(pixels, rng, cut=True), opened[1], index
         except UserError as error:
             raise UserError(f"{self.source.describe(index)}: {error}") from None
+
+    def _leave_out(self, index: int, error: UserError, skipped: Skipped) -> None:
+        if not self._skip:
+            raise error
+        self._unreadable.add(index)
+        skipped.append((index, str(error)))
 
     def _several_sizes(
         self, expected: tuple[int, ...], shape: tuple[int, ...], index: int

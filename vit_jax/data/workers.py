@@ -109,8 +109,8 @@ def _copied(source: Source) -> int:
 
     Raises UserError if they can't.
     """
-    if os.name != "posix":
-        raise UserError("reading by processes needs Linux or macOS")
+    if os.name != "posix" or not sys.executable:
+        raise UserError("reading by processes needs Linux or macOS, and Python as a program")
     small = replace(source, keys=source.keys[:1], label_ids=None, identity=str)
     data, buffers = _pickled(source.name, small)
     return len(data) + sum(buffer.raw().nbytes for buffer in buffers)
@@ -148,11 +148,11 @@ class Processes:
     """
 
     def __init__(self, reader: Reader, layout: Layout, memory: int, count: int):
+        job, start = _pack(reader, layout)
         self._tasks_of: dict[int, int] = {}  # Tasks of a buffer, and what was answered.
         self._answers: dict[int, list[_Answer]] = {}
         self._selector = selectors.DefaultSelector()
         self._processes: dict[Connection, subprocess.Popen] = {}
-        job, start = _pack(reader, layout)
         tasks, self._tasks = os.pipe()
         # What is set for this process's sake, e.g. its sys.path, holds for them too.
         code = "import sys; sys.path[:] = {!r}; from vit_jax.data import workers; workers.main({})"
