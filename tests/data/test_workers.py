@@ -143,8 +143,10 @@ def test_a_memory_mapped_file_is_mapped_again_not_copied(tmp_path, monkeypatch):
         source = from_arrays(part, range(len(part)))
         expected = first(3, train_batches(source, IDENTITY, **OPTIONS))
         assert_same(first(3, train_batches(source, IDENTITY, workers=1, **OPTIONS)), expected)
-    reason = choose_readers(from_arrays(images[::2], range(32)), cores=4).reason
-    assert "a part of a memory-mapped file that isn't contiguous" in reason
+    changed = np.load(tmp_path / "images.npy", mmap_mode="c")
+    for part in (images[::2], changed):
+        reason = choose_readers(from_arrays(part, range(len(part))), cores=4).reason
+        assert "a part of a memory-mapped file that isn't contiguous, or not as on disk" in reason
 
 
 @pytest.mark.parametrize("options", [{"workers": -2}, {"threads": -1}])
@@ -226,7 +228,7 @@ def test_they_start_in_seconds():
 
     begin = time.monotonic()
     first(1, train_batches(DIGITS, IDENTITY, workers=2, **OPTIONS))
-    assert time.monotonic() - begin < 5  # 0.3 alone on the machine.
+    assert time.monotonic() - begin < 10  # Below 1 if the machine has nothing else to do.
 
 
 def test_a_user_error_crosses_unchanged_and_at_the_batch_that_it_is_of():
@@ -368,11 +370,11 @@ def test_they_end_by_themselves_if_the_process_that_started_them_is_killed():
     assert set(os.listdir("/dev/shm")) <= before
 
 
-def test_ctrl_c_and_sigterm_leave_them_to_the_process_that_started_them():
+def test_signals_leave_them_to_the_process_that_started_them():
     with started() as own:
         batches = train_batches(DIGITS, IDENTITY, workers=2, **OPTIONS)
         next(batches)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             for pid in own():
                 os.kill(pid, number)
         first(20, batches)

@@ -170,7 +170,7 @@ class Processes:
                 arguments = ", ".join(map(str, (*files, start)))
                 with answer, _signals_blocked():
                     self._processes[answers] = subprocess.Popen(
-                        [sys.executable, "-c", code.format(sys.path, arguments)],
+                        [sys.executable, "-c", code.format(list(map(str, sys.path)), arguments)],
                         stdin=subprocess.DEVNULL,
                         stdout=2,  # Ours may be for a result.
                         env=environment,
@@ -242,12 +242,13 @@ def _death(status: int) -> UserError:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """What is started in this block never sees Ctrl-C nor SIGTERM.
+    """What is started in this block never sees Ctrl-C, SIGTERM or the like.
 
-    A terminal sends the one to all processes of a run, a cluster the other, but only the first
-    knows what to save before it ends them all. Processes inherit what is blocked.
+    A terminal or a cluster sends them to all processes of a run, but only the first knows what to
+    save before it ends the others. Processes inherit what is blocked.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.Signals[name] for name in names})
     try:
         yield
     finally:
@@ -298,8 +299,8 @@ def _pickled(name: str, value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
 
 def _place(array: np.memmap) -> int:
     """Where in its file an array begins that may be a part of another."""
-    if not array.flags.c_contiguous or not array.filename:
-        raise ValueError("a part of a memory-mapped file that isn't contiguous, or has no name")
+    if not array.flags.c_contiguous or not array.filename or array.mode == "c":
+        raise ValueError("a part of a memory-mapped file that isn't contiguous, or not as on disk")
     memory = np.frombuffer(array._mmap, np.uint8)  # type: ignore[attr-defined]
     start = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
     return start + array.ctypes.data - memory.ctypes.data
