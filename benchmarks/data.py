@@ -4,17 +4,23 @@
     python benchmarks/data.py [FOLDER]
 
 FOLDER holds JPEGs in class folders; without it, 1,024 pictures of 500x375 are made. Every loader
-gets the same files and all cores, gives batches of 128 for the same time, and runs in a process of
-its own, in turns, so that whatever else the machine does slows all alike. The figure is the median
-of the rounds; the first batches of each run don't count.
+gets the same files, gives batches of 128 for the same time, and runs in a process of its own, in
+turns, so that whatever else the machine does slows all alike. The figure is the median of the
+rounds; the first batches of each run don't count. A loader that isn't installed is left out and
+named.
 
-"decode and resize alone" is what all cores manage with no loader around it; once more without
-what the system takes for giving each picture fresh memory.
+The first table is of 1, 2, 4, ... processes up to the cores there are, the second of every loader
+with all cores. There, "decode and resize alone" is what all cores manage with no loader around it;
+once more without what the system takes for giving each picture fresh memory.
 """
 
+import argparse
+import contextlib
 import itertools
 import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -25,8 +31,8 @@ from pathlib import Path
 
 import numpy as np
 
-BATCH, SECONDS, ROUNDS, WARM_UP = 128, 4.0, 3, 4
 CORES = len(os.sched_getaffinity(0))
+BATCH = 128
 
 
 def ours(folder: Path, levels: bool = True, **options) -> Iterator[int]:
@@ -43,17 +49,26 @@ def ours(folder: Path, levels: bool = True, **options) -> Iterator[int]:
         yield len(batch["image"])
 
 
-def ours_processes(folder: Path) -> Iterator[int]:
-    """The same by worker processes."""
-    return ours(folder, workers=CORES)
+def ours_threads(folder: Path, count: int) -> Iterator[int]:
+    """By so many threads."""
+    return ours(folder, threads=count)
 
 
-def ours_float32(folder: Path) -> Iterator[int]:
-    """The original's unrounded pictures, normalised by the threads."""
-    return ours(folder, levels=False)
+def ours_processes(folder: Path, count: int) -> Iterator[int]:
+    """By so many worker processes."""
+    return ours(folder, workers=count)
 
 
-def tf_data(folder: Path) -> Iterator[int]:
+def ours_float32(folder: Path, count: int) -> Iterator[int]:
+    """The original's unrounded pictures, normalised by whoever reads, chosen as by default."""
+    from vit_jax import data
+
+    source = data.open_source(str(folder), "train+test")
+    chosen = data.choose_readers(source, cores=count)
+    return ours(folder, levels=False, workers=chosen.workers, threads=chosen.threads)
+
+
+def tf_data(folder: Path, count: int) -> Iterator[int]:
     """A tf.data pipeline with the same operations, decoding only what the crop needs."""
     import tensorflow as tf
 
@@ -73,13 +88,13 @@ def tf_data(folder: Path) -> Iterator[int]:
 
     files = sorted(map(str, folder.glob("*/*.jpg")))
     dataset = tf.data.Dataset.from_tensor_slices(files).repeat().shuffle(len(files))
-    dataset = dataset.map(load, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = dataset.map(load, num_parallel_calls=count)
     for batch in dataset.batch(BATCH).prefetch(tf.data.AUTOTUNE):
         yield len(batch.numpy())
 
 
-def torchvision_loader(folder: Path) -> Iterator[int]:
-    """torch's DataLoader with torchvision's decoder and transforms, a worker a core."""
+def torchvision_loader(folder: Path, count: int) -> Iterator[int]:
+    """torch's DataLoader with torchvision's decoder and transforms."""
     import torch
     from torchvision.datasets import ImageFolder
     from torchvision.io import ImageReadMode, decode_image, read_file
@@ -97,11 +112,11 @@ def torchvision_loader(folder: Path) -> Iterator[int]:
         transform,
         loader=lambda path: decode_image(read_file(path), ImageReadMode.RGB),
     )
-    return _torch_batches(dataset)
+    return _torch_batches(dataset, count)
 
 
-def timm_loader(folder: Path) -> Iterator[int]:
-    """timm's dataset, transforms and collation (Pillow, uint8), a worker a core."""
+def timm_loader(folder: Path, count: int) -> Iterator[int]:
+    """timm's dataset, transforms and collation (Pillow, uint8)."""
     import torch
     from timm.data import create_dataset, create_transform
     from timm.data.loader import fast_collate
@@ -116,10 +131,10 @@ def timm_loader(folder: Path) -> Iterator[int]:
         color_jitter=None,
         interpolation="bilinear",
     )
-    return _torch_batches(dataset, fast_collate)
+    return _torch_batches(dataset, count, fast_collate)
 
 
-def _torch_batches(dataset, collate=None) -> Iterator[int]:
+def _torch_batches(dataset, count: int, collate=None) -> Iterator[int]:
     from torch.utils.data import DataLoader, RandomSampler
 
     sampler = RandomSampler(dataset, replacement=True, num_samples=10**7)
@@ -127,7 +142,7 @@ def _torch_batches(dataset, collate=None) -> Iterator[int]:
         dataset,
         BATCH,
         sampler=sampler,
-        num_workers=CORES,
+        num_workers=count,
         collate_fn=collate,
         drop_last=True,
     )
@@ -135,22 +150,22 @@ def _torch_batches(dataset, collate=None) -> Iterator[int]:
         yield len(images)
 
 
-def decode_and_resize_alone(folder: Path) -> Iterator[int]:
-    """OpenCV in as many threads as cores, on files that are in memory, the results thrown away."""
+def decode_and_resize_alone(folder: Path, count: int) -> Iterator[int]:
+    """OpenCV in so many threads, on files that are in memory, the results thrown away."""
     import threading
 
     import cv2
 
     cv2.setNumThreads(0)
     files = [np.frombuffer(f.read_bytes(), np.uint8) for f in sorted(folder.glob("*/*.jpg"))]
-    counts = [0] * CORES
+    counts = [0] * count
 
     def work(thread: int) -> None:
         for file in itertools.cycle(files):
             cv2.resize(cv2.imdecode(file, cv2.IMREAD_COLOR_RGB), (224, 224))
             counts[thread] += 1
 
-    for thread in range(CORES):
+    for thread in range(count):
         threading.Thread(target=work, args=(thread,), daemon=True).start()
     before = 0
     while True:
@@ -160,37 +175,38 @@ def decode_and_resize_alone(folder: Path) -> Iterator[int]:
         before = now
 
 
-def decode_and_resize_in_kept_memory(folder: Path) -> Iterator[int]:
+def decode_and_resize_in_kept_memory(folder: Path, count: int) -> Iterator[int]:
     """The same where glibc keeps what was freed."""
     import ctypes
 
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 0)  # M_MMAP_MAX
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    return decode_and_resize_alone(folder)
+    return decode_and_resize_alone(folder, count)
 
 
-LOADERS: dict[str, Callable[[Path], Iterator[int]]] = {
-    "ours, uint8 (the default)": ours,
-    "ours, uint8, worker processes": ours_processes,
+LOADERS: dict[str, Callable[[Path, int], Iterator[int]]] = {
+    "ours, processes": ours_processes,
+    "ours, threads": ours_threads,
+    "torchvision": torchvision_loader,
     "ours, float32": ours_float32,
     "tf.data": tf_data,
-    "torchvision": torchvision_loader,
     "timm": timm_loader,
     "decode and resize alone": decode_and_resize_alone,
     "decode and resize alone, memory kept": decode_and_resize_in_kept_memory,
 }
+SCALED = tuple(LOADERS)[:3]
 
 
-def measure(name: str, folder: Path) -> float:
-    """Pictures a second of a loader that has warmed up."""
-    batches = LOADERS[name](folder)
-    for _ in range(WARM_UP):
+def measure(name: str, folder: Path, count: int, seconds: float) -> float:
+    """Pictures a second of a loader that has warmed up: whose workers have all given a batch."""
+    batches = LOADERS[name](folder, count)
+    for _ in range(4 + count):
         next(batches)
-    count, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < SECONDS:
-        count += next(batches)
-    return count / seconds
+    pictures, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds:
+        pictures += next(batches)
+    return pictures / passed
 
 
 def make_pictures(folder: Path, count: int = 1024) -> None:
@@ -208,36 +224,89 @@ def make_pictures(folder: Path, count: int = 1024) -> None:
         cv2.imwrite(str(file), levels, [cv2.IMWRITE_JPEG_QUALITY, 85])
 
 
-def main(folder: Path) -> None:
-    """Prints a table."""
-    rates: dict[str, list[float]] = {name: [] for name in LOADERS}
-    for _ in range(ROUNDS):
-        for name in LOADERS:
-            command = [sys.executable, __file__, str(folder), name]
+def physical_cores() -> int:
+    """The cores that this process was given, two threads of one counted once."""
+    found = set()
+    for core in os.sched_getaffinity(0):
+        with contextlib.suppress(OSError):
+            place = f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"
+            found.add(Path(place).read_text())
+    return len(found) or CORES
+
+
+def processor() -> str:
+    """Its name, as the system has it."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return platform.machine()
+
+
+def main(folder: Path, options: argparse.Namespace) -> None:
+    """Prints two tables."""
+    runs = [(name, count) for count in options.processes for name in SCALED]
+    runs += [(name, CORES) for name in options.loaders if (name, CORES) not in runs]
+    runs = [run for run in runs if run[0] in options.loaders]
+    rates: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
+    for _ in range(options.rounds):
+        for name, count in runs:
+            command = [sys.executable, __file__, str(folder), f"--loader={name}"]
+            command += [f"--processes={count}", f"--seconds={options.seconds}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
-                rates[name].append(json.loads(done.stdout.splitlines()[-1]))
-            elif not rates[name]:
-                print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                rates[name, count].append(json.loads(done.stdout.splitlines()[-1]))
+            elif not rates[name, count]:
+                error = done.stderr.strip().splitlines()[-1]
+                print(f"{name}, {count}: {error}", file=sys.stderr)
+    medians = {run: statistics.median(values) for run, values in rates.items() if values}
     files = list(folder.glob("*/*.jpg"))
     size = statistics.mean(f.stat().st_size for f in files)
-    print(f"{len(files):,} JPEGs of {size / 1e3:.0f} KB, {CORES} cores\n")
-    medians = {name: statistics.median(values) for name, values in rates.items() if values}
-    best = medians["ours, uint8 (the default)"]
-    print("| loader | pictures a second | ours is so many times as fast |")
-    print("| --- | --- | --- |")
-    for name, rate in medians.items():
-        print(f"| {name} | {rate:,.0f} | {best / rate:.2f} |")
+    print(f"{len(files):,} JPEGs of {size / 1e3:.0f} KB; {processor()}, {CORES} cores, ", end="")
+    print(f"{physical_cores()} of them physical\n")
+
+    scaled = [name for name in SCALED if name in options.loaders]
+    print("| processes or threads | " + " | ".join(f"{n} | of linear" for n in scaled) + " |")
+    print("| --- " * (1 + 2 * len(scaled)) + "|")
+    for count in options.processes:
+        cells = []
+        for name in scaled:
+            rate, one = medians.get((name, count)), medians.get((name, options.processes[0]))
+            share = rate and one and rate / one / count * options.processes[0]
+            cells += [f"{rate:,.0f}" if rate else "-", f"{share:.2f}" if share else "-"]
+        print(f"| {count} | " + " | ".join(cells) + " |")
+
+    print("\n| loader, all cores | pictures a second |")
+    print("| --- | --- |")
+    for (name, count), rate in medians.items():
+        if count == CORES:
+            print(f"| {name} | {rate:,.0f} |")
+
+
+def counts_up_to(cores: int) -> list[int]:
+    """1, 2, 4, ..., and the physical cores, and all."""
+    doubled = [2**i for i in range(cores.bit_length())]
+    return sorted({*doubled, physical_cores(), cores})
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(measure(sys.argv[2], Path(sys.argv[1])))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument(
+        "--loader", help="measure this one only, here, with one number of processes"
+    )
+    parser.add_argument("--loaders", type=lambda text: text.split(";"), default=list(LOADERS))
+    parser.add_argument("--processes", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--pictures", type=int, default=1024, help="that are made")
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    options.processes = options.processes or counts_up_to(CORES)
+    if options.loader:
+        print(measure(options.loader, options.folder, options.processes[0], options.seconds))
         sys.stdout.flush()
         os._exit(0)  # Some loaders take long to stop.
-    if len(sys.argv) == 2:
-        main(Path(sys.argv[1]))
-    else:
-        with tempfile.TemporaryDirectory() as name:
-            make_pictures(Path(name))
-            main(Path(name))
+    with tempfile.TemporaryDirectory() as name:
+        if options.folder is None:
+            make_pictures(Path(name), options.pictures)
+        main(options.folder or Path(name), options)

@@ -145,22 +145,70 @@ def test_a_run_that_is_asked_to_stop_saves_says_how_to_go_on_and_exits_with_75(n
     )
 
 
+def workers_of(training):
+    """The processes that a run has started."""
+    files = Path(f"/proc/{training.pid}/task").glob("*/children")
+    with contextlib.suppress(OSError):
+        return [int(pid) for file in files for pid in file.read_text().split()]
+    return []
+
+
 def workers_start(training):
-    """Whether there are processes of its own, which then still import what they need."""
-    children = Path(f"/proc/{training.pid}/task").glob("*/children")
-    return sum(len(file.read_text().split()) for file in children) > 1
+    """Whether they are there, when they still import what they need."""
+    return len(workers_of(training)) == 2
+
+
+def are_gone(pids):
+    deadline = time.monotonic() + PATIENCE
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+WORKERS = ("total_steps=1000000", "eval_every=0", "checkpoint_every=0", "workers=2")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", [at_step(5), workers_start])
-def test_ctrl_c_reaches_worker_processes_too_and_they_say_nothing(moment, tmp_path):
-    fields = ("total_steps=1000000", "eval_every=0", "checkpoint_every=0", "workers=2")
-    training = Training(tmp_path / "run", *fields)
+def test_what_stops_a_run_reaches_worker_processes_too_and_they_say_nothing(
+    moment, number, tmp_path
+):
+    training = Training(tmp_path / "run", *WORKERS)
     assert training.wait_until(moment)
-    os.killpg(training.pid, signal.SIGINT)  # As a terminal does.
+    workers = workers_of(training)
+    os.killpg(training.pid, number)  # As a terminal does with Ctrl-C, and a cluster with SIGTERM.
     assert not training.wait_until(lambda t: False)
-    assert training.end(signal.SIGINT)[0] == 75
-    assert "Traceback" not in Path(training.log.name).read_text()
+    assert training.end(number)[0] == 75
+    log = Path(training.log.name).read_text()
+    assert "read by 2 worker processes" in log.splitlines()[0]
+    assert "Traceback" not in log
+    assert are_gone(workers)
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_is_killed_ends_the_run_with_one_line(tmp_path):
+    training = Training(tmp_path / "run", *WORKERS)
+    assert training.wait_until(at_step(5))
+    workers = workers_of(training)
+    os.kill(workers[1], signal.SIGKILL)
+    assert not training.wait_until(lambda t: False)
+    assert training.end(signal.SIGTERM)[0] == 2
+    log = Path(training.log.name).read_text()
+    assert log.count("vit-jax: ") == 1
+    assert "\nvit-jax: a process that reads pictures was killed by SIGKILL, as the" in log
+    assert "Traceback" not in log
+    assert are_gone(workers)
+
+
+@pytest.mark.slow
+def test_worker_processes_end_with_a_run_that_is_killed(tmp_path):
+    training = Training(tmp_path / "run", *WORKERS)
+    assert training.wait_until(at_step(5))
+    workers = workers_of(training)
+    training.end(signal.SIGKILL)
+    assert len(workers) == 2
+    assert are_gone(workers)
 
 
 def test_a_run_that_is_asked_to_stop_while_it_starts_ends_before_its_first_step(tmp_path):

@@ -20,6 +20,10 @@ _HOMES = {
     "parse": "preprocess",
     "OPERATIONS": "preprocess",
     "AUGREG": "augment",
+    "Readers": "workers",
+    "choose_readers": "workers",
+    "own_cores": "workers",
+    "LEAST_FOR_PROCESSES": "workers",
     "train_batches": "pipeline",
     "eval_batches": "pipeline",
 }

@@ -104,7 +104,7 @@ def _packed(names: list[str]) -> np.ndarray:
 def _read_file(root: str, key: str) -> bytes:
     from vit_jax.data import pictures  # loads OpenCV
 
-    return pictures.content(os.path.join(root, key))
+    return pictures.content(f"{root}/{key}")
 
 
 class _Listing:

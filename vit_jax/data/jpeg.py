@@ -23,25 +23,26 @@ class Header(NamedTuple):
 
 def read_header(data: bytes) -> Header:
     """Reads the segments up to the first scan."""
-    starts: dict[int, int] = {}
-    position = 2
-    while data[position : position + 1] == b"\xff" and position + 3 < len(data):
+    position, frame, scan, kind, special = 2, 0, 0, 0, False
+    # Between two pictures nothing of Python is in the processor's cache: few operations count.
+    while position + 3 < len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF:  # padding
             position += 1
             continue
-        starts.setdefault(marker, position)
         if marker == 0xDA:
+            scan = position
             break
-        position += 2 + int.from_bytes(data[position + 2 : position + 4])
-    frames = (m for m in starts if 0xC0 <= m <= 0xCF and m not in (0xC4, 0xC8, 0xCC))
-    kind = next(frames, 0)
-    frame, scan = starts.get(kind, 0), starts.get(0xDA, 0)
+        if 0xC0 <= marker <= 0xCF and not kind and marker not in (0xC4, 0xC8, 0xCC):
+            kind, frame = marker, position
+        elif marker == 0xDD or marker == 0xE1:  # restarts, EXIF
+            special = True
+        position += 2 + (data[position + 2] << 8 | data[position + 3])
     size = (_number(data, frame + 5), _number(data, frame + 7)) if kind else (0, 0)
     ends = data.rfind(_END) >= scan  # Found at once at the end of a whole file.
-    # The scan has all of the frame's components; 0xDD sets restarts, 0xE1 is EXIF.
-    plain = kind == 0xC0 and 0xDA in starts and not {0xDD, 0xE1} & starts.keys()
-    return Header(size, ends, frame, plain and data[scan + 4] == data[frame + 9])
+    # The scan has all of the frame's components.
+    whole = data[scan + 4 : scan + 5] == data[frame + 9 : frame + 10]
+    return Header(size, ends, frame, plain=kind == 0xC0 and scan > 0 and not special and whole)
 
 
 def upper_rows(data: bytes, header: Header, bottom: int) -> bytes | bytearray:
@@ -54,9 +55,10 @@ def upper_rows(data: bytes, header: Header, bottom: int) -> bytes | bytearray:
     height = bottom + 2
     if height >= header.size[0]:
         return data
-    rows = bytearray(data[: data.rfind(_END)])
+    rows = bytearray(data)  # The one copy.
     rows[header.frame + 5 : header.frame + 7] = height.to_bytes(2)
-    return rows + bytes(16)  # Some bytes are read ahead.
+    rows[data.rfind(_END) :] = bytes(16)  # Some bytes are read ahead.
+    return rows
 
 
 def _number(data: bytes, start: int) -> int:

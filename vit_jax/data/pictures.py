@@ -62,6 +62,18 @@ def decode(
       UserError: the data is empty, damaged, truncated, no picture, or one of more than MAX_PIXELS,
         which is told from its header.
     """
+    return opened(data, channels=channels, name=name, part=part)()
+
+
+def opened(
+    data: bytes,
+    *,
+    channels: int = 3,
+    name: str = "picture",
+    part: Callable[[tuple[int, int]], Part] | None = None,
+) -> Callable[[], np.ndarray]:
+    """What is left to do of `decode` when a file's header was read and the part was chosen, if the
+    header is enough for that."""
     flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB}[channels]
     if not data:
         raise UserError(f"{name}: empty file, expected a picture; replace or remove it")
@@ -84,19 +96,26 @@ def decode(
             f"{name}: a {kind} picture of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
             "at most; make it smaller or remove it"
         )
-    window = image = None
+    window: Part | None = None
+    upper: bytes | bytearray = data
     if part and header and header.plain:
         window = part((height, width))
-        image = _imdecode(jpeg.upper_rows(data, header, window[0] + window[2]), flag)
-    if image is None:
-        image = _imdecode(data, flag)
-    if image is None:
-        raise UserError(f"{name}: truncated or damaged {kind} file; replace or remove it")
-    image = image.reshape(*image.shape[:2], channels)
-    if part:
-        top, left, high, wide = window or part(image.shape[:2])
-        image = image[top : top + high, left : left + wide]
-    return image
+        upper = jpeg.upper_rows(data, header, window[0] + window[2])
+
+    def finish() -> np.ndarray:
+        image = _imdecode(upper, flag)
+        if image is None and upper is not data:
+            image = _imdecode(data, flag)
+        if image is None:
+            raise UserError(f"{name}: truncated or damaged {kind} file; replace or remove it")
+        if channels == 1:
+            image = image[..., None]
+        if part:
+            top, left, high, wide = window or part(image.shape[:2])
+            image = image[top : top + high, left : left + wide]
+        return image
+
+    return finish
 
 
 def _imdecode(data: bytes | bytearray, flag: int) -> np.ndarray | None:

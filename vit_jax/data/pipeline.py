@@ -3,26 +3,35 @@
 Nothing here remembers a position: to resume at step t, start at step t.
 """
 
+import contextlib
 import functools
 import itertools
+import logging
 import os
-import signal
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from vit_jax.data.buffers import Buffers, Layout, anonymous_file
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.reading import Form, Reader, Row, generator
+from vit_jax.data.reading import Batch, Reader, Skipped
 from vit_jax.data.sources import Source
+from vit_jax.data.workers import (
+    AUTOMATIC,
+    LEAST_FOR_PROCESSES,
+    Processes,
+    Readers,
+    Threads,
+    choose_readers,
+)
 from vit_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+_ROWS_AT_ONCE = 16  # Of a task: few enough that all readers end a batch at about the same time.
+
+_log = logging.getLogger(__name__)
 
 
 def train_batches(
@@ -53,29 +62,31 @@ def train_batches(
       start_step: counted from 0.
       shard: (host, number of hosts); host h gets the h-th contiguous part of each batch.
       threads: that read and preprocess; by default one a CPU, 16 at most.
-      workers: processes that make a whole batch each, in place of threads; 0 for threads, which
-        start at once and are as fast where OpenCV does the work.
-      prefetch: batches read ahead, by each worker if there are some; memory grows with it.
+      workers: processes that do it in place of threads; 0 for threads, -1 to choose, see
+        `choose_readers`.
+      prefetch: batches read ahead, each by all threads or processes; memory grows with it.
       corrupt: "error" stops at an unreadable picture; "skip" logs it once and takes the next
         readable one of the source in its place.
 
     Yields:
       {"image": (rows, h, w, c) of the preprocessing's type, "label": int32 (rows,)}, rows =
       batch_size / hosts. Where a picture may have several labels, "label" is float32 (rows,
-      classes) of 0 and 1.
+      classes) of 0 and 1. The arrays are yours for as long as you refer to them, to a view of
+      them, or to a JAX array that shares their memory; then the memory is filled anew.
 
     Raises:
-      UserError: wrong arguments, an unreadable picture (see `corrupt`), or pictures of several
-        sizes. Close the iterator (`contextlib.closing`) to stop its threads at once.
+      UserError: wrong arguments, an unreadable picture (see `corrupt`), pictures of several sizes,
+        or a worker process that was killed. Close the iterator (`contextlib.closing`) to stop
+        threads and processes at once.
     """
-    reader = Reader(source, preprocess, corrupt)
+    reader = Reader(source, preprocess, corrupt, seed)
     first, rows = _rows_of_shard(batch_size, shard)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}, expected 0 to {2**32 - 1}; choose another")
     if start_step < 0:
         raise UserError(f"start_step is {start_step}, expected 0 or more")
-    read = functools.partial(_training_rows, reader, len(source), seed)
-    batches = _Batches(reader, read, ("image", "label"), batch_size, first, rows, start_step)
+    choose = functools.partial(_shuffled, count=len(source), seed=seed)
+    batches = _Batches(reader, choose, ("image", "label"), batch_size, first, rows, start_step)
     return _stream(batches, prefetch, threads, workers)
 
 
@@ -86,13 +97,15 @@ def eval_batches(
     batch_size: int,
     shard: tuple[int, int] = (0, 1),
     threads: int | None = None,
+    workers: int = 0,
     prefetch: int = 2,
     corrupt: str = "error",
 ) -> Iterator[Batch]:
     """Yields every picture once, in order; the last batch is padded.
 
     Args: as `train_batches`. With several hosts all of them get the same number of batches. With
-      `corrupt="skip"` an unreadable picture is logged and its mask is False.
+      `corrupt="skip"` an unreadable picture is logged and its mask is False. `workers` -1 means
+      threads for fewer than 4,096 pictures: they would be read before processes have started.
 
     Yields:
       {"image": float32 (rows, h, w, c), "label": int32 (rows,), "mask": bool (rows,), "index":
@@ -102,7 +115,7 @@ def eval_batches(
     Raises:
       UserError: as `train_batches`, or a preprocessing that is random.
     """
-    reader = Reader(source, preprocess, corrupt)
+    reader = Reader(source, preprocess, corrupt, None)
     first, rows = _rows_of_shard(batch_size, shard)
     if preprocess.random:
         raise UserError(
@@ -110,32 +123,42 @@ def eval_batches(
             "result; remove the random operations from the evaluation's"
         )
     steps = -(-len(source) // batch_size)
+    if workers == AUTOMATIC and len(source) < LEAST_FOR_PROCESSES * shard[1]:
+        workers = 0
     keys = ("image", "label", "mask", "index")
-    read = functools.partial(map, reader.read_or_blank)
-    batches = _Batches(reader, read, keys, batch_size, first, rows, 0, steps)
-    return _stream(batches, prefetch, threads)
+    choose = functools.partial(_in_order, count=len(source))
+    batches = _Batches(reader, choose, keys, batch_size, first, rows, 0, steps)
+    return _stream(batches, prefetch, threads, workers)
 
 
-def _training_rows(reader: Reader, count: int, seed: int, positions: range) -> Iterator[Row]:
-    """The examples at some positions of the endless stream of shuffled epochs."""
-    # What is chosen for all of them first: between pictures this takes three times as long, for
-    # decoding leaves nothing of it in the processor's cache.
-    chosen = []
-    for position in positions:
-        epoch, place = divmod(position, count)
-        chosen.append((_shuffled(place, count, seed, epoch), generator([seed, position])))
-    for index, rng in chosen:
-        yield reader.read_or_next(index, rng)
+def _in_order(positions: range, count: int) -> np.ndarray:
+    """The pictures at some positions, -1 behind the last, int64."""
+    indices = np.arange(positions.start, positions.stop)
+    return np.where(indices < count, indices, -1)
 
 
-def _shuffled(place: int, count: int, seed: int, epoch: int) -> int:
-    """The picture at a place of an epoch: a permutation, of many pictures without a table of it."""
-    if count < 2**16:
-        return int(_order(count, seed, epoch)[place])
+def _shuffled(positions: range, count: int, seed: int) -> np.ndarray:
+    """The pictures at some positions of the endless stream of shuffled epochs, int64."""
+    epochs, places = np.divmod(np.arange(positions.start, positions.stop), count)
+    return np.concatenate(
+        [
+            _order(count, seed, epoch)[places[epochs == epoch]]
+            if count < 2**16
+            else _places_of_many(places[epochs == epoch], count, _epoch_seed(seed, epoch))
+            for epoch in range(epochs[0], epochs[-1] + 1)
+        ]
+    )
+
+
+def _places_of_many(places: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """A permutation of many pictures without a table of it; of few it is slow, for it permutes
+    2**16 numbers at least and passes over what is too large."""
     from grain.experimental import index_shuffle  # Takes a second.
 
-    # It permutes 2**16 numbers at least and passes over what is too large: slow for few pictures.
-    return index_shuffle(place, max_index=count - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+    last = count - 1
+    return np.array(
+        [index_shuffle(place, max_index=last, seed=seed, rounds=4) for place in places.tolist()]
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -148,48 +171,6 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-class _Filling:
-    """A batch to which threads add pictures, each to rows of its own.
-
-    Attributes:
-      form: shape and dtype of its pictures and the index of the first, when that is known.
-    """
-
-    def __init__(self, reader: Reader, rows: int, form: Form | None = None):
-        self.form = form
-        self._reader = reader
-        self._lock = threading.Lock()
-        self._images = np.empty((rows, *form[0]), form[1]) if form else None
-        self._labels: list[Any] = [None] * rows
-        self._mask = np.zeros(rows, bool)
-        self._index = np.full(rows, -1, np.int32)
-
-    def put(self, row: int, image: np.ndarray | None, label: Any, index: int) -> None:
-        self._labels[row], self._index[row] = label, index
-        if image is None:
-            return
-        form, images = self._memory(image, index)
-        self._reader.check_size(form, image.shape, index)
-        images[row], self._mask[row] = image, True
-
-    def _memory(self, image: np.ndarray, index: int) -> tuple[Form, np.ndarray]:
-        """The memory of all rows, of the form of their first picture."""
-        with self._lock:
-            if self.form is None or self._images is None:
-                self.form = image.shape, image.dtype, index
-                self._images = np.empty((len(self._mask), *image.shape), image.dtype)
-            return self.form, self._images
-
-    def batch(self) -> Batch:
-        """With zeros for missing images."""
-        images = self._images
-        if images is None:
-            _, images = self._memory(self._reader.blank(), 0)
-        images[~self._mask] = 0
-        labels = self._reader.labels(self._labels)
-        return {"image": images, "label": labels, "mask": self._mask, "index": self._index}
-
-
 @dataclass(frozen=True)
 class _Batches:
     """One host's part of each batch.
@@ -197,14 +178,14 @@ class _Batches:
     The part is contiguous: a row's place in the global batch is the same for any number of hosts.
 
     Attributes:
-      read: the examples at positions of the stream that all hosts share.
+      choose: positions of the stream that all hosts share -> the pictures there, int (n,).
       keys: what of a batch is wanted.
       batch_size: rows of a whole batch; first, rows: where this host's part begins, and its length.
       start_step, steps: the batches that there are.
     """
 
     reader: Reader
-    read: Callable[[range], Iterator[Row]]
+    choose: Callable[[range], np.ndarray]
     keys: tuple[str, ...]
     batch_size: int
     first: int
@@ -212,23 +193,24 @@ class _Batches:
     start_step: int
     steps: int = 2**40  # No end.
 
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> Batch:
-        filling = _Filling(self.reader, self.rows)
-        self.fill(filling, step, range(self.rows))
-        return self.finish(filling)
-
-    def fill(self, filling: _Filling, step: int, rows: range) -> None:
+    def positions(self, step: int) -> range:
         begin = (self.start_step + step) * self.batch_size + self.first
-        positions = range(begin + rows.start, begin + rows.stop)
-        for row, example in zip(rows, self.read(positions), strict=True):
-            filling.put(row, *example)
+        return range(begin, begin + self.rows)
 
-    def finish(self, filling: _Filling) -> Batch:
-        batch = filling.batch()
-        return {key: batch[key] for key in self.keys}
+    def layout(self) -> tuple[Layout, Skipped]:
+        """What a batch holds, for which one picture is read."""
+        source = self.reader.source
+        index = max(int(self.choose(self.positions(0))[0]), 0)
+        shape, dtype, skipped = self.reader.look(index)
+        label = ((len(source.labels),), np.float32) if source.multi_label else ((), np.int32)
+        of_one = {
+            "image": (shape, dtype),
+            "label": label,
+            "mask": ((), np.bool_),
+            "index": ((), np.int32),
+        }
+        arrays = {k: ((self.rows, *shape), np.dtype(t)) for k, (shape, t) in of_one.items()}
+        return Layout(arrays), skipped
 
 
 def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
@@ -243,90 +225,63 @@ def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
     return host * rows, rows
 
 
-def _stream(
-    batches: _Batches, prefetch: int, threads: int | None, workers: int = 0
-) -> Iterator[Batch]:
-    if threads is None:
-        # A container or a job may have been given fewer CPUs than the machine has.
-        given = hasattr(os, "sched_getaffinity")
-        threads = min(len(os.sched_getaffinity(0)) if given else os.cpu_count() or 1, 16)
-    if threads < 1 or prefetch < 1:
+def _stream(batches: _Batches, prefetch: int, threads: int | None, workers: int) -> Iterator[Batch]:
+    if prefetch < 1 or threads == 0:
         raise UserError(
             f"threads is {threads} and prefetch is {prefetch}, expected 1 or more of each"
         )
-    if not workers:
-        return _by_threads(batches, prefetch, threads)
-    import grain
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():  # Grain asks absl, which doesn't know our options.
-        flags.FLAGS.mark_as_parsed()
-    here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-    made = grain.MapDataset.source(batches).to_iter_dataset(here).mp_prefetch(options)
-    return _by_workers(iter(made))  # Each worker makes every n-th batch.
+    readers = choose_readers(batches.reader.source, workers, threads or 0)
+    running = contextlib.ExitStack()
+    stream = _filled(batches, prefetch, readers, running)
+    # Also when the interpreter exits, before the modules that closing needs are torn down.
+    weakref.finalize(stream, running.close)
+    return stream
 
 
-def _by_threads(batches: _Batches, prefetch: int, threads: int) -> Iterator[Batch]:
-    """Fills `prefetch` batches while one is used, a few rows at a time, in order."""
-    rows = range(batches.rows)
-    some = min(-(-len(rows) // threads), 8)
-    parts = [rows[i : i + some] for i in rows[::some]]
-    pool = ThreadPoolExecutor(threads, "vit_jax.data")
-    ahead: deque[tuple[_Filling, list[Future]]] = deque()
-    form, steps = None, iter(range(len(batches)))
-    try:
+def _filled(
+    batches: _Batches, prefetch: int, readers: Readers, running: contextlib.ExitStack
+) -> Iterator[Batch]:
+    """Has `prefetch` batches filled while one is used, all readers at the same one, in order."""
+    warned: set[int] = set()
+
+    def warn(skipped: Skipped) -> None:
+        for index, message in skipped:
+            if index not in warned:
+                warned.add(index)
+                _log.warning("Skipping %s", message)
+
+    with running:
+        layout, skipped = batches.layout()
+        warn(skipped)
+        filling: Threads | Processes
+        if readers.workers:
+            memory = anonymous_file()
+            running.callback(os.close, memory)
+            buffers = Buffers(layout, memory)
+            filling = Processes(batches.reader, layout, memory, min(readers.workers, batches.rows))
+        else:
+            buffers = Buffers(layout)
+            filling = Threads(batches.reader, readers.threads)
+        running.callback(filling.close)
+        rows = range(batches.rows)
+        some = min(-(-len(rows) // (readers.workers or readers.threads)), _ROWS_AT_ONCE)
+        parts = [rows[i : i + some] for i in rows[::some]]
+        ahead: deque[tuple[int, Batch]] = deque()
+        steps = iter(range(batches.steps))
+
+        def next_batch() -> Batch:
+            number, batch = ahead.popleft()
+            warn(filling.wait(number))
+            return {key: batch[key] for key in batches.keys}
+
         while True:
             for step in itertools.islice(steps, prefetch + 1 - len(ahead)):
-                # One thread takes all memory: it costs the system more if several do.
-                filling = _Filling(batches.reader, len(rows), form)
-                tasks = [pool.submit(batches.fill, filling, step, part) for part in parts]
-                ahead.append((filling, tasks))
+                number, batch = buffers.take()
+                positions = batches.positions(step)
+                batch["index"][:] = batches.choose(positions)
+                filling.submit(number, batch, parts, positions.start)
+                ahead.append((number, batch))
+                del batch
             if not ahead:
                 return
-            filling, tasks = ahead.popleft()
-            for task in tasks:
-                task.result()
-            yield batches.finish(filling)
-            form = filling.form
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _next_of_workers(batches: Any) -> Any:
-    """The next batch; processes that are started for it never see Ctrl-C.
-
-    A terminal sends it to all, but only the run knows what to save first. Threads and processes
-    inherit what is blocked.
-    """
-    from multiprocessing import resource_tracker
-
-    resource_tracker.ensure_running()  # Starting it later would unblock.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return next(batches, None)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _by_workers(batches: Any) -> Iterator[Batch]:
-    """Passes batches on, and stops the processes when the consumer is gone."""
-    running = [batches]
-    del batches  # `stop` must drop the last reference
-
-    def stop() -> None:
-        while running:
-            running.pop().close()
-
-    def stream() -> Iterator[Batch]:
-        try:
-            while running and (batch := _next_of_workers(running[0])) is not None:
-                # Copied: the memory goes back to them.
-                yield {key: np.array(value) for key, value in batch.items()}
-        finally:
-            stop()
-
-    result = stream()
-    # Also when the interpreter exits, before the modules that closing needs are torn down.
-    weakref.finalize(result, stop)
-    return result
+            yield next_batch()  # Not kept here: its buffer is free when the consumer lets it go.

@@ -1,7 +1,8 @@
 """Single pictures of a source: read, preprocessed, and left out if they can't be read."""
 
 import functools
-import logging
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,80 +11,151 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
-Row = tuple[np.ndarray | None, Any, int]  # image or None, label or None, index in the source
-Form = tuple[tuple[int, ...], np.dtype, int]  # shape and dtype of images, index of one of them
+Batch = dict[str, np.ndarray]
+Skipped = list[tuple[int, str]]  # Index of an unreadable picture, and what is wrong with it.
+Opened = tuple[Callable[[], np.ndarray], Any]  # What decodes a picture, and its label.
+Example = tuple[np.ndarray, Any, int]  # Image, label, index in the source.
 
-_log = logging.getLogger(__name__)
+_ZEROS = (0, 0, 0, 0)
+_own = threading.local()
 
 
-def generator(key: Any) -> np.random.Generator:
-    """What is drawn for a picture, as often as it is asked for."""
-    return np.random.Generator(np.random.Philox(key=key))
+def generators() -> list[np.random.Generator]:
+    """This thread's, to be restarted for each picture: to make one takes long.
+
+    As many as pictures that are opened before the first is decoded, which leaves nothing of
+    Python in the processor's cache: alternating takes longer. More would take more memory.
+    """
+    if not hasattr(_own, "generators"):
+        _own.generators = [np.random.Generator(np.random.Philox(0)) for _ in range(4)]
+    return _own.generators
+
+
+def restart(rng: np.random.Generator, seed: int, position: int) -> None:
+    """Has it go on as a new one of `Philox(key=(seed, position))` would begin."""
+    state: Any = {"counter": _ZEROS, "key": (seed, position)}
+    rest: Any = {"buffer": _ZEROS, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+    rng.bit_generator.state = {"bit_generator": "Philox", "state": state} | rest
 
 
 class Reader:
-    """Reads and preprocesses single pictures and knows which ones can't be read."""
+    """Reads and preprocesses pictures and knows which ones can't be read.
 
-    def __init__(self, source: Source, preprocess: Preprocess, corrupt: str):
+    May be used by several threads, and be copied to other processes.
+
+    Args:
+      source: the pictures. preprocess: what is done to each.
+      corrupt: "error" or "skip".
+      seed: of what is drawn for the pictures of training, where an unreadable one is replaced by
+        the next that can be read; None in an evaluation, where its row stays blank.
+    """
+
+    def __init__(self, source: Source, preprocess: Preprocess, corrupt: str, seed: int | None):
         if corrupt not in ("error", "skip"):
             raise UserError(f"corrupt is {corrupt!r}, expected 'error' or 'skip'")
-        self._source = source
+        self.source = source
         self._preprocess = preprocess
         self._skip = corrupt == "skip"
-        self._unreadable: dict[int, object] = {}
+        self._seed = seed
+        self._unreadable: set[int] = set()
+        self._example = -1  # The picture whose size all have to have.
 
-    def read_or_next(self, index: int, rng: np.random.Generator) -> Row:
-        """The picture at `index` or, if it can't be read, the next one that can."""
-        for offset in range(len(self._source)):
-            row = self._read((index + offset) % len(self._source), rng)
-            if row[0] is not None:
-                return row
+    def look(self, index: int) -> tuple[tuple[int, ...], np.dtype, Skipped]:
+        """Shape and dtype of what the picture at `index` becomes, or the next one that can be read;
+        the size that `fill` expects of all."""
+        skipped: Skipped = []
+        image, _, self._example = self._readable(index, generators()[0], 0, skipped)
+        return image.shape, image.dtype, skipped
+
+    def fill(self, batch: Batch, rows: Sequence[int], position: int) -> Skipped:
+        """Reads some rows of a batch, of the pictures at the indices in batch["index"].
+
+        Args:
+          batch: "image" (n, h, w, c), "label" int32 (n,) or float32 (n, classes), "mask" bool (n,)
+            and "index" int32 (n,), -1 for no picture. All of these rows is written.
+          rows: those to read.
+          position: of row 0 in the stream of examples; with the seed it decides what is drawn.
+
+        Returns:
+          what can't be read and was news.
+
+        Raises UserError for a picture that can't be read or preprocessed, or is of another size.
+        """
+        images, labels, mask, indices = (batch[k] for k in ("image", "label", "mask", "index"))
+        skipped: Skipped = []
+        training, rngs = self._seed is not None, generators()
+        for first in range(0, len(rows), len(rngs)):
+            group = []
+            for row, rng in zip(rows[first : first + len(rngs)], rngs, strict=False):
+                index = int(indices[row])
+                if training:
+                    restart(rng, self._seed or 0, position + row)
+                opened = self._open(index, rng if training else None, skipped)
+                group.append((row, index, rng, opened))
+            for row, index, rng, opened in group:
+                found = opened and self._finish(index, rng if training else None, opened, skipped)
+                if not found and training:
+                    found = self._readable(index, rng, position + row, skipped)
+                if not found:
+                    images[row], labels[row], mask[row] = 0, 0, False
+                    continue
+                image, labels[row], indices[row] = found
+                if image.shape != images.shape[1:]:
+                    raise self._several_sizes(images.shape[1:], image.shape, found[2])
+                images[row], mask[row] = image, True
+        return skipped
+
+    def _readable(
+        self, index: int, rng: np.random.Generator, position: int, skipped: Skipped
+    ) -> Example:
+        """The picture at `index` or the next one that can be read."""
+        for offset in range(len(self.source)):
             # Drawn from or not: the next one is augmented as if it had been the first.
-            rng = generator(rng.bit_generator.state["state"]["key"])
-        raise UserError(
-            f"{self._source.name}: none of its {len(self._source)} pictures can be read"
-        )
+            restart(rng, self._seed or 0, position)
+            place = (index + offset) % len(self.source)
+            opened = self._open(place, rng, skipped)
+            found = opened and self._finish(place, rng, opened, skipped)
+            if found:
+                return found
+        raise UserError(f"{self.source.name}: none of its {len(self.source)} pictures can be read")
 
-    def read_or_blank(self, index: int) -> Row:
-        """The picture at `index`, without an image if it can't be read or there is none."""
-        return self._read(index, None) if index < len(self._source) else (None, None, -1)
-
-    def blank(self) -> np.ndarray:
-        """A black picture of the size that all have."""
-        image, _, _ = self.read_or_next(0, generator(0))
-        assert image is not None  # read_or_next raises instead
-        return np.zeros_like(image)
-
-    def _read(self, index: int, rng: np.random.Generator | None) -> Row:
-        if index in self._unreadable:
-            return None, None, index
+    def _open(self, index: int, rng: np.random.Generator | None, skipped: Skipped) -> Opened | None:
+        """What is left to do for the pixels of a picture, and its label; None if it is left out."""
+        if index in self._unreadable or index < 0:
+            return None
         try:
+            stored, label = self.source.stored(index)
             part = functools.partial(self._preprocess.part, rng=rng)
-            example = self._source.example(index, part)
+            return self.source.opened(stored, index, part), self.source.label(label)
         except UserError as error:
-            if not self._skip:
-                raise
-            mark = object()  # Of several threads, one sees its own and warns.
-            if self._unreadable.setdefault(index, mark) is mark:
-                _log.warning("Skipping %s", error)
-            return None, None, index
+            self._leave_out(index, error, skipped)
+            return None
+
+    def _finish(
+        self, index: int, rng: np.random.Generator | None, opened: Opened, skipped: Skipped
+    ) -> Example | None:
+        """The preprocessed picture; None if it is left out."""
         try:
-            image = self._preprocess(example["image"], rng, cut=True)
-            return image, example["label"], index
+            pixels = opened[0]()
         except UserError as error:
-            raise UserError(f"{self._source.describe(index)}: {error}") from None
+            self._leave_out(index, error, skipped)
+            return None
+        try:
+            return self._preprocess(pixels, rng, cut=True), opened[1], index
+        except UserError as error:
+            raise UserError(f"{self.source.describe(index)}: {error}") from None
 
-    def check_size(self, form: Form, shape: tuple[int, ...], index: int) -> None:
-        """Raises UserError if another picture has another shape."""
-        if shape != form[0]:
-            raise UserError(
-                f"preprocessing {self._preprocess.spec!r} gives pictures of several sizes, "
-                f"{form[0]} for {self._source.describe(form[2])} and {shape} for "
-                f"{self._source.describe(index)}; expected one size: add resize(...) or a crop"
-            )
+    def _leave_out(self, index: int, error: UserError, skipped: Skipped) -> None:
+        if not self._skip:
+            raise error
+        self._unreadable.add(index)
+        skipped.append((index, str(error)))
 
-    def labels(self, labels: list[Any]) -> np.ndarray:
-        if not self._source.multi_label:
-            return np.array([0 if label is None else label for label in labels], np.int32)
-        none = np.zeros(len(self._source.labels), np.float32)
-        return np.stack([none if label is None else label for label in labels])
+    def _several_sizes(
+        self, expected: tuple[int, ...], shape: tuple[int, ...], index: int
+    ) -> UserError:
+        return UserError(
+            f"preprocessing {self._preprocess.spec!r} gives pictures of several sizes, "
+            f"{expected} for {self.source.describe(self._example)} and {shape} for "
+            f"{self.source.describe(index)}; expected one size: add resize(...) or a crop"
+        )

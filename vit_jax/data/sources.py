@@ -62,10 +62,7 @@ class Source:
     def example(self, index: int, part: Callable | None = None) -> dict[str, Any]:
         """The same, with just a part of the image; see `pictures.decode`."""
         stored, label = self.stored(index)
-        return {
-            "image": self.decode(stored, index, part),
-            "label": self._multi_hot(label) if self.multi_label else int(label),
-        }
+        return {"image": self.decode(stored, index, part), "label": self.label(label)}
 
     def stored(self, index: int) -> tuple[bytes | np.ndarray, Any]:
         """The picture as it is kept, the content of a file or pixels, and its label or labels."""
@@ -77,15 +74,25 @@ class Source:
         self, stored: bytes | np.ndarray, index: int, part: Callable | None = None
     ) -> np.ndarray:
         """Pixels of what `stored` gave, uint8 (h, w, channels), or of a part of them."""
+        return self.opened(stored, index, part)()
+
+    def opened(
+        self, stored: bytes | np.ndarray, index: int, part: Callable | None = None
+    ) -> Callable[[], np.ndarray]:
+        """What is left to do of `decode`; see `pictures.opened`."""
         if isinstance(stored, bytes):
             from vit_jax.data import pictures  # loads OpenCV
 
             name = self.describe(index)
-            return pictures.decode(stored, channels=self.channels, name=name, part=part)
+            return pictures.opened(stored, channels=self.channels, name=name, part=part)
         if part:
             top, left, height, width = part(stored.shape[:2])
-            return stored[top : top + height, left : left + width]
-        return stored
+            stored = stored[top : top + height, left : left + width]
+        return lambda: stored
+
+    def label(self, stored: Any) -> Any:
+        """The label of a batch for the one or several that `stored` gave."""
+        return self._multi_hot(stored) if self.multi_label else int(stored)
 
     def describe(self, index: int) -> str:
         """Names picture `index` for a person: a path, or "digits[12]"."""

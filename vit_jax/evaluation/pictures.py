@@ -45,6 +45,7 @@ def evaluate_pictures(
         source,
         data.parse(f"{colours}|{vit.preprocess}"),
         batch_size=divisible(batch_size),
+        workers=-1,  # Processes where that pays.
         corrupt=corrupt,
     )
     mesh = make_mesh()

@@ -117,6 +117,7 @@ def zero_shot(
         source,
         _preprocess(vit),
         batch_size=divisible(batch_size),
+        workers=-1,  # Processes where that pays.
         corrupt=corrupt,
     )
     mesh = make_mesh()

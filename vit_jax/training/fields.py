@@ -53,7 +53,7 @@ LIMITS = {
     "silence_timeout": (1, 600),
     "spike": (0, math.inf),
     "threads": (0, math.inf),
-    "workers": (0, math.inf),
+    "workers": (-1, math.inf),
     "model.dropout_rate": (0, 1),
     "model.attention_dropout_rate": (0, 1),
     "model.stochastic_depth_rate": (0, 1),
@@ -199,8 +199,10 @@ def default_config() -> ConfigDict:
 
     # How the data get to the device.
     config.prefetch = 2  # Batches made ready ahead of the step.
-    config.threads = 0  # That decode pictures; 0 for one a core.
-    config.workers = 0  # Processes that decode pictures in place of threads; 0 for threads.
+    # Who decodes pictures: so many processes, or threads where `workers` is 0. -1 for a process a
+    # core where there are more than two and `threads` doesn't ask for threads.
+    config.workers = -1
+    config.threads = 0  # 0 for one a core.
     # As what training's pictures cross to the device: "uint8" rounds to whole grey levels, which
     # are normalised there; "float32" keeps fractions, as evaluation and the original do.
     config.image_dtype = "uint8"

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.parallel import join, replicated, split
 from vit_jax.training import clusters
@@ -150,6 +152,16 @@ def gather(value: Any) -> list[Any]:
     padded[: text.size] = text
     rows = process_allgather(padded)
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def share_of_cores() -> int:
+    """The cores for this process alone, if those of a machine are shared out among the processes
+    that were given them. All have to call it together."""
+    given = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    everyone = gather([platform.node(), given])
+    users = Counter(core for host, cores in everyone if host == platform.node() for core in cores)
+    share = sum(1 / users[core] for core in given) / len(given)
+    return max(int(data.own_cores() * share + 1e-6), 1)
 
 
 @contextlib.contextmanager

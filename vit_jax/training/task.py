@@ -1,6 +1,7 @@
 """The pictures of a run, and how training and evaluation make them ready."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -22,6 +23,18 @@ class Task:
     train_ops: data.Preprocess
     eval_ops: data.Preprocess
     value_range: tuple[float, float]  # What 0 and 255 of uint8 training pictures become.
+    cores: int | None = None  # This process's share, if it isn't all that it was given.
+
+    @functools.cached_property
+    def readers(self) -> tuple[data.Readers, data.Readers]:
+        """Who reads the pictures of training, and of an evaluation.
+
+        Raises UserError if processes are wanted that can't be had.
+        """
+        config, many = self.config, len(self.test) >= data.LEAST_FOR_PROCESSES * shard()[1]
+        workers = (self.train, config.workers), (self.test, config.workers if many else 0)
+        train, test = (data.choose_readers(*w, config.threads, self.cores) for w in workers)
+        return train, test
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -51,8 +64,8 @@ class Task:
             seed=self.config.seed,
             start_step=start_step,
             shard=shard(),
-            threads=self.config.threads or None,
-            workers=self.config.workers,
+            threads=self.readers[0].threads,
+            workers=self.readers[0].workers,
             prefetch=1,  # As many as `config.prefetch` wait on the device.
             corrupt=self.config.corrupt,
         )
@@ -64,13 +77,21 @@ class Task:
             self.eval_ops,
             batch_size=divisible(self.config.batch_eval),
             shard=shard(),
-            threads=self.config.threads or None,
+            threads=self.readers[1].threads,
+            workers=self.readers[1].workers,
             corrupt=self.config.corrupt,
         )
 
 
-def open_task(config: ConfigDict, sources: tuple[data.Source, data.Source] | None = None) -> Task:
+def open_task(
+    config: ConfigDict,
+    sources: tuple[data.Source, data.Source] | None = None,
+    cores: int | None = None,
+) -> Task:
     """Opens what a configuration names, or takes `sources` to train on and to test on.
+
+    Args:
+      cores: for reading; by default all that this process was given.
 
     Raises UserError if the data can't be opened, or training and evaluation don't fit together.
     """
@@ -111,7 +132,7 @@ def open_task(config: ConfigDict, sources: tuple[data.Source, data.Source] | Non
     value_range = (-1.0, 1.0)
     if config.image_dtype == "uint8" and (levels := train_ops.to_levels()):
         train_ops, value_range = levels
-    return Task(config, train_source, test_source, train_ops, eval_ops, value_range)
+    return Task(config, train_source, test_source, train_ops, eval_ops, value_range, cores)
 
 
 def train_spec(config: ConfigDict) -> str:

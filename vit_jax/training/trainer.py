@@ -29,7 +29,7 @@ from vit_jax.training.loop import Loop, Work
 from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.optimizer import make_optimizer, schedule_of
 from vit_jax.training.outcome import Result, finish, finished, last_test
-from vit_jax.training.processes import check_same, gather, is_first, together
+from vit_jax.training.processes import check_same, gather, is_first, share_of_cores, together
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import Step, make_train_step
@@ -124,10 +124,11 @@ def _prepare(
     config: ConfigDict, workdir: Path, sources: tuple[Source, Source] | None
 ) -> tuple[Work, TrainState]:
     """What a run does, and the state that it begins with; claims the workdir if all is well."""
+    cores = share_of_cores()
     with together():
         compiled = keep_compiled(config.compile_cache)
         mesh = make_mesh(config)
-        task = open_task(config, sources)
+        task = open_task(config, sources, cores)
         vit = make_network(
             config,
             picture_shape=task.picture_shape,
@@ -239,6 +240,6 @@ def _introduction(config: ConfigDict, vit: Pretrained, task: Task) -> str:
         f"{vit.spec.description}, {parameters / 1e6:.2f} M parameters, "
         f"{'from scratch' if weights is None else f'from {weights}'}, {len(task.labels)} classes, "
         f"{len(task.train):,} pictures to train on and {len(task.test):,} to test on, "
-        f"{device_kinds()}"
+        f"read by {task.readers[0]}, {device_kinds()}"
         + "".join(f"; no effect has {field}" for field in without_effect(config))
     )

@@ -1,0 +1,381 @@
+"""Worker processes: chosen where they pay, light, and gone when they aren't needed, however."""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.test_pipeline import AUGMENTED, DIGITS, IDENTITY, assert_same, first, numbered
+from vit_jax.data import (
+    choose_readers,
+    eval_batches,
+    from_arrays,
+    own_cores,
+    train_batches,
+    workers,
+)
+from vit_jax.errors import UserError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = {"batch_size": 8, "seed": 0}
+
+
+def children(parent=None):
+    """The processes that one has started, this one by default."""
+    parent, found = parent or os.getpid(), set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if file.read_text().rpartition(")")[2].split()[1] == str(parent):
+                found.add(int(file.parent.name))
+    return found
+
+
+def alive(pids):
+    return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+class started:
+    """The processes that are started in a block."""
+
+    def __enter__(self):
+        self._before = children()
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __call__(self):
+        return children() - self._before
+
+
+def elsewhere(do):
+    """A source whose pictures worker processes read as `do` says, and this process as zeros."""
+    here = os.getpid()
+
+    def read(key):
+        value = None if os.getpid() == here else do(key)
+        return np.full((2, 2, 1), 0 if value is None else value, np.uint8)
+
+    return replace(numbered(64), read_key=read)
+
+
+# Who reads.
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "threads", "expected"),
+    [
+        (1, -1, 0, "1 thread"),
+        (2, -1, 0, "2 threads"),
+        (3, -1, 0, "3 worker processes"),
+        (96, -1, 0, "96 worker processes"),
+        (96, -1, 4, "4 threads"),
+        (96, 0, 0, "16 threads"),
+        (2, 1, 4, "1 worker process"),
+    ],
+)
+def test_a_process_a_core_reads_where_there_are_more_than_two(cores, workers, threads, expected):
+    assert str(choose_readers(DIGITS, workers, threads, cores)) == expected
+
+
+def test_the_cores_are_those_that_this_process_was_given(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 6, 7})
+    monkeypatch.setattr(workers, "_QUOTA", "/nowhere")
+    assert str(choose_readers(DIGITS)) == "4 worker processes"
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 8), ("350000 100000", 4), ("50000 100000", 1), ("1600000 100000", 8)],
+)
+def test_a_container_s_quota_counts(quota, cores, monkeypatch, tmp_path):
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(workers, "_QUOTA", str(tmp_path / "cpu.max"))
+    assert own_cores() == cores
+
+
+def test_what_cannot_be_given_to_processes_is_read_by_threads_and_the_reason_told():
+    source, lock = numbered(4), threading.Lock()
+    source = replace(source, read_key=lambda key: lock)
+    assert str(choose_readers(source, cores=4)) == (
+        "4 threads (numbered can't be given to other processes: cannot pickle '_thread.lock' "
+        "object)"
+    )
+    with pytest.raises(UserError, match=r"numbered can't be given .* '_thread\.lock' object"):
+        train_batches(source, IDENTITY, workers=2, **OPTIONS)
+
+
+def test_large_arrays_are_not_copied_unasked(monkeypatch):
+    source = from_arrays(np.zeros((64, 8, 8, 3), np.uint8), np.arange(64) % 2)
+    assert choose_readers(source, cores=4).workers == 4
+    monkeypatch.setattr(workers, "_MOST_COPIED", 64 * 8 * 8 * 3)
+    told = "4 threads (0.0 GB of pictures in memory aren't copied for processes unasked)"
+    assert str(choose_readers(source, cores=4)) == told
+    assert choose_readers(source, workers=3, cores=4).workers == 3
+
+
+def test_a_memory_mapped_file_is_mapped_again_not_copied(tmp_path, monkeypatch):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (64, 9, 9), "u1"))
+    images = np.load(tmp_path / "images.npy", mmap_mode="r")
+    monkeypatch.setattr(workers, "_MOST_COPIED", 20_000)
+    expected = first(3, train_batches(from_arrays(images, range(64)), IDENTITY, **OPTIONS))
+    assert choose_readers(from_arrays(images, range(64)), cores=4).workers == 4
+    for part in (images, images[5:]):
+        source = from_arrays(part, range(len(part)))
+        expected = first(3, train_batches(source, IDENTITY, **OPTIONS))
+        assert_same(first(3, train_batches(source, IDENTITY, workers=1, **OPTIONS)), expected)
+    changed = np.load(tmp_path / "images.npy", mmap_mode="c")
+    for part in (images[::2], changed):
+        reason = choose_readers(from_arrays(part, range(len(part))), cores=4).reason
+        assert "a part of a memory-mapped file that isn't contiguous, or not as on disk" in reason
+
+
+@pytest.mark.parametrize("options", [{"workers": -2}, {"threads": -1}])
+def test_negative_numbers_are_refused(options):
+    with pytest.raises(UserError, match="expected -1 or more and 0 or more"):
+        choose_readers(DIGITS, **options)
+
+
+def test_few_pictures_are_evaluated_by_threads_and_many_by_processes(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    for count, expected in ((4090, 0), (4096, 3)):
+        with started() as own:
+            batches = eval_batches(numbered(count), IDENTITY, batch_size=8, workers=-1)
+            next(batches)
+            assert len(own()) == expected
+            batches.close()
+
+
+# What they do.
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_batches_are_the_same_byte_for_byte_and_through_a_resume(workers):
+    options = {"source": DIGITS, "preprocess": AUGMENTED, "batch_size": 50, "seed": 3}
+    expected = first(6, train_batches(threads=1, **options))
+    for start, prefetch in ((0, 1), (4, 3)):
+        batches = train_batches(start_step=start, workers=workers, prefetch=prefetch, **options)
+        assert_same(first(6 - start, batches), expected[start:])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_evaluations_are_the_same(workers):
+    options = {"batch_size": 7, "corrupt": "skip"}
+    source = numbered(25, unreadable={0, 7, 24})
+    assert_same(
+        list(eval_batches(source, IDENTITY, workers=workers, **options)),
+        list(eval_batches(source, IDENTITY, **options)),
+    )
+
+
+def test_several_fill_one_batch_together():
+    def slow(key):
+        time.sleep(0.01)
+        return os.getpid() % 251
+
+    with contextlib.closing(
+        train_batches(elsewhere(slow), IDENTITY, batch_size=32, seed=0, workers=2)
+    ) as batches:
+        for _ in range(3):
+            next(batches)
+        assert len(np.unique(next(batches)["image"])) == 2
+
+
+def test_an_unreadable_picture_is_told_once_by_whichever_reads_it(caplog):
+    source = numbered(10, unreadable={3, 4})
+    with caplog.at_level(logging.WARNING):
+        batches = train_batches(source, IDENTITY, workers=3, corrupt="skip", **OPTIONS)
+        expected = train_batches(source, IDENTITY, threads=1, corrupt="skip", **OPTIONS)
+        assert_same(first(8, batches), first(8, expected))
+    messages = sorted({record.message for record in caplog.records})
+    assert messages == ["Skipping picture 3: damaged", "Skipping picture 4: damaged"]
+    assert len(caplog.records) == 4  # Of two iterators.
+
+
+def test_they_import_neither_jax_nor_tensorflow_nor_grain():
+    def tell(key):
+        raise UserError(" ".join(sorted({name.partition(".")[0] for name in sys.modules})))
+
+    with pytest.raises(UserError) as told:
+        next(train_batches(elsewhere(tell), IDENTITY, workers=1, **OPTIONS))
+    loaded = set(str(told.value).split())
+    assert {"cv2", "numpy", "vit_jax"} <= loaded
+    assert not loaded & {"jax", "jaxlib", "flax", "tensorflow", "tensorflow_datasets"}
+    assert not loaded & {"grain", "scipy", "orbax", "pytest"}
+
+
+def test_they_start_in_seconds():
+    import grain  # noqa: F401 (this process's own imports don't count)
+
+    begin = time.monotonic()
+    first(1, train_batches(DIGITS, IDENTITY, workers=2, **OPTIONS))
+    assert time.monotonic() - begin < 10  # Below 1 if the machine has nothing else to do.
+
+
+def test_a_user_error_crosses_unchanged_and_at_the_batch_that_it_is_of():
+    def fail(key):
+        if key in (order[20], order[21]):
+            raise UserError(f"picture {key}: \\x1b 'odd' ä\n")
+
+    source = elsewhere(fail)
+    order = np.concatenate([b["label"] for b in first(8, train_batches(labelled(64), **OPTIONS2))])
+    batches = train_batches(source, IDENTITY, workers=2, prefetch=4, **OPTIONS)
+    assert len(next(batches)["image"]) == len(next(batches)["image"]) == 8
+    time.sleep(0.5)
+    with pytest.raises(UserError) as error:
+        next(batches)
+    assert str(error.value) == f"picture {order[20]}: \\x1b 'odd' ä\\n"
+
+
+def labelled(count):
+    return replace(numbered(count), label_ids=np.arange(count, dtype=np.int32))
+
+
+OPTIONS2 = {"preprocess": IDENTITY, **OPTIONS}
+
+
+def test_an_unexpected_error_crosses_with_its_traceback():
+    with started() as own:
+        batches = train_batches(elsewhere(lambda key: 1 // 0), IDENTITY, workers=2, **OPTIONS)
+        with pytest.raises(RuntimeError, match=r"(?s)in a process .*Traceback .*do\(key\).*1 // 0"):
+            next(batches)
+        assert not own()
+
+
+# How they end.
+
+
+def test_a_killed_one_is_one_line_and_the_others_go():
+    with started() as own:
+        batches = train_batches(DIGITS, IDENTITY, workers=3, **OPTIONS)
+        next(batches)
+        pids = own()
+        assert len(pids) == 3
+        os.kill(min(pids), signal.SIGKILL)
+        with pytest.raises(UserError, match="that reads pictures was killed by SIGKILL, as"):
+            deque(batches, maxlen=0)  # Without end, but for this error.
+        assert not alive(pids)
+
+
+def test_one_that_cannot_start_says_why(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
+    with pytest.raises(UserError, match="a process that reads pictures ended with status 1"):
+        next(train_batches(DIGITS, IDENTITY, workers=1, **OPTIONS))
+    assert "No module named" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("end", [lambda b: b.close(), lambda b: None], ids=["closed", "abandoned"])
+def test_none_is_left_of_batches_that_are(end):
+    files = len(os.listdir("/proc/self/fd"))
+    with started() as own:
+        batches = train_batches(DIGITS, IDENTITY, workers=2, **OPTIONS)
+        kept = next(batches)["image"]
+        assert len(own()) == 2
+        end(batches)
+        del batches
+        wait_until(lambda: not own())
+    assert kept.any()
+    del kept
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+SCRIPT = """
+import os, signal, sys, time
+import numpy as np
+from vit_jax import data
+
+print("begin", flush=True)
+
+def read(key):
+    return np.full((64, 64, 3), key, np.uint8)
+
+source = data.Source("mine", ("a", "b"), 3, range(9), np.zeros(9, np.int32), read, str)
+batches = data.train_batches(source, data.parse("rgb"), batch_size=8, seed=0, workers=2)
+next(batches)
+"""
+
+
+def script(end, **options):
+    """Runs a script that no `if __name__ == "__main__"` guards, whose source is its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", SCRIPT + end],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        ("", 0, ""),
+        ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt"),
+        ("sys.exit(3)", 3, ""),
+        ("os._exit(4)", 4, ""),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+    ],
+)
+def test_a_script_ends_with_batches_unread_and_nothing_else_is_said(end, status, said):
+    before = set(os.listdir("/dev/shm"))
+    process = script(end)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (status, "begin\n")
+    assert err.strip().rpartition("\n")[2] == said
+    assert "ignored" not in err
+    assert set(os.listdir("/dev/shm")) <= before
+    wait_until(lambda: not in_session(process.pid))
+
+
+def in_session(session):
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if file.read_text().rpartition(")")[2].split()[3] == str(session):
+                found.add(int(file.parent.name))
+    return found
+
+
+def test_they_end_by_themselves_if_the_process_that_started_them_is_killed():
+    before = set(os.listdir("/dev/shm"))
+    process = script("print('there', flush=True); time.sleep(60)")
+    assert [process.stdout.readline() for _ in range(2)] == ["begin\n", "there\n"]
+    assert len(in_session(process.pid)) == 3
+    process.kill()
+    _, err = process.communicate(timeout=60)  # Returns when no process has its end of the pipe.
+    wait_until(lambda: not in_session(process.pid))
+    assert err == ""
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_signals_leave_them_to_the_process_that_started_them():
+    with started() as own:
+        batches = train_batches(DIGITS, IDENTITY, workers=2, **OPTIONS)
+        next(batches)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            for pid in own():
+                os.kill(pid, number)
+        first(20, batches)
+        assert not own()

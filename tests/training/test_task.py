@@ -1,0 +1,67 @@
+"""Who reads the pictures of a run: chosen by cores and configuration, and told."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from vit_jax import data
+from vit_jax.errors import UserError
+from vit_jax.training import processes, run, trainer
+from vit_jax.training.task import open_task
+
+
+def readers(config, cores, sources=None):
+    return [str(chosen) for chosen in open_task(config, sources, cores).readers]
+
+
+def test_by_default_processes_train_where_there_are_more_than_two_cores(tiny):
+    assert readers(tiny("threads=0"), 16) == ["16 worker processes", "16 threads"]
+    assert readers(tiny("threads=0"), 2) == ["2 threads", "2 threads"]
+    assert readers(tiny("threads=3"), 16) == ["3 threads", "3 threads"]
+    assert readers(tiny("threads=0", "workers=0"), 8) == ["8 threads", "8 threads"]
+    assert readers(tiny("workers=5"), 2) == ["5 worker processes", "1 thread"]
+
+
+def test_they_also_test_where_there_are_many_pictures(tiny):
+    many = data.open_source("digits", "train").take([0, 1] * 2048)
+    assert readers(tiny("threads=0"), 4, (many, many)) == ["4 worker processes"] * 2
+
+
+def test_the_first_line_of_a_run_says_who_reads_and_why_no_others(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    lock, digits = threading.Lock(), data.open_source("digits", "train")
+
+    def read(key):
+        with lock:
+            return digits.read_key(key)
+
+    source = replace(digits, read_key=read)
+    monkeypatch.setattr(trainer, "share_of_cores", lambda: 3)
+    fields = ("total_steps=1", "warmup_steps=0", "eval_every=0")
+    run(tiny(*fields, "threads=0"), tmp_path / "run", sources=(source, source))
+    first = capsys.readouterr().err.splitlines()[0]
+    reason = "digits can't be given to other processes: cannot pickle '_thread.lock' object"
+    assert f" to test on, read by 3 threads ({reason}), 1 x cpu" in first
+    with pytest.raises(UserError, match=r"digits can't be given to other processes: .* object"):
+        run(tiny(*fields, "workers=2"), tmp_path / "other", sources=(source, source))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "share"),
+    [
+        (range(16), [], 16),
+        (range(16), [["here", range(16)]] * 7, 2),
+        (range(16), [["elsewhere", range(16)]] * 7, 16),
+        (range(4), [["here", range(4, 8)]], 4),
+        (range(2), [["here", range(2)]] * 7, 1),
+    ],
+)
+def test_processes_of_one_machine_share_its_cores_out(own, others, share, monkeypatch):
+    monkeypatch.setattr(processes.platform, "node", lambda: "here")
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda pid: set(own))
+    monkeypatch.setattr(processes, "gather", lambda value: [value, *others])
+    monkeypatch.setattr(data.workers, "_QUOTA", "/nowhere")
+    assert processes.share_of_cores() == share

@@ -1,0 +1,359 @@
+"""Who fills batches: threads of this process, or processes of their own.
+
+The processes are started as programs, so that nothing of this one has to be fit to be forked or
+run again, and import OpenCV and NumPy only. They take their tasks, a few rows of a batch, from one
+pipe; each writes its pictures into the rows themselves, in memory that all of them share. They end
+when that pipe does, however the process that started them ended.
+"""
+
+import contextlib
+import copy
+import io
+import mmap
+import os
+import pickle
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.buffers import Layout, anonymous_file, map_buffer
+from vit_jax.data.reading import Batch, Reader, Skipped
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
+
+AUTOMATIC = -1
+_QUOTA = "/sys/fs/cgroup/cpu.max"  # Of a container.
+# Of so few cores, threads leave none idle, and start at once.
+_CORES_FOR_THREADS = 2
+LEAST_FOR_PROCESSES = 4096  # Pictures of an evaluation: fewer are read while processes would start.
+_MOST_THREADS = 16  # More would only take turns for the interpreter's lock.
+_MOST_COPIED = 2 << 30  # Bytes of pictures in memory that are copied unasked.
+
+# Buffer, first row, row behind the last, position of row 0. Of a size that divides a page, the unit
+# in which pipes are written and read, so that a task is never cut in two.
+_TASK = struct.Struct("4Q")
+_AT_ONCE = 4096 // _TASK.size
+# Buffer, first row, what was skipped; then the text of a UserError, or a traceback, or neither.
+_Answer = tuple[int, int, Skipped, str | None, str | None]
+_NOT_STARTED = -1  # In place of a buffer.
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads: so many processes or, if that is 0, threads; and why, if it isn't the rule."""
+
+    workers: int
+    threads: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        several = f"{self.workers} worker processes" if self.workers else f"{self.threads} threads"
+        one = {"1 worker processes": "1 worker process", "1 threads": "1 thread"}
+        return one.get(several, several) + (f" ({self.reason})" if self.reason else "")
+
+
+def choose_readers(
+    source: Source, workers: int = AUTOMATIC, threads: int = 0, cores: int | None = None
+) -> Readers:
+    """Who is to read a source: a process a core where there are more than two, else threads.
+
+    Args:
+      workers: their number; 0 for threads; -1 to choose.
+      threads: their number; then they aren't replaced by processes unasked. 0 for one a core.
+      cores: that there are, by default as many as this process was given.
+
+    Raises UserError for wrong numbers, or processes that can't be had.
+    """
+    if workers < AUTOMATIC or threads < 0:
+        raise UserError(
+            f"workers is {workers} and threads is {threads}, expected -1 or more and 0 or more"
+        )
+    cores = cores or own_cores()
+    number = threads or min(cores, _MOST_THREADS)
+    if workers == 0 or (workers == AUTOMATIC and (threads or cores <= _CORES_FOR_THREADS)):
+        return Readers(0, number)
+    try:
+        copied = _copied(source)
+    except UserError as error:
+        if workers != AUTOMATIC:
+            raise
+        return Readers(0, number, str(error))
+    if workers == AUTOMATIC and copied > _MOST_COPIED:
+        told = f"{copied / 2**30:.1f} GB of pictures in memory aren't copied for processes unasked"
+        return Readers(0, number, told)
+    return Readers(cores if workers == AUTOMATIC else workers, number)
+
+
+def own_cores() -> int:
+    """The cores that this process was given: a container or a job may have fewer than there are."""
+    given = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if given else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open(_QUOTA) as file:
+        quota, period = file.read().split()  # "max 100000" where there is no limit.
+        cores = min(cores, max(round(int(quota) / int(period)), 1))
+    return cores
+
+
+def _copied(source: Source) -> int:
+    """Bytes of pictures in memory that are copied, once, if processes read a source.
+
+    Raises UserError if they can't.
+    """
+    if os.name != "posix" or not sys.executable:
+        raise UserError("reading by processes needs Linux or macOS, and Python as a program")
+    small = replace(source, keys=source.keys[:1], label_ids=None, identity=str)
+    data, buffers = _pickled(source.name, small)
+    return len(data) + sum(buffer.raw().nbytes for buffer in buffers)
+
+
+class Threads:
+    """Threads of this process that fill batches."""
+
+    def __init__(self, reader: Reader, count: int):
+        self._fill = reader.fill
+        self._pool = futures.ThreadPoolExecutor(count, "vit_jax.data")
+        self._tasks: dict[int, list[futures.Future[Skipped]]] = {}
+
+    def submit(self, number: int, batch: Batch, parts: Sequence[range], position: int) -> None:
+        """Has parts of a batch filled, see `Reader.fill`."""
+        self._tasks[number] = [
+            self._pool.submit(self._fill, batch, rows, position) for rows in parts
+        ]
+
+    def wait(self, number: int) -> Skipped:
+        """Waits until all parts of a batch are filled; raises what filling them raised."""
+        tasks = self._tasks.pop(number)
+        futures.wait(tasks, return_when=futures.FIRST_EXCEPTION)  # Wakes up once.
+        return [skipped for task in tasks for skipped in task.result()]
+
+    def close(self) -> None:
+        """Lets the threads end, after what they are at."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Processes:
+    """Processes that fill batches in memory which they share with this one.
+
+    Raises UserError if the reader can't be given to other processes.
+    """
+
+    def __init__(self, reader: Reader, layout: Layout, memory: int, count: int):
+        job, start = _pack(reader, layout)
+        self._tasks_of: dict[int, int] = {}  # Tasks of a buffer, and what was answered.
+        self._answers: dict[int, list[_Answer]] = {}
+        self._selector = selectors.DefaultSelector()
+        self._processes: dict[Connection, subprocess.Popen] = {}
+        tasks, self._tasks = os.pipe()
+        # What is set for this process's sake, e.g. its sys.path, holds for them too.
+        code = "import sys; sys.path[:] = {!r}; from vit_jax.data import workers; workers.main({})"
+        # Of their own threads none does anything; memory that is freed is wanted again at once.
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": str(2**28),
+        }
+        try:
+            for _ in range(count):
+                answers, answer = Pipe(duplex=False)
+                files = (tasks, answer.fileno(), memory, job)
+                arguments = ", ".join(map(str, (*files, start)))
+                with answer, _signals_blocked():
+                    self._processes[answers] = subprocess.Popen(
+                        [sys.executable, "-c", code.format(list(map(str, sys.path)), arguments)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=2,  # Ours may be for a result.
+                        env=environment,
+                        pass_fds=files,
+                    )
+                self._selector.register(answers, selectors.EVENT_READ)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(tasks)
+            os.close(job)
+
+    def submit(self, number: int, batch: Batch, parts: Sequence[range], position: int) -> None:
+        """As `Threads.submit`, of a batch in buffer `number` of the memory."""
+        del batch
+        self._tasks_of[number], self._answers[number] = len(parts), []
+        tasks = [_TASK.pack(number, rows.start, rows.stop, position) for rows in parts]
+        with contextlib.suppress(BrokenPipeError):  # All are dead, as `wait` will find.
+            for i in range(0, len(tasks), _AT_ONCE):
+                os.write(self._tasks, b"".join(tasks[i : i + _AT_ONCE]))
+
+    def wait(self, number: int) -> Skipped:
+        """As `Threads.wait`; a UserError also if one of the processes was killed."""
+        while len(self._answers[number]) < self._tasks_of[number]:
+            for key, _ in self._selector.select():
+                self._receive(key.fileobj)  # type: ignore[arg-type]
+        answers = sorted(self._answers.pop(number), key=lambda answer: answer[1])
+        for _, _, _, error, unexpected in answers:  # As threads do, the first rows' first.
+            if error is not None:
+                raise UserError(error)
+            if unexpected is not None:
+                raise RuntimeError(f"in a process that reads pictures:\n{unexpected}")
+        return [skipped for answer in answers for skipped in answer[2]]
+
+    def _receive(self, answers: Connection) -> None:
+        try:
+            answer: _Answer = answers.recv()
+        except (EOFError, OSError):
+            raise _death(self._processes[answers].wait()) from None
+        if answer[0] == _NOT_STARTED:
+            raise RuntimeError(f"a process that reads pictures could not start:\n{answer[4]}")
+        self._answers[answer[0]].append(answer)
+
+    def close(self) -> None:
+        """Ends the processes at once: they have nothing to lose."""
+        if self._tasks < 0:
+            return
+        os.close(self._tasks)
+        self._tasks = -1
+        for process in self._processes.values():
+            process.kill()
+        for answers, process in self._processes.items():
+            process.wait()
+            answers.close()
+        self._selector.close()
+
+
+def _death(status: int) -> UserError:
+    how = f"ended with status {status}"
+    if status < 0:
+        how = f"was killed by {signal.Signals(-status).name}"
+    hint = ", as the system does where memory runs out" if status == -signal.SIGKILL else ""
+    return UserError(
+        f"a process that reads pictures {how}{hint}: start the same command again to go on, "
+        "perhaps with fewer --config.workers, or 0 for threads"
+    )
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is started in this block never sees Ctrl-C, SIGTERM or the like.
+
+    A terminal or a cluster sends them to all processes of a run, but only the first knows what to
+    save before it ends the others. Processes inherit what is blocked.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.Signals[name] for name in names})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# From one process to others.
+
+
+class _Texts(Sequence[str]):
+    """Texts in two arrays, of which all processes have the same memory."""
+
+    def __init__(self, texts: Sequence[str]):
+        encoded = [str(text).encode("utf-8", "surrogateescape") for text in texts]
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        begin, end = self._ends[index : index + 2]
+        return self._bytes[begin:end].tobytes().decode("utf-8", "surrogateescape")
+
+
+def _pickled(name: str, value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
+    """The pickle of a value, functions of any kind and all, and the memory of arrays in it.
+
+    Raises UserError, naming the source, if it can't be pickled.
+    """
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, np.memmap) and obj._mmap is not None:  # type: ignore[attr-defined]
+                return _mapped, (obj.filename, obj.dtype, _place(obj), obj.shape)
+            return super().reducer_override(obj)
+
+    buffers: list[pickle.PickleBuffer] = []
+    stream = io.BytesIO()
+    try:
+        Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)
+    except Exception as error:  # Whatever the functions of a source refer to.
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise UserError(f"{name} can't be given to other processes: {reason}") from None
+    return stream.getvalue(), buffers
+
+
+def _place(array: np.memmap) -> int:
+    """Where in its file an array begins that may be a part of another."""
+    if not array.flags.c_contiguous or not array.filename or array.mode == "c":
+        raise ValueError("a part of a memory-mapped file that isn't contiguous, or not as on disk")
+    memory = np.frombuffer(array._mmap, np.uint8)  # type: ignore[attr-defined]
+    start = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
+    return start + array.ctypes.data - memory.ctypes.data
+
+
+def _mapped(file: str, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.memmap:
+    return np.memmap(file, dtype, "r", offset, shape)
+
+
+def _pack(reader: Reader, layout: Layout) -> tuple[int, int]:
+    """A file with a pickle and, once for all processes, the arrays in it; and where the pickle is.
+
+    Raises UserError if it can't be pickled.
+    """
+    other, keys = copy.copy(reader), reader.source.keys
+    if all(isinstance(key, str) for key in keys):
+        keys = _Texts(keys)  # type: ignore[arg-type]
+    other.source = replace(reader.source, keys=keys, identity=str)
+    data, buffers = _pickled(other.source.name, (other, layout))
+    spans = []
+    job = anonymous_file()
+    with open(job, "wb", closefd=False) as file:
+        for buffer in buffers:
+            file.seek(-(-file.tell() // 64) * 64)
+            spans.append((file.tell(), buffer.raw().nbytes))
+            file.write(buffer.raw())
+        start = file.tell()
+        file.write(pickle.dumps((data, spans)))
+    return job, start
+
+
+def main(tasks: int, answer: int, memory: int, job: int, start: int) -> None:
+    """What a process does: tasks, until there are no more."""
+    answers = Connection(answer, readable=False)
+    with contextlib.suppress(BrokenPipeError):  # The process that wants the answer is gone.
+        try:
+            content = memoryview(mmap.mmap(job, 0, access=mmap.ACCESS_READ))
+            data, spans = pickle.loads(content[start:])
+            reader, layout = pickle.loads(data, buffers=[content[a : a + n] for a, n in spans])
+        except Exception:
+            answers.send((_NOT_STARTED, 0, [], None, traceback.format_exc()))
+            return
+        batches: dict[int, Batch] = {}
+        while task := os.read(tasks, _TASK.size):
+            number, first, stop, position = _TASK.unpack(task)
+            if number not in batches:
+                shared = map_buffer(memory, number, layout.size)
+                batches[number] = layout.view(np.frombuffer(shared, np.uint8))
+            skipped, error, unexpected = [], None, None
+            try:
+                skipped = reader.fill(batches[number], range(first, stop), position)
+            except UserError as problem:
+                error = str(problem)
+            except Exception:
+                unexpected = traceback.format_exc()
+            answers.send((number, first, skipped, error, unexpected))
