@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo test test-all chaos notebooks test-notebooks lint clean
+.PHONY: demo test test-ci test-all chaos notebooks test-notebooks lint clean
 
 demo: $(STAMP)  ## Train on handwritten digits, then look at the result.
 	$(BIN)/vit-jax train --config=digits --workdir=runs/digits
@@ -12,6 +12,9 @@ demo: $(STAMP)  ## Train on handwritten digits, then look at the result.
 
 test: $(STAMP)  ## The tests, without the minutes-long ones.
 	$(BIN)/pytest -n 2 -m "not slow"
+
+test-ci: $(STAMP)  ## Promises that are too slow for `make test`.
+	$(BIN)/pytest -n 2 -m ci
 
 test-all: $(STAMP)  ## Every test.
 	$(BIN)/pytest

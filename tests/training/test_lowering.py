@@ -98,7 +98,7 @@ def test_gpus_and_tpus_get_no_form_for_cpus(monkeypatch, family, layout):
     operations = lowered(model.clone(loop=loop), mesh, "cuda", "tpu")
 
     assert operations["stablehlo.optimization_barrier"] == barriers
-    assert not [name for name in operations if name.startswith("custom_call @__")]
+    assert not [name for name in operations if "custom_call" in name]  # Nor calls of the host.
     assert operations["stablehlo.dot_general"] > 20
 
 
