@@ -40,19 +40,24 @@ def ours(name: str, batch_size: int) -> Callable[[int], object]:
 
     import vit_jax
     from vit_jax import training
+    from vit_jax.models.kernels import choose_kernels
     from vit_jax.parallel import join, split
 
     config = training.default_config()
     config.batch, config.accum_steps = batch_size, 1
     mesh = training.make_mesh(config)
     model = vit_jax.create_model(name, num_classes=1000)
+    kernels, _ = choose_kernels(model, (224, 224), jax.devices())
     levels = np.random.default_rng(0).integers(0, 256, (batch_size, 224, 224, 3), np.uint8)
     images = np.zeros((1, 224, 224, 3), np.float32)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0), images)["params"])
     tx = training.make_optimizer(config, config.total_steps)
     state = training.TrainState.create(params=params, tx=tx, mesh=mesh)
     step = training.make_train_step(
-        model, tx, mesh=mesh, update_norm_at=lambda step: step % config.progress_every == 0
+        model.clone(kernels=kernels),
+        tx,
+        mesh=mesh,
+        update_norm_at=lambda step: step % config.progress_every == 0,
     )
 
     def train(steps: int) -> None:
