@@ -147,7 +147,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
     "pp.resize": {"0": SAME, "20": SAME, "8": "config.pp.resize 8 is less than config.pp.crop 16"},
     "augment": {name: SAME if name == "none" else OTHER for name in AUGREG},
     "mixup": {"0": SAME, "0.2": OTHER, "1e-30": SAME, "1e30": OTHER},
-    "cutmix": {"0": SAME, "1.0": OTHER, "1e-30": OTHER, "1e30": OTHER},
+    "cutmix": {"0": SAME, "1.0": OTHER, "1e30": OTHER},
     "total_steps": {"1": OTHER, "3": OTHER},
     "batch": {
         "8": OTHER,
@@ -322,11 +322,13 @@ def test_a_number_beyond_its_limits_is_refused_in_one_line(field, value, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("field", FIELDS)
+def no_texts():
+    flat = flatten(default_config()) | {f"config.model.{k}": v for k, v in model_fields().items()}
+    return [name.removeprefix("config.") for name, x in flat.items() if not isinstance(x, str)]
+
+
+@pytest.mark.parametrize("field", no_texts())
 def test_a_value_of_another_type_is_refused_in_one_line(field, tmp_path, capfd):
-    flat = {f"config.model.{k}": v for k, v in model_fields().items()} | flatten(default_config())
-    if isinstance(flat[f"config.{field}"], str):
-        pytest.skip("any text is a text")
     assert run(tmp_path / "run", f"--config.{field}={{}}") == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
