@@ -50,6 +50,11 @@ FORMS = ("train", "forward")
 TORCH = ("timm eager", "timm torch.compile")
 # Of an NVIDIA H100 (SXM): times the speed of torch.compile in the same run, and least MFU.
 GOALS = {"B/16": (1.15, 0.42), "S/16": (1.15, 0.0), "L/16": (1.05, 0.0)}
+WHERE = """
+Where the time of a training step of the best variant goes, ms; a kernel of several operations
+counts as what the last of them is for:
+
+"""
 # Stands in the results as long as it is true.
 NOT_RUN = "This list of variants has not run on a GPU yet.\n"
 
@@ -122,7 +127,6 @@ def variants() -> list[Variant]:
 
     stock, cudnn = kernels.Kernels(), kernels.CUDNN
     product = dict(conv_general_dilated=patches_as_product)
-    together = dict(product, gelu=nn.gelu)
     triton_off = ("xla_gpu_enable_triton_gemm", False)
 
     def form(name: str, base: kernels.Kernels = cudnn, **changed: Any) -> Callable[..., Variant]:
@@ -130,10 +134,10 @@ def variants() -> list[Variant]:
 
     return [
         form("cudnn")(forward=True),
-        form("cudnn, all together", **together)(optimizer=one_pass, forward=True),
+        form("cudnn, product and one pass", **product)(optimizer=one_pass, forward=True),
         form("stock", stock)(forward=True),
         form("cudnn, patches as a product", **product)(),
-        form("cudnn, GELU in bfloat16", gelu=nn.gelu)(),
+        form("cudnn, GELU in bfloat16 (less exact)", gelu=nn.gelu)(),
         form("cudnn, one pass of the optimizer")(optimizer=one_pass),
         form("cudnn, batch x 2")(batch=2),
         form("cudnn, Triton's products off")(options=(triton_off,)),
@@ -142,13 +146,13 @@ def variants() -> list[Variant]:
         ),
         form("cudnn, GELU recomputed", gelu=kernels.recomputed_gelu)(),
         form("cudnn, LayerNorm with own derivative", layer_norm=kernels.LayerNorm)(),
-        form("cudnn, all together, batch x 2", **together)(optimizer=one_pass, batch=2),
+        form("cudnn, product and one pass, batch x 2", **product)(optimizer=one_pass, batch=2),
         form("cudnn, norm of the update every 20 steps")(update_norm_every=20),
         form("cudnn, command buffers off")(options=(("xla_gpu_enable_command_buffer", ""),)),
         form("cudnn, latency-hiding scheduler")(
             options=(("xla_gpu_enable_latency_hiding_scheduler", True),)
         ),
-        form("stock, all together", stock, **together)(optimizer=one_pass),
+        form("stock, product and one pass", stock, **product)(optimizer=one_pass),
         form("cudnn, dropout 0.1")(fields=(("dropout_rate", 0.1),)),
     ]
 
@@ -353,7 +357,7 @@ class Ours:
             print(f"compiled {', '.join(key)}", file=sys.stderr, flush=True)
 
         pool = ThreadPoolExecutor(max(2, (os.cpu_count() or 1) - 4))
-        jobs, lowered = [], functools.lru_cache(8)(self._lower)
+        jobs, lowered = [], functools.cache(self._lower)
         for key in map(tuple, keys):
             start = time.perf_counter()
             if time.time() > start_until:
@@ -393,15 +397,18 @@ class Ours:
             return {"note": first_line(e)}
         return {"ms": self._step_ms[key]}
 
-    def reserve(self, bytes: int) -> dict[str, Any]:
-        """Makes JAX's allocator take one piece of memory. It gives nothing back and joins nothing:
-        programs of growing needs would take that of all of them from torch."""
+    def reserve(self) -> dict[str, Any]:
+        """Makes JAX's allocator take one piece of memory for all programs. It gives nothing back
+        and joins nothing: from programs of growing needs torch would not get the card again."""
         import jax.numpy as jnp
 
         from vit_jax.training.hardware import memory_stats
 
-        if bytes <= memory_stats(self._device).get("bytes_limit", 0) / 2:
-            jnp.zeros(bytes, jnp.uint8).block_until_ready()
+        half = memory_stats(self._device).get("bytes_limit", 0) / 2
+        sizes = [_memory(program).get("temporary", 0) for program in self._programs.values()]
+        size = max((size for size in sizes if size <= half), default=0)
+        with contextlib.suppress(RuntimeError):  # No room: the programs will say so.
+            jnp.zeros(size, jnp.uint8).block_until_ready()
         return {}
 
     def profile(self, key: list, steps: int) -> dict[str, Any]:
@@ -416,8 +423,10 @@ class Ours:
                     self._run(key, steps)
                 finally:
                     jax.profiler.stop_trace()
-                (file,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
-                with gzip.open(file) as f:
+                files = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
+                if not files:
+                    return {"note": "the profiler wrote no trace"}
+                with gzip.open(files[0]) as f:
                     trace = json.load(f)
         except Exception as e:
             return {"note": first_line(e)}
@@ -779,7 +788,8 @@ class Timm:
 
 def serve(make: Callable[[], Any]) -> None:
     """Answers each line [method, arguments] of the input with one of JSON."""
-    out, sys.stdout = sys.stdout, sys.stderr  # Whatever else is printed is no answer.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Whatever else is printed is no answer.
     try:
         served = make()
     except ImportError as e:
@@ -808,14 +818,14 @@ class Process:
             | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
             | {"TORCHINDUCTOR_COMPILE_THREADS": "4"},
         )
-        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._answers.put(json.loads(line))
-        self._answers.put({"note": "its process ended, see the messages above"})
+        self._answers.put(None)
 
     def tell(self, method: str, **arguments: Any) -> None:
         assert self._process.stdin is not None
@@ -829,8 +839,9 @@ class Process:
         except queue.Empty:
             self.end()
             return {"note": "left out: no answer in time"}
-        if "note" in found and self._process.poll() is not None:
-            self._answers.put(found)  # For whoever asks next.
+        if found is None:
+            self._answers.put(None)  # For whoever asks next.
+            return {"note": "its process ended, see the messages above"}
         return found
 
     def ask(self, method: str, seconds: float, **arguments: Any) -> dict[str, Any]:
@@ -865,7 +876,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         for process in (ours, *theirs.values()):
             stack.callback(process.end)
-        start_until, wait_until = begin + 0.55 * budget, begin + 0.75 * budget
+        start_until, wait_until = begin + 0.5 * budget, begin + 0.65 * budget
         for process in theirs.values():
             process.tell("hello")
             process.tell("compile", start_until=start_until, wait_until=wait_until)
@@ -900,7 +911,9 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
                 for form in FORMS
                 for way in TORCH
             ]
-        timing(names, rows, ours, theirs, begin + budget, 2 if arguments.tiny else ROUNDS, hello)
+        timing(
+            names, rows, ours, theirs, begin + 0.95 * budget, 2 if arguments.tiny else ROUNDS, hello
+        )
     hello["minutes"] = (time.time() - begin) / 60
     return rows, hello
 
@@ -928,14 +941,13 @@ def timing(
     groups = [(name, [r for r in rows if r.network == name and r not in large]) for name in names]
     groups += [(name, [r for r in large if r.network == name]) for name in names]
     groups = [(name, group) for name, group in groups if group]
-    least = max((row.temporary or 0 for row in rows if not row.note), default=0)
-    ours.ask("reserve", 60, bytes=least)
+    ours.ask("reserve", 60)
     for i, (name, group) in enumerate(groups):
         here = [row for row in group if not row.note]
-        # What is left has its share of the time left, of which a third is for what is not timed:
+        # Each row has its share of the time left, of which a third is for what is not timed:
         # warming up, memory, the trace.
-        share = (deadline - time.time()) / (len(groups) - i)
-        turn = min(1.0, share / 1.5 / max(1, rounds * len(here)))
+        left = sum(not row.note for _, rest in groups[i:] for row in rest)
+        turn = min(1.0, (deadline - time.time()) / 1.5 / max(1, rounds * left))
         for round_ in range(rounds):
             for row in here[:: (-1) ** round_]:
                 if row.note:
@@ -948,13 +960,15 @@ def timing(
                 else:
                     told = ours.ask("time", 60, key=[*row.key], turn=turn)
                 row.note = told.get("note", "")
-                row.rounds += [told["ms"]] if "ms" in told else []
+                row.rounds = [*row.rounds, told["ms"]] if "ms" in told else []
         if group[0] not in large:
             print(f"timed {name}", file=sys.stderr, flush=True)
             theirs[name].end()
             if row := best(rows, name):
-                told = ours.ask("profile", 60, key=[*row.key], steps=3)
-                hello["spent"][name] = row.name, told
+                told = {"note": "left out: no time for a trace"}
+                if time.time() < deadline:
+                    told = ours.ask("profile", 60, key=[*row.key], steps=3)
+                hello["spent"][name] = row.name, told | {"step": row.ms}
 
 
 def best(rows: Iterable[Row], network: str) -> Row | None:
@@ -1037,14 +1051,15 @@ def report(rows: list[Row], hello: Mapping[str, Any]) -> str:
         cells += ["-" if x is None else f"{x / 1e9:.2f}" for x in (row.memory, row.temporary)]
         cells += ["-" if row.seconds is None else f"{row.seconds:.0f}"]
         text += " | ".join(cells) + " |\n"
-    return text + "\nWhere the time of a training step goes, ms:\n\n" + _spent_table(hello["spent"])
+    return text + WHERE + _spent_table(hello["spent"])
 
 
 def _spent_table(found: Mapping[str, tuple[str, dict[str, Any]]]) -> str:
-    text, columns = "", {}
+    text, columns, steps = "", {}, []
     for network, (name, told) in found.items():
         if told.get("ms"):
             columns[f"{network}, {name}"] = told["ms"]
+            steps.append(f"{told['step']:.2f}")
         else:
             text += f"{network}: {told.get('note', 'no device events in the trace')}.\n"
     if not columns:
@@ -1053,13 +1068,13 @@ def _spent_table(found: Mapping[str, tuple[str, dict[str, Any]]]) -> str:
     for column in columns.values():
         for kind, ms in column.items():
             kinds[kind] += ms
-    text += f"{'' if not text else chr(10)}| | {' | '.join(columns)} |\n"
+    text += "\n" * bool(text) + f"| | {' | '.join(columns)} |\n"
     text += "| --- " * (len(columns) + 1) + "|\n"
     for kind in sorted(kinds, key=lambda kind: -kinds[kind]):
         cells = " | ".join(f"{column.get(kind, 0):.2f}" for column in columns.values())
         text += f"| {kind} | {cells} |\n"
     cells = " | ".join(f"{sum(column.values()):.2f}" for column in columns.values())
-    return text + f"| **sum** | {cells} |\n"
+    return text + f"| sum | {cells} |\n| the step as timed | {' | '.join(steps)} |\n"
 
 
 def add_to(file: Path, text: str) -> None:

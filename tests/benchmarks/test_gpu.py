@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -314,3 +315,56 @@ def test_what_matters_most_is_compiled_first(gpu):
     assert keys[-2:] == [("B/16", last, "train"), ("S/16", last, "train")]
     assert [key[2] for key in keys[:6]] == ["train"] * 6
     assert {key[0] for key in keys[:6]} == {"B/16", "S/16"}
+
+
+class Stand:
+    """In place of a process: answers at once, or as it is told to, and notes what is asked."""
+
+    def __init__(self, log, name, failing=()):
+        self.log, self.name, self.failing = log, name, failing
+
+    def ask(self, method, seconds, **arguments):
+        key = arguments.get("key", [""])
+        self.log.append((self.name, method, *key))
+        return (
+            {"note": "RuntimeError: out of memory"} if set(key) & set(self.failing) else {"ms": 5}
+        )
+
+    def end(self):
+        self.log.append((self.name, "end"))
+
+
+def test_all_take_turns_and_larger_batches_run_when_torch_has_left_the_card(gpu):
+    log, hello = [], {}
+    ours = Stand(log, "ours", failing=["stock"])
+    found = [gpu.Row("B/16", name, "train", 8) for name in ("cudnn", "stock", gpu.TORCH[1])]
+    found += [gpu.Row("B/16", "cudnn, batch x 2", "train", 16, fair=False)]
+    found += [gpu.Row("B/16", "cudnn, more", "train", 8, note="left out: no time to compile it")]
+    theirs = {"B/16": Stand(log, "timm")}
+    gpu.timing(["B/16"], found, ours, theirs, time.time() + 60, 2, hello)
+    assert log == [
+        ("ours", "reserve", ""),
+        ("ours", "time", "B/16", "cudnn", "train"),
+        ("ours", "time", "B/16", "stock", "train"),
+        ("timm", "time", gpu.TORCH[1], "train"),
+        ("timm", "time", gpu.TORCH[1], "train"),
+        ("ours", "time", "B/16", "cudnn", "train"),
+        ("timm", "end"),
+        ("ours", "profile", "B/16", "cudnn", "train"),
+        *[("ours", "time", "B/16", "cudnn, batch x 2", "train")] * 2,
+    ]
+    assert [row.ms for row in found] == [5, None, 5, 5, None]
+    assert found[1].note == "RuntimeError: out of memory"
+    assert hello["spent"]["B/16"][0] == "cudnn"
+
+
+def test_what_there_is_no_time_for_is_told(gpu):
+    hello, found = {}, [gpu.Row("B/16", "cudnn", "train", 8)]
+    stands = Stand([], "ours"), {"B/16": Stand([], "timm")}
+    gpu.timing(["B/16"], found, *stands, time.time() - 1, 2, hello)
+    assert found[0].note == "left out: no time to run it"
+
+
+def test_every_variant_has_a_name_of_its_own_and_can_be_a_key(gpu):
+    found = gpu.variants()
+    assert len({variant.name for variant in found}) == len(set(found)) == len(found)
