@@ -13,9 +13,10 @@ threads, while torch compiles in processes beside; then all of a network take tu
 card, and figures are medians of the rounds. What could not be compiled, or was left out for lack of
 time, is a row that says so.
 
-MFU is 3 x (forward: 1 x) the operations of the way forwards / (time x the chip's peak). The last
-part says which variant is the best, and whether GOALS are met. The report is printed and added to
-benchmarks/results/gpu.md, or `--out`.
+MFU is 3 x (forward: 1 x) the operations of the way forwards / (time x the chip's peak). The report
+begins with the best variant of each network and whether GOALS are met; it is printed and added to
+benchmarks/results/gpu.md, or `--out`. `--variants=PATTERN` and `--networks` leave more time for the
+rest. Without a GPU `--tiny` shows that the script works.
 """
 
 import argparse
