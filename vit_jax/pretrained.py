@@ -90,8 +90,7 @@ class Pretrained:
                 "preprocess them, or load the weights with image_size=(h, w)"
             )
         if name not in self._compiled:
-            kernels, _ = choose_kernels(self.model, self.image_size, jax.local_devices()[:1])
-            model = self.model.clone(kernels=kernels)
+            model = self.model_on(jax.local_devices()[:1])
             self._compiled[name] = jax.jit(functools.partial(function, model))
         apply = self._compiled[name]
         if len(images) <= _BATCH:
@@ -102,6 +101,10 @@ class Pretrained:
             for i in range(0, len(padded), _BATCH)
         ]
         return np.concatenate([np.asarray(x) for x in results])[: len(images)]
+
+    def model_on(self, devices: Sequence[jax.Device]) -> Any:
+        """The model in the forms that are fastest on the devices that will run it."""
+        return self.model.clone(kernels=choose_kernels(self.model, self.image_size, devices)[0])
 
     @functools.cached_property
     def _device_params(self) -> Any:

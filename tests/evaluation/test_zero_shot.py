@@ -31,8 +31,10 @@ class Towers:
 
     params: Any
     asked: list[str] = dataclasses.field(default_factory=list)
-    model = MODEL
     preprocess = "resize(16)|value_range(-1, 1)"
+
+    def model_on(self, devices):
+        return MODEL
 
     def embed_images(self, images):
         return np.asarray(APPLY({"params": self.params}, images=images)[0])

@@ -517,7 +517,6 @@ def test_other_accelerators_get_the_stock_forms(monkeypatch, platform):
             {"attention_dropout_rate": 0.1},
             "cuDNN has no dropout, and attention_dropout_rate is 0.1",
         ),
-        ({"name": "Mixer-B_16"}, "this network has no attention"),
         ({"size": (40, 40)}, "101 tokens, and cudnn is chosen from 128 on"),
         ({}, "cuDNN says: .+"),
     ],
@@ -531,14 +530,38 @@ def test_on_a_gpu_the_reason_for_the_stock_form_is_told(gpu, fields, reason):
     assert why.startswith("attention by xla: ")
 
 
+def test_a_network_without_attention_has_no_choice(gpu):
+    assert choose(name="Mixer-B_16") == (Kernels(), "")
+    assert choose(name="Mixer-B_16", attention="cudnn")[1].endswith("this network has no attention")
+
+
 def test_cudnn_is_tried_with_padded_tokens_there_and_back(cudnn):
     assert choose() == (CUDNN, "attention by cudnn, 145 tokens padded to 152")
-    # One image, 12 x 12 patches and the class token, 2 heads.
-    assert {*cudnn} == {((1, 152, 2, 8), True)}
+    # Two images a device, 12 x 12 patches and the class token, 2 heads.
+    images = 2 * jax.device_count()
+    assert {*cudnn} == {((images, 152, 2, 8), True)}
     assert choose(classifier="gap") == (CUDNN, "attention by cudnn")
-    assert cudnn[-1] == ((1, 144, 2, 8), False)
+    assert cudnn[-1] == ((images, 144, 2, 8), False)
     assert choose(attention="cudnn", size=(8, 8))[0] == CUDNN  # Few tokens, but asked for.
     assert choose(attention="xla") == (Kernels(), "")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda y, query: 1.2 * y,  # Other weights.
+        lambda y, query: y.at[:, -1].set(jnp.nan * query[:, -1]),  # Padding that isn't finite.
+    ],
+)
+def test_cudnn_is_not_taken_where_its_numbers_are_wrong(gpu, monkeypatch, wrong):
+    real = jax.nn.dot_product_attention
+
+    def attention(query, *rows, implementation, **lengths):
+        return wrong(real(query, *rows, implementation="xla", **lengths), query)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+
+    assert choose() == (Kernels(), "attention by xla: cuDNN gives other numbers here")
 
 
 def test_a_network_gives_the_same_by_cudnn_and_shows_the_same_weights(cudnn):

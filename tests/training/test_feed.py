@@ -1,6 +1,7 @@
 """Batches are on the device before they are needed, not too many of them, and only an idle device
 waits for them; metrics stay there until they are read."""
 
+import gc
 import threading
 import time
 
@@ -107,13 +108,16 @@ def test_what_passes_before_the_clock_is_restarted_is_not_idle():
     feed.close()
 
 
-def test_closing_ends_the_threads_and_the_reading():
+def test_closing_ends_the_threads_and_the_reading_and_leaves_nothing_on_the_devices():
     batches, before = Batches(), threading.active_count()
+    arrays = len(jax.live_arrays())
     feed = prefetcher(batches, 2)
     next(feed)
     feed.close()
     assert batches.closed
     assert threading.active_count() == before
+    gc.collect()
+    assert len(jax.live_arrays()) == arrays
 
 
 def test_the_error_of_a_step_comes_where_its_metrics_are_read():

@@ -4,7 +4,10 @@ It proves that the step can be lowered for them, what is in the program, and tha
 of cuDNN's attention pass. What their compilers make of it, only they can tell.
 """
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import jax
@@ -49,8 +52,8 @@ def network(family: str):
     return create_model(name, num_classes=10, dtype=jnp.bfloat16, **fields)
 
 
-def lowered(model, mesh, *platforms: str) -> Counter:
-    """How often each operation occurs in the program of a step, for each of the platforms."""
+def step_and_arguments(model, mesh):
+    """The compiled step and the shapes of its arguments, in their places."""
     tx = make_optimizer(default_config(), 100)
     image = jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
     params = jax.eval_shape(model.clone(loop=BlockLoop()).init, jax.random.key(0), image)["params"]
@@ -73,12 +76,18 @@ def lowered(model, mesh, *platforms: str) -> Counter:
         "image": jax.ShapeDtypeStruct((BATCH, *SIZE, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
     }
+    return make_train_step(model, tx, mesh=mesh), (state, batch)
+
+
+def lowered(model, mesh, *platforms: str) -> Counter:
+    """How often each operation occurs in the program of a step, for each of the platforms."""
+    step, arguments = step_and_arguments(model, mesh)
     cudnn = [f"__cudnn$fmhaSoftmax{way}" for way in ("", "Backward")]
     program = export.export(
-        make_train_step(model, tx, mesh=mesh),
+        step,
         platforms=platforms,
-        disabled_checks=map(export.DisabledSafetyCheck.custom_call, cudnn),
-    )(state, batch)
+        disabled_checks=[*map(export.DisabledSafetyCheck.custom_call, cudnn)],
+    )(*arguments)
     assert program.nr_devices == mesh.size
     return Counter(
         re.findall(r"stablehlo\.(?!custom_call)\w+|custom_call @[\w$]+", program.mlir_module())
@@ -122,6 +131,48 @@ def test_cudnn_takes_what_a_class_token_makes_odd(gpu_with_cudnn):
 
     assert operations["custom_call @__cudnn$fmhaSoftmax"] == 2
     assert operations["custom_call @__cudnn$fmhaSoftmaxBackward"] == 2
+
+
+EIGHT_DEVICES = """
+from jax._src.cudnn import fused_attention_stablehlo as checks
+checks.check_cudnn_version = lambda: 91000
+checks.check_compute_capability = lambda capability: True
+checks.is_cuda_compute_capability_equal = lambda capability: False
+
+import jax, re
+from ml_collections import ConfigDict
+from tests.training.test_lowering import BlockLoop, CUDNN, network, step_and_arguments
+from vit_jax.training import make_mesh
+
+for sharding in ("replicate", "fsdp"):
+    mesh = make_mesh(ConfigDict(dict(batch=16, accum_steps=1, sharding=sharding)))
+    for loop in (BlockLoop(), BlockLoop(scan=True, remat="full")):
+        model = network("class token").clone(kernels=CUDNN, loop=loop)
+        step, arguments = step_and_arguments(model, mesh)
+        program = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        print(len(re.findall("CustomSPMDPartitioning", program)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_cudnn_is_split_with_the_batch_over_eight_devices():
+    """Each call is one that JAX splits. Forwards and backwards in each block, or once in a loop,
+    where remat computes the forward one again."""
+    pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES],
+        env=os.environ
+        | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["4", "3", "4", "3"]
 
 
 def test_cudnn_refuses_odd_numbers_of_tokens(gpu_with_cudnn):

@@ -49,7 +49,8 @@ def evaluate_pictures(
         corrupt=corrupt,
     )
     mesh = make_mesh()
-    step = make_eval_step(vit.model, mesh=mesh, loss="sigmoid" if source.multi_label else loss)
+    model = vit.model_on([*mesh.devices.flat])
+    step = make_eval_step(model, mesh=mesh, loss="sigmoid" if source.multi_label else loss)
     params = jax.device_put(vit.params, replicated(mesh))  # Once, not with each batch.
     assert vit.spec.num_classes is not None  # class_indices has seen to it.
     matched = (

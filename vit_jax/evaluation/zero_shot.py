@@ -30,8 +30,7 @@ class TwoTowers(Protocol):
     float32 (n, d) of length 1.
     """
 
-    @property
-    def model(self) -> LiT: ...
+    def model_on(self, devices: Sequence[jax.Device]) -> LiT: ...
     @property
     def params(self) -> Mapping[str, Any]: ...
     @property
@@ -121,7 +120,7 @@ def zero_shot(
         corrupt=corrupt,
     )
     mesh = make_mesh()
-    step = make_eval_step(_Classifier(vit.model), mesh=mesh)
+    step = make_eval_step(_Classifier(vit.model_on([*mesh.devices.flat])), mesh=mesh)
     classes = class_embeddings(vit.embed_texts, labels, templates)
     params = {"img": vit.params["img"], "t": vit.params["t"], "classes": classes}
     return evaluate(step, jax.device_put(params, replicated(mesh)), batches, len(labels))

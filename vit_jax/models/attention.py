@@ -73,6 +73,8 @@ class MultiHeadAttention(nn.Module):
         self.sow("intermediates", "attention_weights", real)
         if perturbed:
             real = self.perturb("attention_weights", real)
+        if self.length is None:
+            return real
         return weights.at[:, :, : self.length, : self.length].set(real)
 
     def _is_observed(self) -> bool:

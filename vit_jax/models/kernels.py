@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # How attention may be computed: products and a softmax that XLA compiles, or cuDNN's one kernel.
 ATTENTION = ("xla", "cudnn")
@@ -25,6 +26,9 @@ ATTENTION = ("xla", "cudnn")
 # cuDNN's kernel was measured to be faster with 197 tokens (docs/machines.md); with few it has
 # little to save, and has not been measured.
 CUDNN_MIN_TOKENS = 128
+# How much it may differ from the stock form before it is taken to be wrong, as a share of the
+# largest number: some roundings of bfloat16, of 2**-9 each.
+TRIAL_TOLERANCE = 0.05
 # Its derivative takes even numbers of tokens only; 200 were as fast as 198 would be, 208 slower.
 CUDNN_TOKEN_MULTIPLE = 8
 
@@ -108,13 +112,13 @@ def choose_kernels(
 ) -> tuple[Kernels, str]:
     """The kernels that are fastest for a model on the devices that will run it.
 
-    cuDNN's attention is tried on one of the devices: whether it works depends on the GPU, the
-    driver and the versions of cuDNN and JAX.
+    cuDNN's attention is tried on the devices of this process: whether it works depends on the GPU,
+    the driver and the versions of cuDNN and JAX.
 
     Args:
       model: the network, with stock kernels.
       image_size: (height, width) of its images.
-      devices: of one kind; those of other processes count, but are not used.
+      devices: of one kind; a batch is spread over them.
       attention: one of ATTENTION, or "auto".
 
     Returns:
@@ -123,7 +127,9 @@ def choose_kernels(
     platform = platform_of(devices)
     if platform == "cpu" and attention != "cudnn":
         return cpu_kernels(len(devices)), ""
-    if attention == "xla" or (attention == "auto" and platform != "gpu"):
+    if attention == "xla" or (
+        attention == "auto" and (platform != "gpu" or not hasattr(model, "num_tokens"))
+    ):
         return Kernels(), ""
     reason = _why_not_cudnn(model, image_size, devices, attention)
     if reason:
@@ -155,20 +161,35 @@ def _why_not_cudnn(
     tokens = model.num_tokens(image_size)
     if attention == "auto" and tokens < CUDNN_MIN_TOKENS:
         return f"{tokens} tokens, and cudnn is chosen from {CUDNN_MIN_TOKENS} on"
+    local = [d for d in devices if d.process_index == jax.process_index()]
     padded = tokens + -tokens % CUDNN_TOKEN_MULTIPLE
-    shape = (1, padded, model.num_heads, model.hidden_size // model.num_heads)
-
-    def derivative(x: jax.Array) -> jax.Array:
-        y = lambda x: cudnn_attention(x, x, x, tokens if padded > tokens else None)  # noqa: E731
-        return jax.grad(lambda x: y(x).astype(jnp.float32).sum())(x)
-
-    here = next(d for d in devices if d.process_index == jax.process_index())
+    shape = (3, 2 * len(local), padded, model.num_heads, model.hidden_size // model.num_heads)
+    qkv = np.random.default_rng(0).standard_normal(shape, np.float32).astype(model.dtype)
+    place = NamedSharding(Mesh(np.array(local), ("batch",)), PartitionSpec(None, "batch"))
+    length = tokens if padded > tokens else None
     try:
-        x = jax.device_put(np.ones(shape, model.dtype), here)
-        jax.block_until_ready(jax.jit(derivative)(x))
+        qkv = jax.device_put(qkv, place)
+        ours, theirs = (
+            jax.device_get(jax.jit(functools.partial(_trial, form, length))(qkv))
+            for form in (dot_product_attention, cudnn_attention)
+        )
     except Exception as e:  # Of many kinds, by version, driver and GPU.
         return f"cuDNN says: {(str(e) or type(e).__name__).splitlines()[0]}"
+    for a, b in zip(ours, theirs, strict=True):
+        if not np.abs(a - b).max() <= TRIAL_TOLERANCE * np.abs(a).max():  # Nor for NaN.
+            return "cuDNN gives other numbers here"
     return ""
+
+
+def _trial(form: Attention, length: int | None, qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What attention gives, and a derivative by queries, keys and values, those of padding too."""
+
+    def real(qkv: jax.Array) -> jax.Array:
+        query, key, value = qkv
+        return form(query, key, value, length)[:, :length].astype(jnp.float32)
+
+    derivative = jax.grad(lambda qkv: jnp.sin(real(qkv)).sum())(qkv)
+    return real(qkv), derivative.astype(jnp.float32)
 
 
 def cudnn_attention(
@@ -178,6 +199,8 @@ def cudnn_attention(
 
     Queries are not masked: rows of padding get numbers of no meaning, but finite ones.
     """
+    # All alike: over several devices JAX gives each of them the lengths of the whole batch, of
+    # which cuDNN reads as many as there are images.
     lengths = None if length is None else jnp.full(len(query), length, jnp.int32)
     return jax.nn.dot_product_attention(
         query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"

@@ -99,14 +99,17 @@ def check_config(config: ConfigDict) -> ConfigDict:
 
 
 def without_effect(config: ConfigDict) -> list[str]:
-    """The fields of a checked configuration that were set and that nothing reads, with the reason,
-    ["config.b2 0.99 (config.optim is sgd)", ...]."""
+    """Fields of a checked configuration that were set and that another one makes useless, of the
+    optimizer, of the preprocessing and of the readers: ["config.b2 0.99 (config.optim is sgd)",
+    ...]."""
     flat, default = flatten(config), flatten(default_config())
     pp, optim = config.pp, f"config.optim is {config.optim}"
     reasons = dict.fromkeys(("b1", "b2") if config.optim == "sgd" else ("momentum",), optim)
     if pp.eval:
         reasons |= {"pp.resize": "config.pp.eval is set"}
         reasons |= {"pp.crop": "config.pp.train and config.pp.eval are set"} if pp.train else {}
+    if config.workers > 0:
+        reasons["threads"] = f"config.workers is {config.workers}"
     return [
         f"config.{field} {flat[f'config.{field}']} ({reason})"
         for field, reason in reasons.items()

@@ -80,6 +80,7 @@ class DevicePrefetcher:
         self._watcher.shutdown(cancel_futures=True)
         self._transfers.shutdown(cancel_futures=True)
         self._batches.close()  # type: ignore[attr-defined]
+        self._coming = SimpleQueue()  # What nobody takes any more leaves the devices.
 
     def _start_transfer(self) -> None:
         self._coming.put(self._transfers.submit(self._transfer))

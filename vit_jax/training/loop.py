@@ -116,7 +116,8 @@ class Loop:
         self._profile = stack.enter_context(Profile(self._config.profile, trace_folder(workdir)))
         self._stop = SharedStop(own_stop, work.mesh)
         self._usage = Usage(work.vit.model, work.task.picture_shape)
-        stack.callback(gc.unfreeze)
+        if not gc.get_freeze_count():
+            stack.callback(gc.unfreeze)
 
     @property
     def signal_name(self) -> str | None:
@@ -162,6 +163,7 @@ class Loop:
             self._progress.restart_clock(self.step)
             # Else Python looks through all that the compiler left, for garbage, every few hundred
             # steps: 0.15 s in which no step is sent off.
+            gc.collect()
             gc.freeze()
         if self._is_reported(self.step - REPORT_DELAY):
             self._read_metrics(self.step - REPORT_DELAY)

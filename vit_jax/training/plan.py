@@ -102,8 +102,8 @@ class Plan:
 def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None = None) -> Plan:
     """Plans a run on all devices of this process, of which only the number matters.
 
-    Programs are compiled, nothing is run. Memory is counted as the compiler lays it out for the
-    kind of the devices here.
+    Programs are compiled; nothing is run but, on a GPU, a trial of cuDNN's attention. Memory is
+    counted as the compiler lays it out for the kind of the devices here.
 
     Args:
       config: see `default_config`.
@@ -120,7 +120,7 @@ def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None
     else:
         spec = eval_spec(config)
         model = make_network(config, picture_shape=shape, labels=task.labels, preprocess=spec).model
-    kernels, _ = choose_kernels(model, shape[:2], jax.devices())
+    kernels, _ = choose_kernels(model, shape[:2], jax.devices(), config.attention)
     model = model.clone(kernels=kernels)
     picture = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), picture)["params"]

@@ -138,7 +138,7 @@ def _prepare(
         kernels, why = kernels_of(config, vit.model, task.picture_shape[:2], mesh)
         introduction = _introduction(config, vit, task)
         fingerprints = task.fingerprints
-    check_same(_what_matters(config, fingerprints) | {"attention": why})
+    check_same(_what_matters(config, fingerprints) | {"attention": why.partition(":")[0]})
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
     model = model.clone(kernels=kernels)
