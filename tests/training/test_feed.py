@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 

@@ -1,6 +1,5 @@
 """What a model costs, counted from the model itself without running, lowering or compiling it."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -37,7 +36,6 @@ def training_flops(model: Any, image_size: tuple[int, int], *, channels: int = 3
     return 3 * flops(model, image_size, channels=channels)
 
 
-@functools.lru_cache(100)  # Of families with a common tower.
 def cost(model: Any, inputs: jax.ShapeDtypeStruct) -> Cost:
     """What a model costs, on whatever platform and with whatever kernels.
 
