@@ -17,7 +17,7 @@ from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.options import load_config, override
 from vit_jax.training.plan import plan, plan_for
 from vit_jax.training.task import open_task
-from vit_jax.training.trainer import step_of
+from vit_jax.training.trainer import kernels_of, step_of
 
 
 def config_of(*fields):
@@ -52,6 +52,8 @@ def real_step(config):
     mesh = make_mesh(config)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
+    kernels, _ = kernels_of(config, model, task.picture_shape[:2], mesh)
+    model = model.clone(kernels=kernels)
     state = TrainState.create(params=params, tx=tx, mesh=mesh, ema=config.ema_decay > 0)
     batches = task.train_batches(0)
     batch = jax.device_put(next(batches), split(mesh))
