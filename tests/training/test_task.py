@@ -90,6 +90,7 @@ sys.exit(main(["train", f"--config={config}", f"--workdir={folder}/main", *field
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_script_that_nothing_guards_trains_with_worker_processes(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
