@@ -10,6 +10,7 @@ import pytest
 
 import vit_jax
 from vit_jax.cli import doctor
+from vit_jax.data import own_cores
 
 ROOT = Path(vit_jax.__file__).parents[1]
 
@@ -66,6 +67,7 @@ def test_where_nothing_is_wrong_it_says_what_is_there(ask):
     assert found["jax"]["devices"] == [{"kind": "cpu", "memory": None}] * 3
     assert found["jax"]["computes"] is True
     assert found["settings"]["JAX_PLATFORMS"] == "cpu"
+    assert found["machine"]["cpus"] == own_cores()
 
 
 def test_a_gpu_that_jax_does_not_see_is_told_with_the_cause(ask, tmp_path):

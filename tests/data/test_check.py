@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import threading
+import time
 
 import cv2
 import numpy as np
@@ -93,6 +94,20 @@ def test_everything_that_is_wrong_is_found_and_named(dirty):
         "1 picture found in several splits",
         "1 picture found under several classes",
     ]
+
+
+def test_a_core_that_this_process_was_given_is_a_thread(monkeypatch):
+    seen = set()
+
+    def read(key):
+        seen.add(threading.get_ident())
+        time.sleep(0.001)
+        return np.full((2, 2, 1), key % 251, np.uint8)
+
+    source = Source("mine", ("a",), 1, range(3000), np.zeros(3000, np.int32), read, str)
+    monkeypatch.setattr("vit_jax.data.check.own_cores", lambda: 3)
+    check({"train": source})
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("threads", [1, 7])

@@ -1,6 +1,7 @@
 """Worker processes: chosen where they pay, light, and gone when they aren't needed, however."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,6 @@ from vit_jax.data import (
     choose_readers,
     eval_batches,
     from_arrays,
-    own_cores,
     train_batches,
     workers,
 )
@@ -96,23 +97,6 @@ def test_a_process_a_core_reads_where_there_are_more_than_two(cores, workers, th
     assert str(choose_readers(DIGITS, workers, threads, cores)) == expected
 
 
-def test_the_cores_are_those_that_this_process_was_given(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 6, 7})
-    monkeypatch.setattr(workers, "_QUOTA", "/nowhere")
-    assert str(choose_readers(DIGITS)) == "4 worker processes"
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [("max 100000", 8), ("350000 100000", 4), ("50000 100000", 1), ("1600000 100000", 8)],
-)
-def test_a_container_s_quota_counts(quota, cores, monkeypatch, tmp_path):
-    (tmp_path / "cpu.max").write_text(quota + "\n")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(workers, "_QUOTA", str(tmp_path / "cpu.max"))
-    assert own_cores() == cores
-
-
 def test_what_cannot_be_given_to_processes_is_read_by_threads_and_the_reason_told():
     source, lock = numbered(4), threading.Lock()
     source = replace(source, read_key=lambda key: lock)
@@ -122,6 +106,58 @@ def test_what_cannot_be_given_to_processes_is_read_by_threads_and_the_reason_tol
     )
     with pytest.raises(UserError, match=r"numbered can't be given .* '_thread\.lock' object"):
         train_batches(source, IDENTITY, workers=2, **OPTIONS)
+
+
+@pytest.fixture
+def only_here(monkeypatch):
+    """A source with a function of a module that no other process can import."""
+    module = types.ModuleType("only_here")
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    module.np = np
+    exec("def read(key): return np.full((2, 2, 1), key, np.uint8)", vars(module))
+    return replace(numbered(64), read_key=module.read)
+
+
+def no_processes(error):
+    def refuse(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    return refuse
+
+
+def test_where_processes_cannot_read_what_they_were_given_threads_do(only_here, caplog, capfd):
+    expected = first(3, train_batches(only_here, IDENTITY, threads=2, **OPTIONS))
+    chosen = choose_readers(only_here, cores=3)
+    assert str(chosen) == "3 worker processes"
+    with started() as own, caplog.at_level(logging.WARNING):
+        assert_same(
+            first(3, train_batches(only_here, IDENTITY, workers=chosen, **OPTIONS)), expected
+        )
+        assert not own()
+    reason = "numbered can't be given to other processes: No module named 'only_here'"
+    assert [record.message for record in caplog.records] == [f"Read by threads: {reason}"]
+    with started() as own, pytest.raises(UserError) as error:
+        next(train_batches(only_here, IDENTITY, workers=2, **OPTIONS))
+    assert str(error.value) == f"{reason}; --config.workers=0 reads it by threads"
+    assert not own()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EMFILE])
+@pytest.mark.parametrize("at", [(subprocess, "Popen"), (os, "pipe"), (os, "memfd_create")])
+def test_where_no_process_or_file_can_be_had_threads_read(at, error, monkeypatch, caplog):
+    chosen = choose_readers(DIGITS, cores=3)
+    expected = first(2, train_batches(DIGITS, IDENTITY, **OPTIONS))
+    files = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(*at, no_processes(error))
+        assert_same(first(2, train_batches(DIGITS, IDENTITY, workers=chosen, **OPTIONS)), expected)
+        with pytest.raises(UserError, match=r"digits can't be given .*--config\.workers=0 reads"):
+            next(train_batches(DIGITS, IDENTITY, workers=2, **OPTIONS))
+    (record,) = caplog.records
+    assert record.message.startswith("Read by threads: digits can't be given to other processes: ")
+    assert os.strerror(error) in record.message
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_large_arrays_are_not_copied_unasked(monkeypatch):
@@ -147,6 +183,17 @@ def test_a_memory_mapped_file_is_mapped_again_not_copied(tmp_path, monkeypatch):
     for part in (images[::2], changed):
         reason = choose_readers(from_arrays(part, range(len(part))), cores=4).reason
         assert "a part of a memory-mapped file that isn't contiguous, or not as on disk" in reason
+
+
+def test_names_in_shared_memory_are_a_sequence():
+    names = ["a", "", "ä\udcff", "d"]
+    texts = workers._Texts(names)
+    assert [*texts] == [texts[i] for i in range(4)] == names
+    assert "d" in texts
+    assert "e" not in texts
+    for index in (-1, 4):
+        with pytest.raises(IndexError):
+            texts[index]
 
 
 @pytest.mark.parametrize("options", [{"workers": -2}, {"threads": -1}])
@@ -221,6 +268,19 @@ def test_they_import_neither_jax_nor_tensorflow_nor_grain():
     assert {"cv2", "numpy", "vit_jax"} <= loaded
     assert not loaded & {"jax", "jaxlib", "flax", "tensorflow", "tensorflow_datasets"}
     assert not loaded & {"grain", "scipy", "orbax", "pytest"}
+
+
+def test_the_accelerator_is_hidden_from_them(monkeypatch):
+    def tell(key):
+        import jax
+
+        hidden = os.environ["CUDA_VISIBLE_DEVICES"], os.environ["JAX_PLATFORMS"]
+        raise UserError(f"{hidden} {jax.default_backend()}")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match=r"^\('-1', 'cpu'\) cpu$"):
+        next(train_batches(elsewhere(tell), IDENTITY, workers=1, **OPTIONS))
 
 
 def test_they_start_in_seconds():

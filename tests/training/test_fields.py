@@ -205,7 +205,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
     },
     "prefetch": {"1": SAME, "50": SAME},
     "threads": {"0": SAME, "1": SAME, "3": SAME},
-    "workers": {"0": SAME, "2": SAME},
+    "workers": {"-1": SAME, "0": SAME, "2": SAME},
     "image_dtype": {"uint8": SAME, "float32": OTHER},
     "on_bad_step": dict.fromkeys(CHOICES["on_bad_step"], SAME),
     "spike": {"0": SAME, "10": SAME, "1": "config.spike is 1.0, and a usual gradient is 1 times"},

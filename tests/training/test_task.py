@@ -1,10 +1,14 @@
 """Who reads the pictures of a run: chosen by cores and configuration, and told."""
 
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
 import pytest
 
+from tests.training.conftest import TINY
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.training import processes, run, trainer
@@ -49,6 +53,59 @@ def test_the_first_line_of_a_run_says_who_reads_and_why_no_others(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("no_picture")
+def test_processes_that_were_chosen_train_to_the_end(tiny, tmp_path, monkeypatch, capsys, outcome):
+    digits, seen = data.open_source("digits", "train"), tmp_path / "seen"
+    seen.mkdir()
+
+    def read(key):
+        (seen / str(os.getpid())).touch()
+        return digits.read_key(key)
+
+    sources = (replace(digits, read_key=read), data.open_source("digits", "test"))
+    monkeypatch.setattr(data.cores, "own_cores", lambda: 3)
+    for workers in (-1, 0):
+        config = tiny("total_steps=20", "threads=0", f"workers={workers}")
+        assert run(config, tmp_path / str(workers), sources=sources).finished
+        if workers == -1:
+            assert " read by 3 worker processes, " in capsys.readouterr().err.splitlines()[0]
+            readers = {path.name for path in seen.iterdir()} - {str(os.getpid())}
+            assert 1 <= len(readers) <= 3
+    assert outcome(tmp_path / "-1") == outcome(tmp_path / "0")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+from vit_jax.cli import main
+from vit_jax.training import run
+from vit_jax.training.options import load_config, override
+
+config, folder = sys.argv[1:]
+fields = ["--config.total_steps=4", "--config.workers=2"]
+assert run(override(load_config(config), fields), Path(folder) / "run").finished
+sys.exit(main(["train", f"--config={config}", f"--workdir={folder}/main", *fields]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_script_that_nothing_guards_trains_with_worker_processes(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(TINY), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(TINY.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(" read by 2 worker processes, ") == 2  # The script ran once.
+    assert (tmp_path / "run" / "weights.npz").exists()
+    assert (tmp_path / "main" / "weights.npz").exists()
+
+
 @pytest.mark.parametrize(
     ("own", "others", "share"),
     [
@@ -63,5 +120,5 @@ def test_processes_of_one_machine_share_its_cores_out(own, others, share, monkey
     monkeypatch.setattr(processes.platform, "node", lambda: "here")
     monkeypatch.setattr(processes.os, "sched_getaffinity", lambda pid: set(own))
     monkeypatch.setattr(processes, "gather", lambda value: [value, *others])
-    monkeypatch.setattr(data.workers, "_QUOTA", "/nowhere")
+    monkeypatch.setattr(data.cores, "_QUOTA", "/nowhere")
     assert processes.share_of_cores() == share

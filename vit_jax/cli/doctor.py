@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vit_jax.data import own_cores
+
 PACKAGES = (
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "flax", "optax"),
     *("orbax-checkpoint", "grain", "numpy", "opencv-python-headless", "opencv-python"),
@@ -111,9 +113,7 @@ def examine() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | installed,
         "machine": {
             "system": platform.platform(),
-            "cpus": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
+            "cpus": own_cores(),
             "gpus": gpus,
             "tpu_devices": _tpu_files(),
         },

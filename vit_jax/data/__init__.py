@@ -22,7 +22,7 @@ _HOMES = {
     "AUGREG": "augment",
     "Readers": "workers",
     "choose_readers": "workers",
-    "own_cores": "workers",
+    "own_cores": "cores",
     "LEAST_FOR_PROCESSES": "workers",
     "train_batches": "pipeline",
     "eval_batches": "pipeline",

@@ -1,7 +1,6 @@
 """Looks at every picture before training: what can't be read, what is there twice, what sizes."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vit_jax.data.cores import own_cores
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -104,10 +104,10 @@ def check(
 
     Args:
       sources: splits by name, of one data set.
-      threads: that read and decode; by default one a CPU, 16 at most.
+      threads: that read and decode; by default one a core, 16 at most.
       progress: called with the numbers of pictures done and of all.
     """
-    threads = min(os.cpu_count() or 1, 16) if threads is None else threads
+    threads = min(own_cores(), 16) if threads is None else threads
     total = sum(map(len, sources.values()))
     splits: dict[str, CheckedSplit] = {}
     digests, places, labels = [], [], []

@@ -22,10 +22,12 @@ from vit_jax.data.sources import Source
 from vit_jax.data.workers import (
     AUTOMATIC,
     LEAST_FOR_PROCESSES,
+    THREADS_INSTEAD,
     Processes,
     Readers,
     Threads,
     choose_readers,
+    not_given,
 )
 from vit_jax.errors import UserError
 
@@ -43,7 +45,7 @@ def train_batches(
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
     threads: int | None = None,
-    workers: int = 0,
+    workers: int | Readers = 0,
     prefetch: int = 2,
     corrupt: str = "error",
 ) -> Iterator[Batch]:
@@ -61,9 +63,9 @@ def train_batches(
       seed: 0 to 2**32 - 1.
       start_step: counted from 0.
       shard: (host, number of hosts); host h gets the h-th contiguous part of each batch.
-      threads: that read and preprocess; by default one a CPU, 16 at most.
+      threads: that read and preprocess; by default one a core, 16 at most.
       workers: processes that do it in place of threads; 0 for threads, -1 to choose, see
-        `choose_readers`.
+        `choose_readers`, whose result may stand here, too (then `threads` says nothing).
       prefetch: batches read ahead, each by all threads or processes; memory grows with it.
       corrupt: "error" stops at an unreadable picture; "skip" logs it once and takes the next
         readable one of the source in its place.
@@ -97,7 +99,7 @@ def eval_batches(
     batch_size: int,
     shard: tuple[int, int] = (0, 1),
     threads: int | None = None,
-    workers: int = 0,
+    workers: int | Readers = 0,
     prefetch: int = 2,
     corrupt: str = "error",
 ) -> Iterator[Batch]:
@@ -225,12 +227,16 @@ def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
     return host * rows, rows
 
 
-def _stream(batches: _Batches, prefetch: int, threads: int | None, workers: int) -> Iterator[Batch]:
+def _stream(
+    batches: _Batches, prefetch: int, threads: int | None, workers: int | Readers
+) -> Iterator[Batch]:
     if prefetch < 1 or threads == 0:
         raise UserError(
             f"threads is {threads} and prefetch is {prefetch}, expected 1 or more of each"
         )
-    readers = choose_readers(batches.reader.source, workers, threads or 0)
+    readers = workers
+    if not isinstance(readers, Readers):
+        readers = choose_readers(batches.reader.source, readers, threads or 0)
     running = contextlib.ExitStack()
     stream = _filled(batches, prefetch, readers, running)
     # Also when the interpreter exits, before the modules that closing needs are torn down.
@@ -253,18 +259,10 @@ def _filled(
     with running:
         layout, skipped = batches.layout()
         warn(skipped)
-        filling: Threads | Processes
-        if readers.workers:
-            memory = anonymous_file()
-            running.callback(os.close, memory)
-            buffers = Buffers(layout, memory)
-            filling = Processes(batches.reader, layout, memory, min(readers.workers, batches.rows))
-        else:
-            buffers = Buffers(layout)
-            filling = Threads(batches.reader, readers.threads)
+        buffers, filling, count = _start(batches, layout, readers, running)
         running.callback(filling.close)
         rows = range(batches.rows)
-        some = min(-(-len(rows) // (readers.workers or readers.threads)), _ROWS_AT_ONCE)
+        some = min(-(-len(rows) // count), _ROWS_AT_ONCE)
         parts = [rows[i : i + some] for i in rows[::some]]
         ahead: deque[tuple[int, Batch]] = deque()
         steps = iter(range(batches.steps))
@@ -285,3 +283,25 @@ def _filled(
             if not ahead:
                 return
             yield next_batch()  # Not kept here: its buffer is free when the consumer lets it go.
+
+
+def _start(
+    batches: _Batches, layout: Layout, readers: Readers, running: contextlib.ExitStack
+) -> tuple[Buffers, Threads | Processes, int]:
+    """The memory of batches, those who fill it, and how many they are.
+
+    Raises UserError if processes were asked for that can't be had.
+    """
+    if readers.workers:
+        count, source = min(readers.workers, batches.rows), batches.reader.source.name
+        try:
+            memory = anonymous_file()
+            running.callback(os.close, memory)
+            processes = Processes(batches.reader, layout, memory, count)
+            return Buffers(layout, memory), processes, readers.workers
+        except (UserError, OSError) as error:
+            told = error if isinstance(error, UserError) else not_given(source, error)
+            if not readers.automatic:
+                raise UserError(f"{told}; {THREADS_INSTEAD}") from None
+            _log.warning("Read by threads: %s", told)
+    return Buffers(layout), Threads(batches.reader, readers.threads), readers.threads

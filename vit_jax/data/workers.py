@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.buffers import Layout, anonymous_file, map_buffer
+from vit_jax.data.cores import own_cores
 from vit_jax.data.reading import Batch, Reader, Skipped
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 AUTOMATIC = -1
-_QUOTA = "/sys/fs/cgroup/cpu.max"  # Of a container.
+THREADS_INSTEAD = "--config.workers=0 reads it by threads"
 # Of so few cores, threads leave none idle, and start at once.
 _CORES_FOR_THREADS = 2
 LEAST_FOR_PROCESSES = 4096  # Pictures of an evaluation: fewer are read while processes would start.
@@ -45,16 +46,20 @@ _TASK = struct.Struct("4Q")
 _AT_ONCE = 4096 // _TASK.size
 # Buffer, first row, what was skipped; then the text of a UserError, or a traceback, or neither.
 _Answer = tuple[int, int, Skipped, str | None, str | None]
-_NOT_STARTED = -1  # In place of a buffer.
+_START = -1  # In place of a buffer: what is answered before the first task.
 
 
 @dataclass(frozen=True)
 class Readers:
-    """Who reads: so many processes or, if that is 0, threads; and why, if it isn't the rule."""
+    """Who reads: so many processes or, if that is 0, threads; and why, if it isn't the rule.
+
+    Processes that nobody asked for (`automatic`) are replaced by threads if they can't start.
+    """
 
     workers: int
     threads: int
     reason: str = ""
+    automatic: bool = False
 
     def __str__(self) -> str:
         several = f"{self.workers} worker processes" if self.workers else f"{self.threads} threads"
@@ -86,22 +91,14 @@ def choose_readers(
         copied = _copied(source)
     except UserError as error:
         if workers != AUTOMATIC:
-            raise
+            raise UserError(f"{error}; {THREADS_INSTEAD}") from None
         return Readers(0, number, str(error))
     if workers == AUTOMATIC and copied > _MOST_COPIED:
         told = f"{copied / 2**30:.1f} GB of pictures in memory aren't copied for processes unasked"
         return Readers(0, number, told)
-    return Readers(cores if workers == AUTOMATIC else workers, number)
-
-
-def own_cores() -> int:
-    """The cores that this process was given: a container or a job may have fewer than there are."""
-    given = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if given else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError), open(_QUOTA) as file:
-        quota, period = file.read().split()  # "max 100000" where there is no limit.
-        cores = min(cores, max(round(int(quota) / int(period)), 1))
-    return cores
+    if workers == AUTOMATIC:
+        return Readers(cores, number, automatic=True)
+    return Readers(workers, number)
 
 
 def _copied(source: Source) -> int:
@@ -144,26 +141,35 @@ class Threads:
 class Processes:
     """Processes that fill batches in memory which they share with this one.
 
-    Raises UserError if the reader can't be given to other processes.
+    Raises UserError if the reader can't be given to other processes, which shows when the first
+    of them has started, and OSError if there can't be so many processes or files.
     """
 
     def __init__(self, reader: Reader, layout: Layout, memory: int, count: int):
-        job, start = _pack(reader, layout)
+        self._source = reader.source.name
         self._tasks_of: dict[int, int] = {}  # Tasks of a buffer, and what was answered.
-        self._answers: dict[int, list[_Answer]] = {}
+        self._answers: dict[int, list[_Answer]] = {_START: []}
         self._selector = selectors.DefaultSelector()
         self._processes: dict[Connection, subprocess.Popen] = {}
-        tasks, self._tasks = os.pipe()
+        self._tasks = -1
         # What is set for this process's sake, e.g. its sys.path, holds for them too.
         code = "import sys; sys.path[:] = {!r}; from vit_jax.data import workers; workers.main({})"
-        # Of their own threads none does anything; memory that is freed is wanted again at once.
+        # The accelerator is this process's. Of their own threads none does anything; memory that is
+        # freed is wanted again at once.
         environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "CUDA_VISIBLE_DEVICES": "-1",
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "MALLOC_MMAP_MAX_": "0",
             "MALLOC_TRIM_THRESHOLD_": str(2**28),
         }
-        try:
+        with contextlib.ExitStack() as on_error, contextlib.ExitStack() as theirs:
+            on_error.callback(self.close)
+            job, start = _pack(reader, layout)
+            theirs.callback(os.close, job)
+            tasks, self._tasks = os.pipe()
+            theirs.callback(os.close, tasks)
             for _ in range(count):
                 answers, answer = Pipe(duplex=False)
                 files = (tasks, answer.fileno(), memory, job)
@@ -177,12 +183,10 @@ class Processes:
                         pass_fds=files,
                     )
                 self._selector.register(answers, selectors.EVENT_READ)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            os.close(tasks)
-            os.close(job)
+            theirs.close()
+            while not self._answers[_START]:
+                self._receive()
+            on_error.pop_all()
 
     def submit(self, number: int, batch: Batch, parts: Sequence[range], position: int) -> None:
         """As `Threads.submit`, of a batch in buffer `number` of the memory."""
@@ -196,8 +200,7 @@ class Processes:
     def wait(self, number: int) -> Skipped:
         """As `Threads.wait`; a UserError also if one of the processes was killed."""
         while len(self._answers[number]) < self._tasks_of[number]:
-            for key, _ in self._selector.select():
-                self._receive(key.fileobj)  # type: ignore[arg-type]
+            self._receive()
         answers = sorted(self._answers.pop(number), key=lambda answer: answer[1])
         for _, _, _, error, unexpected in answers:  # As threads do, the first rows' first.
             if error is not None:
@@ -206,21 +209,30 @@ class Processes:
                 raise RuntimeError(f"in a process that reads pictures:\n{unexpected}")
         return [skipped for answer in answers for skipped in answer[2]]
 
-    def _receive(self, answers: Connection) -> None:
-        try:
-            answer: _Answer = answers.recv()
-        except (EOFError, OSError):
-            raise _death(self._processes[answers].wait()) from None
-        if answer[0] == _NOT_STARTED:
-            raise RuntimeError(f"a process that reads pictures could not start:\n{answer[4]}")
-        self._answers[answer[0]].append(answer)
+    def _receive(self) -> None:
+        """Waits until there are answers."""
+        for key, _ in self._selector.select():
+            answers: Connection = key.fileobj  # type: ignore[assignment]
+            try:
+                answer: _Answer = answers.recv()
+            except (EOFError, OSError):
+                how = _death(self._processes[answers].wait())
+                if not self._answers[_START]:
+                    raise not_given(self._source, how) from None
+                raise UserError(
+                    f"{how}: start the same command again to go on, perhaps with fewer "
+                    "--config.workers, or 0 for threads"
+                ) from None
+            number, _, _, error, _ = answer
+            if number == _START and error is not None:
+                raise not_given(self._source, error)
+            self._answers[number].append(answer)
 
     def close(self) -> None:
         """Ends the processes at once: they have nothing to lose."""
-        if self._tasks < 0:
-            return
-        os.close(self._tasks)
-        self._tasks = -1
+        if self._tasks >= 0:
+            os.close(self._tasks)
+            self._tasks = -1
         for process in self._processes.values():
             process.kill()
         for answers, process in self._processes.items():
@@ -229,15 +241,17 @@ class Processes:
         self._selector.close()
 
 
-def _death(status: int) -> UserError:
+def _death(status: int) -> str:
     how = f"ended with status {status}"
     if status < 0:
         how = f"was killed by {signal.Signals(-status).name}"
     hint = ", as the system does where memory runs out" if status == -signal.SIGKILL else ""
-    return UserError(
-        f"a process that reads pictures {how}{hint}: start the same command again to go on, "
-        "perhaps with fewer --config.workers, or 0 for threads"
-    )
+    return f"a process that reads pictures {how}{hint}"
+
+
+def not_given(name: str, reason: object) -> UserError:
+    """That processes can't read the source of this name."""
+    return UserError(f"{name} can't be given to other processes: {reason}")
 
 
 @contextlib.contextmanager
@@ -270,6 +284,8 @@ class _Texts(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):  # Which also ends an iteration.
+            raise IndexError(f"{index} of {len(self)} texts")
         begin, end = self._ends[index : index + 2]
         return self._bytes[begin:end].tobytes().decode("utf-8", "surrogateescape")
 
@@ -292,9 +308,12 @@ def _pickled(name: str, value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
     try:
         Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)
     except Exception as error:  # Whatever the functions of a source refer to.
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise UserError(f"{name} can't be given to other processes: {reason}") from None
+        raise not_given(name, _in_short(error)) from None
     return stream.getvalue(), buffers
+
+
+def _in_short(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
 
 
 def _place(array: np.memmap) -> int:
@@ -340,9 +359,10 @@ def main(tasks: int, answer: int, memory: int, job: int, start: int) -> None:
             content = memoryview(mmap.mmap(job, 0, access=mmap.ACCESS_READ))
             data, spans = pickle.loads(content[start:])
             reader, layout = pickle.loads(data, buffers=[content[a : a + n] for a, n in spans])
-        except Exception:
-            answers.send((_NOT_STARTED, 0, [], None, traceback.format_exc()))
+        except Exception as problem:
+            answers.send((_START, 0, [], _in_short(problem), None))
             return
+        answers.send((_START, 0, [], None, None))
         batches: dict[int, Batch] = {}
         while task := os.read(tasks, _TASK.size):
             number, first, stop, position = _TASK.unpack(task)

@@ -64,8 +64,7 @@ class Task:
             seed=self.config.seed,
             start_step=start_step,
             shard=shard(),
-            threads=self.readers[0].threads,
-            workers=self.readers[0].workers,
+            workers=self.readers[0],
             prefetch=1,  # As many as `config.prefetch` wait on the device.
             corrupt=self.config.corrupt,
         )
@@ -77,8 +76,7 @@ class Task:
             self.eval_ops,
             batch_size=divisible(self.config.batch_eval),
             shard=shard(),
-            threads=self.readers[1].threads,
-            workers=self.readers[1].workers,
+            workers=self.readers[1],
             corrupt=self.config.corrupt,
         )
 
