@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -143,12 +144,18 @@ def test_where_processes_cannot_read_what_they_were_given_threads_do(only_here, 
     assert "Traceback" not in capfd.readouterr().err
 
 
+def open_files() -> set[str]:
+    """Those of this process, when what nobody refers to is gone, of other tests too."""
+    gc.collect()
+    return set(os.listdir("/proc/self/fd"))
+
+
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.EMFILE])
 @pytest.mark.parametrize("at", [(subprocess, "Popen"), (os, "pipe"), (os, "memfd_create")])
 def test_where_no_process_or_file_can_be_had_threads_read(at, error, monkeypatch, caplog):
     chosen = choose_readers(DIGITS, cores=3)
     expected = first(2, train_batches(DIGITS, IDENTITY, **OPTIONS))
-    files = len(os.listdir("/proc/self/fd"))
+    files = open_files()
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(*at, no_processes(error))
         assert_same(first(2, train_batches(DIGITS, IDENTITY, workers=chosen, **OPTIONS)), expected)
@@ -157,7 +164,7 @@ def test_where_no_process_or_file_can_be_had_threads_read(at, error, monkeypatch
     (record,) = caplog.records
     assert record.message.startswith("Read by threads: digits can't be given to other processes: ")
     assert os.strerror(error) in record.message
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert not open_files() - files
 
 
 def test_large_arrays_are_not_copied_unasked(monkeypatch):
@@ -345,7 +352,7 @@ def test_one_that_cannot_start_says_why(monkeypatch, capfd):
 
 @pytest.mark.parametrize("end", [lambda b: b.close(), lambda b: None], ids=["closed", "abandoned"])
 def test_none_is_left_of_batches_that_are(end):
-    files = len(os.listdir("/proc/self/fd"))
+    files = open_files()
     with started() as own:
         batches = train_batches(DIGITS, IDENTITY, workers=2, **OPTIONS)
         kept = next(batches)["image"]
@@ -355,7 +362,7 @@ def test_none_is_left_of_batches_that_are(end):
         wait_until(lambda: not own())
     assert kept.any()
     del kept
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert not open_files() - files
 
 
 SCRIPT = """

@@ -116,8 +116,7 @@ class Loop:
         self._profile = stack.enter_context(Profile(self._config.profile, trace_folder(workdir)))
         self._stop = SharedStop(own_stop, work.mesh)
         self._usage = Usage(work.vit.model, work.task.picture_shape)
-        if not gc.get_freeze_count():
-            stack.callback(gc.unfreeze)
+        stack.callback(gc.unfreeze)
 
     @property
     def signal_name(self) -> str | None:
