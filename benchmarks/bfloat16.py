@@ -3,7 +3,7 @@
     python benchmarks/bfloat16.py DIR WEIGHTS [--config.FIELD=VALUE ...]
 
 Fine-tunes with the recipe of `vit-jax train --data=DIR --weights=WEIGHTS` from three seeds in each
-type. Of a seed both see the same pictures, cut and flipped the same, in the same order: what they
+type. Of a seed both see the same images, cut and flipped the same, in the same order: what they
 differ by is the rounding. Noise is what the seeds of float32 differ by. The losses are means of a
 tenth of the steps each, as the noise of single batches would hide any difference.
 """

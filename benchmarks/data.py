@@ -1,9 +1,9 @@
-"""How many pictures a second are read, decoded, randomly cropped to 224x224 and mirrored.
+"""How many images a second are read, decoded, randomly cropped to 224x224 and mirrored.
 
     pip install -e . tensorflow-cpu timm torchvision
     python benchmarks/data.py [FOLDER]
 
-FOLDER holds JPEGs in class folders; without it, 1,024 pictures of 500x375 are made. Every loader
+FOLDER holds JPEGs in class folders; without it, 1,024 images of 500x375 are made. Every loader
 gets the same files, gives batches of 128 for the same time, and runs in a process of its own, in
 turns, so that whatever else the machine does slows all alike. The figure is the median of the
 rounds; the first batches of each run don't count. A loader that isn't installed is left out and
@@ -11,7 +11,7 @@ named.
 
 The first table is of 1, 2, 4, ... processes up to the cores there are, the second of every loader
 with all cores. There, "decode and resize alone" is what all cores manage with no loader around it;
-once more without what the system takes for giving each picture fresh memory.
+once more without what the system takes for giving each image fresh memory.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def ours_processes(folder: Path, count: int) -> Iterator[int]:
 
 
 def ours_float32(folder: Path, count: int) -> Iterator[int]:
-    """The original's unrounded pictures, normalised by whoever reads, chosen as by default."""
+    """The original's unrounded images, normalised by whoever reads, chosen as by default."""
     from vit_jax import data
 
     source = data.open_source(str(folder), "train+test")
@@ -199,28 +199,28 @@ SCALED = tuple(LOADERS)[:3]
 
 
 def measure(name: str, folder: Path, count: int, seconds: float) -> float:
-    """Pictures a second of a loader that has warmed up: whose workers have all given a batch."""
+    """Images a second of a loader that has warmed up: whose workers have all given a batch."""
     batches = LOADERS[name](folder, count)
     for _ in range(4 + count):
         next(batches)
-    pictures, start = 0, time.perf_counter()
+    images, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
-        pictures += next(batches)
-    return pictures / passed
+        images += next(batches)
+    return images / passed
 
 
-def make_pictures(folder: Path, count: int = 1024) -> None:
-    """Pictures with the detail of photos, smooth with some noise: 50 to 60 KB each as JPEG."""
+def make_images(folder: Path, count: int = 1024) -> None:
+    """Images with the detail of photos, smooth with some noise: 50 to 60 KB each as JPEG."""
     import cv2
 
     rng = np.random.default_rng(0)
     for i in range(count):
         coarse = rng.uniform(0, 255, (12, 16, 3)).astype(np.float32)
         fine = rng.normal(0, 9, (375, 500, 3))
-        picture = cv2.resize(coarse, (500, 375), interpolation=cv2.INTER_CUBIC) + fine
+        image = cv2.resize(coarse, (500, 375), interpolation=cv2.INTER_CUBIC) + fine
         file = folder / "ab"[i % 2] / f"{i:04}.jpg"
         file.parent.mkdir(exist_ok=True)
-        levels = picture.clip(0, 255).astype(np.uint8)
+        levels = image.clip(0, 255).astype(np.uint8)
         cv2.imwrite(str(file), levels, [cv2.IMWRITE_JPEG_QUALITY, 85])
 
 
@@ -276,7 +276,7 @@ def main(folder: Path, options: argparse.Namespace) -> None:
             cells += [f"{rate:,.0f}" if rate else "-", f"{share:.2f}" if share else "-"]
         print(f"| {count} | " + " | ".join(cells) + " |")
 
-    print("\n| loader, all cores | pictures a second |")
+    print("\n| loader, all cores | images a second |")
     print("| --- | --- |")
     for (name, count), rate in medians.items():
         if count == CORES:
@@ -297,7 +297,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--loaders", type=lambda text: text.split(";"), default=list(LOADERS))
     parser.add_argument("--processes", type=lambda text: [int(n) for n in text.split(",")])
-    parser.add_argument("--pictures", type=int, default=1024, help="that are made")
+    parser.add_argument("--images", type=int, default=1024, help="that are made")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -308,5 +308,5 @@ if __name__ == "__main__":
         os._exit(0)  # Some loaders take long to stop.
     with tempfile.TemporaryDirectory() as name:
         if options.folder is None:
-            make_pictures(Path(name), options.pictures)
+            make_images(Path(name), options.images)
         main(options.folder or Path(name), options)

@@ -1,9 +1,9 @@
-"""How many pictures a second are trained on, compared with timm (PyTorch eager), on the CPU.
+"""How many images a second are trained on, compared with timm (PyTorch eager), on the CPU.
 
     pip install -e . timm torch
     python benchmarks/train.py [MODEL ...]
 
-Both do the same: float32 pictures of 224 px and 1,000 classes, forwards, backwards, the gradient
+Both do the same: float32 images of 224 px and 1,000 classes, forwards, backwards, the gradient
 clipped to norm 1, SGD with momentum. Ours is what `vit-jax train` runs. Each side is a process of
 its own that lives through all rounds; they take turns of a second, so that whatever else the
 machine does slows both alike. Figures are medians of the rounds, the ratio is that of the ratios of
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 
-# Our name, timm's, pictures in a batch, steps a round, and the least ratio that is wanted.
+# Our name, timm's, images in a batch, steps a round, and the least ratio that is wanted.
 MODELS = {
     "ViT-Ti_16": ("vit_tiny_patch16_224", 8, 3, 1.0),
     "ViT-S_16": ("vit_small_patch16_224", 8, 1, 1.05),

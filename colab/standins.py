@@ -1,4 +1,4 @@
-"""Small things in place of what the notebooks would download: pictures, weights, tables.
+"""Small things in place of what the notebooks would download: images, weights, tables.
 
 Everything is drawn or trained here, from seeds, in seconds. The files have the layouts of the real
 ones, so that the notebooks read them with the same lines of code.
@@ -47,7 +47,7 @@ SIZE = 48  # Height and width in pixels of what the networks see.
 
 
 def draw(name: str, rng: np.random.Generator, size: tuple[int, int] = (72, 96)) -> np.ndarray:
-    """A picture of a disc before a dim, blotched ground.
+    """An image of a disc before a dim, blotched ground.
 
     Args:
       name: its colour and pattern, e.g. "red striped".
@@ -71,14 +71,14 @@ def draw(name: str, rng: np.random.Generator, size: tuple[int, int] = (72, 96)) 
         rng.integers(40, 90, (4, 5, 3), np.uint8), rng
     )
     filled = paint * np.array(COLOURS[colour]) + (1 - paint) * 20
-    picture = disc * filled + (1 - disc) * blotches
-    return picture.astype(np.uint8)
+    image = disc * filled + (1 - disc) * blotches
+    return image.astype(np.uint8)
 
 
 def discs(
     names: Sequence[str], count: int, seed: int, **kwargs: tuple[int, int]
 ) -> tuple[np.ndarray, list[str]]:
-    """(pictures, their names), `count` of each name."""
+    """(images, their names), `count` of each name."""
     rng = np.random.default_rng(seed)
     labels = [name for name in names for _ in range(count)]
     return np.stack([draw(label, rng, **kwargs) for label in labels]), labels
@@ -87,11 +87,11 @@ def discs(
 def photos(folder: Path, names: Sequence[str] = NEW, **counts: int) -> None:
     """Files FOLDER/SPLIT/NAME/NUMBER.png, `counts` of each name and split."""
     for seed, (split, count) in enumerate(counts.items()):
-        pictures, labels = discs(names, count, seed + 100)
-        for number, (picture, name) in enumerate(zip(pictures, labels, strict=True)):
+        images, labels = discs(names, count, seed + 100)
+        for number, (image, name) in enumerate(zip(images, labels, strict=True)):
             path = Path(folder) / split / name / f"{number:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(path), picture[..., ::-1])
+            cv2.imwrite(str(path), image[..., ::-1])
 
 
 def weights(
@@ -159,7 +159,7 @@ def lit(path: Path, *, unseen: Sequence[str] = (), steps: int = 400) -> None:
     """Trains a small LiT bundle on discs and words that describe them, but for the `unseen` ones.
 
     As in arXiv:2111.07991 the image tower is trained first, on classes, and then locked: the text
-    tower learns to describe what it sees. A step asks for colour, pattern or both of each picture.
+    tower learns to describe what it sees. A step asks for colour, pattern or both of each image.
     """
     names = [name for name in EVERY if name not in unseen]
     words = ["[PAD]", "[UNK]", "[CLS]", "a", "photo", "of", "disc", ".", *COLOURS, *PATTERNS]
@@ -185,8 +185,8 @@ def lit(path: Path, *, unseen: Sequence[str] = (), steps: int = 400) -> None:
     tower = vit_jax.load(Path(path).with_suffix(".img.npz"))
     headless = dataclasses.replace(tower.spec, num_classes=None)
     locked = {key: value for key, value in tower.params.items() if key != "head"}
-    pictures, labels = discs(names, 20, 2)
-    ready = np.stack([data.parse(tower.preprocess)(picture) for picture in pictures])
+    images, labels = discs(names, 20, 2)
+    ready = np.stack([data.parse(tower.preprocess)(image) for image in images])
     zimg = jax.jit(headless.model().apply)({"params": locked}, ready)
     zimg /= jnp.linalg.norm(zimg, axis=1, keepdims=True)
     row = np.array([names.index(label) for label in labels])

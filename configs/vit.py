@@ -10,7 +10,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import list_models, variant
 from vit_jax.training import default_config
 
-# What the published recipe says of a data set: its splits, steps and picture size.
+# What the published recipe says of a data set: its splits, steps and image size.
 PRESETS = {
     "cifar10": {"train": "train[:98%]", "test": "test", "total_steps": 10_000, "crop": 384},
     "cifar100": {"train": "train[:98%]", "test": "test", "total_steps": 10_000, "crop": 384},

@@ -46,7 +46,7 @@ def run(path: Path) -> nbformat.NotebookNode:
 
 
 def tidy(notebook: nbformat.NotebookNode, folder: str) -> nbformat.NotebookNode:
-    """Leaves out what differs from run to run without saying anything, and makes pictures small."""
+    """Leaves out what differs from run to run without saying anything, and makes images small."""
     notebook.metadata = {
         "accelerator": notebook.metadata.get("accelerator", "None"),
         "colab": {"provenance": []},
@@ -67,8 +67,8 @@ def tidy(notebook: nbformat.NotebookNode, folder: str) -> nbformat.NotebookNode:
 def smaller(png: str) -> str:
     """The same PNG, in base64, with 256 colours: a third of the size, and hard to tell apart."""
     content = io.BytesIO()
-    with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
-        picture.convert("RGB").quantize(256).save(content, "PNG", optimize=True)
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        image.convert("RGB").quantize(256).save(content, "PNG", optimize=True)
     return base64.b64encode(content.getvalue()).decode()
 
 

@@ -94,7 +94,7 @@ class Browser:
         assert self.tab_stops()
 
 
-# Pictures without words, and controls without a name.
+# Images without words, and controls without a name.
 _UNNAMED = """
 const named = e => e.getAttribute("alt") || e.getAttribute("aria-label") || e.innerText
   || (e.labels && e.labels.length) || e.closest("[aria-hidden=true]");

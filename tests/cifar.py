@@ -1,4 +1,4 @@
-"""CIFAR-10's own archive, made of a folder of its pictures."""
+"""CIFAR-10's own archive, made of a folder of its images."""
 
 import io
 import tarfile
@@ -10,7 +10,7 @@ from vit_jax.data import open_source
 
 
 def write_archive(folder: Path, to: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Writes cifar-10-binary.tar.gz; gives the training pictures (n, 32, 32, 3) and labels."""
+    """Writes cifar-10-binary.tar.gz; gives the training images (n, 32, 32, 3) and labels."""
     files, kept = {}, {}
     for split in ("train", "test"):
         source = open_source(str(folder), split)

@@ -16,7 +16,7 @@ atexit.register(shutil.rmtree, os.environ["VIT_JAX_CACHE"], ignore_errors=True)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real pictures, a real checkpoint and the original code's numbers, beside the repository.
+    """Real images, a real checkpoint and the original code's numbers, beside the repository.
 
     They may not be redistributed, so tests that use them are skipped where they are absent.
     """

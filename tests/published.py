@@ -51,7 +51,7 @@ _MODELS = {
 
 @functools.cache
 def shapes(family: str, num_layers: int = 3) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of a family's small network, for pictures of 32x32 pixels."""
+    """Names and shapes of a family's small network, for images of 32x32 pixels."""
     model = _MODELS[family]
     if family.startswith("LiT"):
         towers = {

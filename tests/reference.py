@@ -1,4 +1,4 @@
-"""Independent references: seeded weights and pictures, and the networks in float64 NumPy.
+"""Independent references: seeded weights and images, and the networks in float64 NumPy.
 
 The generator follows a rule, so that files of any official shape can be made anywhere and numbers
 that the original code computed from them (tests/official) can be compared. Every array has a stream
@@ -24,7 +24,7 @@ Arrays = Mapping[str, np.ndarray]
 NORM_EPSILON = 1e-6
 STANDARDISATION_EPSILON = 1e-5
 
-FAINT_PICTURES = np.float32(1e-4)
+FAINT_IMAGES = np.float32(1e-4)
 _FAINT = re.compile(
     r"(embedding/(kernel|bias)|cls|Transformer/posembed_input/pos_embedding"
     r"|(conv_root|block\d+/unit\d+/conv(\d|_proj))/kernel)$"
@@ -55,7 +55,7 @@ def make_params(shapes: Shapes, seed: int, *, faint: bool = False) -> dict[str, 
     """Random float32 arrays {name: array} of a size that keeps activations near 1.
 
     With `faint` what the first normalisation sees is a thousand times smaller, so that the epsilons
-    matter; the pictures of a hybrid are then to be multiplied with FAINT_PICTURES.
+    matter; the images of a hybrid are then to be multiplied with FAINT_IMAGES.
     """
     params = {key: _array(key, shapes[key], seed) for key in sorted(shapes)}
     if not faint:
@@ -92,7 +92,7 @@ def digest(params: Arrays) -> str:
 
 
 def make_images(seed: int, n: int, size: int) -> np.ndarray:
-    """Pictures (n, size, size, 3) float32 in [-1, 1]: 8x8 blocks of colour, and noise."""
+    """Images (n, size, size, 3) float32 in [-1, 1]: 8x8 blocks of colour, and noise."""
     sequence = np.random.SeedSequence([seed, 0x1A6E, n, size])
     rng = np.random.Generator(np.random.PCG64(sequence))
     blocks, noise = (
@@ -155,7 +155,7 @@ def _attention(p: Arrays, name: str, asking: np.ndarray, asked: np.ndarray) -> n
 
 
 def _attention_pooling(p: Arrays, x: np.ndarray) -> np.ndarray:
-    """What one learned token, the same for all pictures, makes of theirs. (n, t, d) -> (n, d)."""
+    """What one learned token, the same for all images, makes of theirs. (n, t, d) -> (n, d)."""
     y = _attention(p, "MAPHead_0/MultiHeadDotProductAttention_0", p["MAPHead_0/probe"], x)[:, 0]
     return y + _mlp(p, "MAPHead_0/MlpBlock_0", _layer_norm(p, "MAPHead_0/LayerNorm_0", y))
 

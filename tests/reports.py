@@ -41,12 +41,12 @@ def scores_of(confusion, probability=None, truth=None):
     return Scores(count, 0, 0.5, top1, 1.0, confusion, index, truth, columns, probability)
 
 
-def example(truth, prediction, probability=0.5, shape=(32, 32, 3), name="picture.png"):
+def example(truth, prediction, probability=0.5, shape=(32, 32, 3), name="image.png"):
     image = np.random.default_rng(SEED).integers(0, 256, shape, dtype=np.uint8)
     return Example(image, name, truth, prediction, probability, truth == prediction)
 
 
-def pictures_of(k, n=12, shape=(32, 32, 3)):
+def images_of(k, n=12, shape=(32, 32, 3)):
     labels = [f"class {i}" for i in range(k)]
     return [example(labels[i % k], labels[i * i % k], shape=shape) for i in range(n)]
 
@@ -57,7 +57,7 @@ def report_of(k=3, **changes):
         "metrics": [],
         "labels": [f"class {i}" for i in range(k)],
         "scores": scores_of(confusion_of(k)),
-        "examples": pictures_of(k, n=2),
+        "examples": images_of(k, n=2),
         "config": {"config.batch": 8, "config.seed": 0},
         "defaults": {"config.batch": 512, "config.seed": 0},
         "environment": {"jax": "1.2.3", "devices": "8 x abacus"},

@@ -71,12 +71,12 @@ def test_vit_is_the_published_recipe(arg, model, steps, lr):
     assert (config.optim, config.momentum, config.grad_norm_clip) == ("sgd", 0.9, 1.0)
 
 
-@pytest.mark.parametrize("pictures", [2, 20, 500, 20_000, 1_000_000])
-def test_the_recipe_for_a_folder_grows_with_it(pictures, monkeypatch):
-    monkeypatch.setattr(data, "open_source", lambda *args, **kwargs: range(pictures))
+@pytest.mark.parametrize("images", [2, 20, 500, 20_000, 1_000_000])
+def test_the_recipe_for_a_folder_grows_with_it(images, monkeypatch):
+    monkeypatch.setattr(data, "open_source", lambda *args, **kwargs: range(images))
     config = check_config(load_config("finetune_folder:photos"))
-    epochs = config.total_steps * config.batch / pictures
-    # Each picture is seen several times; a small folder's more often, a huge one's at least eight.
+    epochs = config.total_steps * config.batch / images
+    # Each image is seen several times; a small folder's more often, a huge one's at least eight.
     assert epochs >= 7.9
     assert epochs <= 9 or config.total_steps == 100
     assert config.batch % 8 == 0
@@ -94,8 +94,8 @@ def test_the_recipe_for_a_folder_grows_with_it(pictures, monkeypatch):
 
 def test_the_learning_rate_for_a_folder_follows_the_square_root_of_the_batch(monkeypatch):
     rates = {}
-    for pictures in (200, 2_000, 50_000):
-        monkeypatch.setattr(data, "open_source", lambda *args, n=pictures, **kw: range(n))
+    for images in (200, 2_000, 50_000):
+        monkeypatch.setattr(data, "open_source", lambda *args, n=images, **kw: range(n))
         config = load_config("finetune_folder:photos")
         rates[config.batch] = config.base_lr
     assert len(rates) == 3

@@ -61,7 +61,7 @@ def test_it_was_run_in_order_without_an_error_and_says_on_what(notebook):
     assert re.search(r"\d+ x .*CPU cores\nPython [\d.]+, JAX [\d.]+, vit_jax", texts_of(cells[-1]))
 
 
-def test_it_shows_pictures_and_stays_small(path, notebook):
+def test_it_shows_images_and_stays_small(path, notebook):
     shown = [o for c in code_of(notebook) for o in c.outputs if "image/png" in o.get("data", {})]
     assert len(shown) >= 2
     assert path.stat().st_size < 400_000

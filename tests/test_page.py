@@ -39,22 +39,22 @@ def test_data_comes_back_and_can_not_end_its_element(value):
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 1), (3, 5, 3), (3, 5, 4)])
-def test_a_picture_is_held_exactly(shape, tmp_path):
+def test_a_image_is_held_exactly(shape, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     pixels[..., -1:] |= 1
     header, content = page.data_uri(pixels).split(",")
-    (tmp_path / "picture").write_bytes(base64.b64decode(content))
+    (tmp_path / "image").write_bytes(base64.b64decode(content))
     assert header == "data:image/png;base64"
-    np.testing.assert_array_equal(Image.open(tmp_path / "picture"), np.squeeze(pixels))
+    np.testing.assert_array_equal(Image.open(tmp_path / "image"), np.squeeze(pixels))
 
 
 def test_a_photo_is_small(tmp_path):
     photo = np.add.outer(np.arange(200), np.arange(300)).astype(np.uint8) // 2
-    assert page.picture(photo, "x", photo=True).startswith('<img src="data:image/jpeg;base64,')
-    assert "image/png" in page.picture(photo[:50, :50], "tiny", photo=True)
+    assert page.image(photo, "x", photo=True).startswith('<img src="data:image/jpeg;base64,')
+    assert "image/png" in page.image(photo[:50, :50], "tiny", photo=True)
 
 
-def test_only_pages_and_pictures_are_written():
+def test_only_pages_and_images_are_written():
     assert page.kind_of("a/b.HTML") == "html"
     with pytest.raises(UserError, match=r"write as page\.pdf: expected a name in \.html or \.png"):
         page.kind_of("page.pdf")
@@ -75,9 +75,9 @@ def test_nothing_that_a_page_is_told_runs_or_is_fetched(written, browser):
 
     figure = Figure(figsize=(4, 3))
     figure.subplots().set_title(EVIL, parse_math=False)
-    picture = page.picture(np.zeros((400, 900), np.uint8), EVIL)
+    image = page.image(np.zeros((400, 900), np.uint8), EVIL)
     table = page.table([EVIL], [[EVIL]], name=EVIL, sortable=True)
-    path = written(picture + page.drawing(figure, EVIL) + table + page.data("d", EVIL))
+    path = written(image + page.drawing(figure, EVIL) + table + page.data("d", EVIL))
     browser.check(path)
     browser.open(path)
     assert browser.driver.title == EVIL

@@ -166,6 +166,6 @@ def test_sharding_and_the_number_of_devices_change_where_the_state_lies_and_no_f
     assert eight["fsdp"]["parts"] == [[64, 32]]
     assert not any(eight["replicate"]["moves"].values())
     assert eight["fsdp"]["moves"]["all-gather"] > 0
-    # Weights travel, pictures stay.
+    # Weights travel, images stay.
     assert eight["fsdp"]["moves"]["all-to-all"] == 0
     assert eight["fsdp"]["moves"]["collective-permute"] == 0

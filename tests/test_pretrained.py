@@ -186,7 +186,7 @@ def test_pre_logits_are_kept_or_dropped_as_said(tmp_path):
 
 
 @pytest.mark.parametrize("n", [1, 33, 65])
-def test_any_number_of_pictures_gives_what_each_gives_alone(vit, n):
+def test_any_number_of_images_gives_what_each_gives_alone(vit, n):
     together = vit(images(n))
     alone = np.concatenate([vit(image[None]) for image in images(n)])
 
@@ -202,18 +202,18 @@ def test_logits_are_the_papers(vit):
     np.testing.assert_allclose(vit(images(3)), expected, atol=1e-4)
 
 
-def test_no_pictures_give_no_answers(vit):
+def test_no_images_give_no_answers(vit):
     assert vit(images(0)).shape == (0, 5)
     assert vit.predict([]) == []
 
 
-def test_pictures_are_named_from_files_and_arrays(vit, tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
-    assert cv2.imwrite(str(tmp_path / "drawn.png"), picture[:, :, ::-1])
+def test_images_are_named_from_files_and_arrays(vit, tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    assert cv2.imwrite(str(tmp_path / "drawn.png"), image[:, :, ::-1])
 
-    from_file, from_array = vit.predict([tmp_path / "drawn.png", picture])
+    from_file, from_array = vit.predict([tmp_path / "drawn.png", image])
 
-    small = cv2.resize(picture.astype(np.float32), (16, 16), interpolation=cv2.INTER_LINEAR)
+    small = cv2.resize(image.astype(np.float32), (16, 16), interpolation=cv2.INTER_LINEAR)
     logits = vit(small[None] / 127.5 - 1)[0].astype(np.float64)
     probabilities = np.exp(logits) / np.exp(logits).sum()
     best = np.argsort(-probabilities)
@@ -222,15 +222,15 @@ def test_pictures_are_named_from_files_and_arrays(vit, tmp_path):
     np.testing.assert_allclose([p for _, p in from_file], probabilities[best], atol=1e-5)
 
 
-def test_many_pictures_are_answered_in_order(vit):
+def test_many_images_are_answered_in_order(vit):
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (9, 9 + i, 3), np.uint8) for i in range(40)]
+    images = [rng.integers(0, 256, (9, 9 + i, 3), np.uint8) for i in range(40)]
 
-    answers = vit.predict(pictures, top=2)
+    answers = vit.predict(images, top=2)
 
     assert [len(answer) for answer in answers] == [2] * 40
-    for picture, answer in list(zip(pictures, answers, strict=True))[::13]:
-        ((label, probability), _) = vit.predict([picture], top=2)[0]
+    for image, answer in list(zip(images, answers, strict=True))[::13]:
+        ((label, probability), _) = vit.predict([image], top=2)[0]
         assert answer[0] == (label, pytest.approx(probability, abs=1e-5))
 
 
@@ -243,12 +243,12 @@ def test_classes_without_names_are_called_by_their_index():
     assert sum(probability for _, probability in answer) == pytest.approx(1)
 
 
-def test_one_channel_pictures_are_read_in_one_channel(tmp_path):
+def test_one_channel_images_are_read_in_one_channel(tmp_path):
     vit = make(channels=1)
-    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8)
-    assert cv2.imwrite(str(tmp_path / "gray.png"), picture)
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8)
+    assert cv2.imwrite(str(tmp_path / "gray.png"), image)
 
-    assert vit.predict([tmp_path / "gray.png"]) == vit.predict([picture])
+    assert vit.predict([tmp_path / "gray.png"]) == vit.predict([image])
 
 
 # Refusals.
@@ -268,19 +268,19 @@ def test_images_that_are_not_ready_are_refused(vit, x, message):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "wishes", "message"),
+    ("images", "wishes", "message"),
     [
-        ("one.jpg", {}, "takes a list of pictures"),
-        (np.zeros((8, 8, 3), np.uint8), {}, "takes a list of pictures"),
+        ("one.jpg", {}, "takes a list of images"),
+        (np.zeros((8, 8, 3), np.uint8), {}, "takes a list of images"),
         ([np.zeros((8, 8, 3))], {}, r"shape \(8, 8, 3\) and type float64, expected \(h, w, 3\)"),
         ([np.zeros((8, 8), np.uint8)], {}, r"expected \(h, w, 3\) of uint8"),
         (["absent.jpg"], {}, "absent.jpg: can't be read"),
         ([], {"top": 0}, "top is 0, expected at least 1"),
     ],
 )
-def test_what_is_no_list_of_pictures_is_refused(vit, pictures, wishes, message):
+def test_what_is_no_list_of_images_is_refused(vit, images, wishes, message):
     with pytest.raises(UserError, match=message):
-        vit.predict(pictures, **wishes)
+        vit.predict(images, **wishes)
 
 
 def test_weights_that_give_no_classes_are_refused_for_prediction():
@@ -290,7 +290,7 @@ def test_weights_that_give_no_classes_are_refused_for_prediction():
 
 
 def test_files_are_refused_for_weights_of_four_channels():
-    with pytest.raises(UserError, match="pictures of 4 channels"):
+    with pytest.raises(UserError, match="images of 4 channels"):
         make(channels=4).predict(["a.png"])
 
 
@@ -359,7 +359,7 @@ def test_damaged_notes_are_refused_by_name(saved, change):
     ("change", "message"),
     [
         ({"labels": ["a", "b"]}, "names 2 classes, but the head has 5: mend or remove"),
-        ({"image_size": [16, 20]}, "16 positions do not fit pictures of 16x20"),
+        ({"image_size": [16, 20]}, "16 positions do not fit images of 16x20"),
         ({"classifier": "gap", "image_size": [4, 68]}, r"unexpected \(1\): cls"),
     ],
 )

@@ -120,7 +120,7 @@ def test_saving_onto_its_own_place_keeps_the_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_logits_are_the_papers_and_each_picture_stands_alone(family, tmp_path):
+def test_logits_are_the_papers_and_each_image_stands_alone(family, tmp_path):
     vit = make(family, tmp_path)
     x = images(33, vit.image_size[0])
 
@@ -137,14 +137,14 @@ def test_logits_are_the_papers_and_each_picture_stands_alone(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["hybrid", "MAP", "Mixer"])
-def test_a_picture_is_named(family, tmp_path):
+def test_a_image_is_named(family, tmp_path):
     vit = make(family, tmp_path)
-    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
 
-    ((best, *_),) = vit.predict([picture])
+    ((best, *_),) = vit.predict([image])
 
     size = vit.image_size[0]
-    small = cv2.resize(picture.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)
+    small = cv2.resize(image.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)
     assert best[0] == LABELS[int(np.argmax(vit(small[None] / 127.5 - 1)))]
 
 
@@ -218,7 +218,7 @@ def test_a_mixer_keeps_its_size_and_takes_a_new_head(saved):
 
     assert load(path, num_classes=3, image_size=16)(images(1)).shape == (1, 3)
     assert load(path, image_size=15).spec.grid_size == (4, 4)  # The border is padded.
-    with pytest.raises(UserError, match=r"has 16 tokens, for pictures of 16x16.* can't take 24x24"):
+    with pytest.raises(UserError, match=r"has 16 tokens, for images of 16x16.* can't take 24x24"):
         load(path, image_size=24)
     with pytest.raises(UserError, match="a Mixer has no pre_logits layer"):
         load(path, num_classes=3, pre_logits=True)

@@ -22,7 +22,7 @@ class Notes:
     Attributes:
       classifier: see `models.CLASSIFIERS`; "lit" for a LiT bundle.
       image_size: (height, width) in pixels.
-      preprocess: how pictures are made ready, e.g. "resize(224)|value_range(-1, 1)".
+      preprocess: how images are made ready, e.g. "resize(224)|value_range(-1, 1)".
       labels: names of the classes, or None.
     """
 
@@ -64,14 +64,14 @@ def read_notes(weights: Path) -> Notes | None:
 
 
 def original_preprocess(image_size: tuple[int, int]) -> str:
-    """How the original evaluates: the whole picture squeezed to (h, w), values in [-1, 1]."""
+    """How the original evaluates: the whole image squeezed to (h, w), values in [-1, 1]."""
     height, width = image_size
     size = height if height == width else (height, width)
     return f"resize({size})|value_range(-1, 1)"
 
 
 def preprocess_for(notes: Notes | None, stored: AnySpec, new: AnySpec) -> str:
-    """How pictures are made ready for stored weights, perhaps resampled for `new.image_size`.
+    """How images are made ready for stored weights, perhaps resampled for `new.image_size`.
 
     Without notes it is the original's preprocessing; for another size too, but with the recorded
     range of values.

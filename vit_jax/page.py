@@ -21,7 +21,7 @@ from vit_jax.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TINY = 96  # Pictures of fewer pixels a side are magnified as they are, without smoothing.
+TINY = 96  # Images of fewer pixels a side are magnified as they are, without smoothing.
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --back: #fff; --soft: #f1f3f5; --line: #c9ced4;
@@ -84,8 +84,8 @@ def escape(text: object) -> str:
     return html.escape("".join(seen))
 
 
-def picture(pixels: np.ndarray, alt: str, *, photo: bool = False) -> str:
-    """An <img> that holds its picture.
+def image(pixels: np.ndarray, alt: str, *, photo: bool = False) -> str:
+    """An <img> that holds its image.
 
     Args:
       pixels: uint8 (h, w), or (h, w, c) with 1 channel, 3 (RGB) or 4 (RGBA).
@@ -100,7 +100,7 @@ def picture(pixels: np.ndarray, alt: str, *, photo: bool = False) -> str:
 
 
 def data_uri(pixels: np.ndarray, *, photo: bool = False) -> str:
-    """The picture as an address that holds it; see `picture`."""
+    """The image as an address that holds it; see `image`."""
     import cv2
 
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]

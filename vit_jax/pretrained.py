@@ -32,7 +32,7 @@ WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
 # Fields of the network that have no weights, so that they may be chosen for stored weights.
 WEIGHTLESS = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate", "dtype")
 
-_BATCH = 32  # Pictures that `Pretrained.__call__` puts through the network at once.
+_BATCH = 32  # Images that `Pretrained.__call__` puts through the network at once.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # Arrays have no truth value to compare by.
@@ -45,7 +45,7 @@ class Pretrained:
       params: nested dict of float32 arrays; flattened with "/" it has the official keys.
       spec: the architecture in numbers.
       labels: names of the classes, or None if nobody noted them.
-      preprocess: how pictures are made ready, e.g. "resize(224)|value_range(-1, 1)".
+      preprocess: how images are made ready, e.g. "resize(224)|value_range(-1, 1)".
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class Pretrained:
         return self.spec.image_size
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Logits of preprocessed pictures.
+        """Logits of preprocessed images.
 
         Args:
           images: (n, h, w, c) float32 of `image_size`, preprocessed.
@@ -75,7 +75,7 @@ class Pretrained:
         )
 
     def _batched(self, function: Callable, name: str, images: np.ndarray) -> np.ndarray:
-        """function(model, params, images) of checked pictures, some at once, compiled once."""
+        """function(model, params, images) of checked images, some at once, compiled once."""
         images = np.asarray(images)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
@@ -115,61 +115,57 @@ class Pretrained:
         return {}
 
     def predict(
-        self, pictures: Sequence[str | os.PathLike | np.ndarray], *, top: int = 5
+        self, images: Sequence[str | os.PathLike | np.ndarray], *, top: int = 5
     ) -> list[list[tuple[str, float]]]:
-        """Says what is on pictures.
+        """Says what is on images.
 
         Args:
-          pictures: paths, or uint8 arrays (h, w, channels) of any size.
+          images: paths, or uint8 arrays (h, w, channels) of any size.
           top: how many classes to name.
 
         Returns:
-          for each picture the `top` most probable (label, probability), best first. Classes without
+          for each image the `top` most probable (label, probability), best first. Classes without
           a name are called by their index.
 
-        Raises UserError if a picture can't be read or the network has no head.
+        Raises UserError if an image can't be read or the network has no head.
         """
         if isinstance(self.spec, LiTSpec):
             raise UserError(
                 "these weights are a LiT bundle, which classifies by words: give labels, with "
-                "evaluation.classify(vit, pictures, labels) or vit-jax predict --labels"
+                "evaluation.classify(vit, images, labels) or vit-jax predict --labels"
             )
         if self.spec.num_classes is None or self.spec.classifier not in POOLED:
             raise UserError("these weights give no classes: load weights that have a head")
-        if isinstance(pictures, str | os.PathLike | np.ndarray):
-            raise UserError("predict takes a list of pictures: write predict([picture])")
+        if isinstance(images, str | os.PathLike | np.ndarray):
+            raise UserError("predict takes a list of images: write predict([image])")
         if top < 1:
             raise UserError(f"top is {top}, expected at least 1")
         preprocess = data.parse(self.preprocess)
         answers: list[list[tuple[str, float]]] = []
         # Memory for one batch, however many there are.
-        for start in range(0, len(pictures), _BATCH):
-            batch = [preprocess(self.read(p), None) for p in pictures[start : start + _BATCH]]
+        for start in range(0, len(images), _BATCH):
+            batch = [preprocess(self.read(p), None) for p in images[start : start + _BATCH]]
             for row in np.asarray(jax.nn.softmax(jnp.asarray(self(np.stack(batch))))):
                 best = np.argsort(-row, kind="stable")[:top]
                 answers.append([(self.label(i), float(row[i])) for i in best])
         return answers
 
-    def read(self, picture: str | os.PathLike | np.ndarray) -> np.ndarray:
-        """A picture as `predict` takes it, as uint8 (h, w, channels). Raises UserError if it can't
+    def read(self, image: str | os.PathLike | np.ndarray) -> np.ndarray:
+        """An image as `predict` takes it, as uint8 (h, w, channels). Raises UserError if it can't
         be read or has other channels than the network takes."""
-        if isinstance(picture, np.ndarray):
-            if (
-                picture.dtype != np.uint8
-                or picture.ndim != 3
-                or picture.shape[2] != self.spec.channels
-            ):
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self.spec.channels:
                 raise UserError(
-                    f"the picture has shape {picture.shape} and type {picture.dtype}, "
+                    f"the image has shape {image.shape} and type {image.dtype}, "
                     f"expected (h, w, {self.spec.channels}) of uint8"
                 )
-            return picture
+            return image
         if self.spec.channels not in (1, 3):
             raise UserError(
-                f"these weights take pictures of {self.spec.channels} channels, which no picture "
+                f"these weights take images of {self.spec.channels} channels, which no image "
                 "file has here: give uint8 arrays instead of paths"
             )
-        return data.read(picture, channels=self.spec.channels)
+        return data.read(image, channels=self.spec.channels)
 
     def label(self, index: int) -> str:
         """The name of a class, or its index as text."""
@@ -202,11 +198,11 @@ class Pretrained:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PretrainedLiT(Pretrained):
-    """A LiT bundle: pictures and texts are embedded into one space.
+    """A LiT bundle: images and texts are embedded into one space.
 
     Attributes:
       vocabulary: the file of the tokenizer, .txt (WordPiece) or .model (SentencePiece), or None if
-        there is none beside the weights; then only pictures can be embedded.
+        there is none beside the weights; then only images can be embedded.
     """
 
     model: LiT
@@ -218,7 +214,7 @@ class PretrainedLiT(Pretrained):
         raise UserError("these weights are a LiT bundle without classes: call embed_images instead")
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
-        """Embeds preprocessed pictures.
+        """Embeds preprocessed images.
 
         Args:
           images: (n, h, w, c) float32 of `image_size`, preprocessed.
@@ -319,7 +315,7 @@ def load(
         even if the stored one has as many classes.
       image_size: None keeps the stored position embeddings; a size in pixels, one number or
         (height, width), resamples them.
-        Pictures are then squeezed to that size, values in the recorded range.
+        Images are then squeezed to that size, values in the recorded range.
       pre_logits: None keeps the tanh layer before the head with a kept head and drops it with a new
         one (the paper's fine-tuning); True and False say so outright.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,

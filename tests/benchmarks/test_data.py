@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_tiny_form_of_it_fills_the_table():
-    command = [sys.executable, "benchmarks/data.py", "--pictures=4", "--seconds=0.1", "--rounds=1"]
+    command = [sys.executable, "benchmarks/data.py", "--images=4", "--seconds=0.1", "--rounds=1"]
     command += ["--processes=1,2", "--loaders=ours, processes;torchvision"]
     done = subprocess.run(
         command,

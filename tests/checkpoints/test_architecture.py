@@ -196,7 +196,7 @@ def test_a_square_grid_is_believed_rather_than_a_likely_size():
 def test_a_known_size_that_does_not_fit_is_refused():
     message = refusal(arrays_of(TINY), image_size=(20, 16), where="some.npz")
 
-    assert "some.npz: its 16 positions do not fit pictures of 20x16 pixels" in message
+    assert "some.npz: its 16 positions do not fit images of 20x16 pixels" in message
 
 
 def test_ten_positions_are_a_grid_if_a_size_or_classifier_says_so():

@@ -176,7 +176,7 @@ def test_another_size_resamples_the_positions_and_nothing_else():
 
 @pytest.mark.parametrize("case", list(reference.facts("interp")))
 def test_the_original_codes_numbers_come_out_at_another_resolution(case, tmp_path):
-    """Published file -> other resolution and head -> logits, on seeded weights and pictures."""
+    """Published file -> other resolution and head -> logits, on seeded weights and images."""
     facts = reference.facts("interp")[case]
     expected = np.load(reference.OFFICIAL / f"interp_{case}.npz")
     shapes = reference.official_shapes(facts["config"], facts["head"], facts["res"])

@@ -36,10 +36,10 @@ def test_imagenet_has_a_thousand_names_without_a_network():
 def test_the_names_are_in_the_order_of_the_heads(shared):
     names = class_names(1000)
     assert names is not None
-    pictures = sorted((shared / "images" / "imagenet_samples").glob("*.jpg"))
-    assert pictures
-    for picture in pictures:
-        index, _, name = picture.stem.partition("_")
+    images = sorted((shared / "images" / "imagenet_samples").glob("*.jpg"))
+    assert images
+    for image in images:
+        index, _, name = image.stem.partition("_")
         assert name.replace("_", " ").lower() in names[int(index)].lower()
 
 

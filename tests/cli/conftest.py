@@ -30,25 +30,25 @@ def fails(capfd):
     return run
 
 
-def write_pictures(folder: Path, count: int, size: int = 24) -> Path:
-    """Noise of two kinds, `count` pictures of each, as folder/<class>/<number>.jpg."""
+def write_images(folder: Path, count: int, size: int = 24) -> Path:
+    """Noise of two kinds, `count` images of each, as folder/<class>/<number>.jpg."""
     rng = np.random.default_rng(0)
     for name, low in (("bright", 128), ("dark", 0)):
         (folder / name).mkdir(parents=True)
         for i in range(count):
-            picture = rng.integers(low, low + 128, (size, size + i % 3, 3), np.uint8)
-            cv2.imwrite(str(folder / name / f"{i}.jpg"), picture)
+            image = rng.integers(low, low + 128, (size, size + i % 3, 3), np.uint8)
+            cv2.imwrite(str(folder / name / f"{i}.jpg"), image)
     return folder
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    return write_pictures(tmp_path / "photos", 10)
+    return write_images(tmp_path / "photos", 10)
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
-    """A file of small weights for RGB pictures of 16 pixels in two classes."""
+    """A file of small weights for RGB images of 16 pixels in two classes."""
     path = tmp_path_factory.mktemp("weights") / "small.npz"
     fields = dict(patch_size=(8, 8), hidden_size=64, num_layers=1, num_heads=1, mlp_dim=16)
     model = create_model("ViT-Ti_16", num_classes=2, **fields)

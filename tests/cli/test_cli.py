@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import published
-from tests.cli.conftest import write_pictures
+from tests.cli.conftest import write_images
 from tests.training.conftest import TINY
 from vit_jax import __version__, list_models, models
 from vit_jax import main as main_module
@@ -49,7 +49,7 @@ def test_every_command_has_help_that_ends_with_examples(command, capsys):
 def test_the_examples_work_word_for_word(tmp_path, monkeypatch, capsys, weights):
     """In an empty folder with the files that they name."""
     monkeypatch.chdir(tmp_path)
-    photos = write_pictures(tmp_path / "photos", 30)
+    photos = write_images(tmp_path / "photos", 30)
     (tmp_path / "photo.jpg").write_bytes((photos / "dark" / "0.jpg").read_bytes())
     (tmp_path / "Ti_16.npz").write_bytes(weights.read_bytes())
     two_towers, _ = published.siglip(published.arrays("ViT MAP"))
@@ -89,13 +89,13 @@ def test_evaluate_gives_the_figures_of_the_run_and_writes_every_prediction(whole
 
 
 def test_predict_names_the_most_probable_classes(weights, photos, capsys):
-    pictures = [str(photos / "dark" / f"{i}.jpg") for i in range(2)]
-    assert main(["predict", str(weights), *pictures, "--top=1", "--json"]) == 0
+    images = [str(photos / "dark" / f"{i}.jpg") for i in range(2)]
+    assert main(["predict", str(weights), *images, "--top=1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["picture"] for row in rows] == pictures
+    assert [row["picture"] for row in rows] == images
     assert [len(row["classes"]) for row in rows] == [1, 1]
-    assert main(["predict", str(weights), *pictures]) == 0
-    assert capsys.readouterr().out.startswith(pictures[0] + "\n")
+    assert main(["predict", str(weights), *images]) == 0
+    assert capsys.readouterr().out.startswith(images[0] + "\n")
 
 
 @pytest.mark.parametrize("count", [2, 40])
@@ -103,13 +103,13 @@ def test_predict_reads_what_it_can_and_names_what_it_cannot(weights, photos, cou
     good = [str(photos / kind / f"{i}.jpg") for kind in ("dark", "bright") for i in range(10)]
     good = (2 * good)[: count - 1]
     bad = photos / "bad.jpg"
-    bad.write_text("no picture")
-    pictures = [*good[:1], str(bad), *good[1:]]
-    assert main(["predict", str(weights), *pictures, "--json"]) == 2
+    bad.write_text("no image")
+    images = [*good[:1], str(bad), *good[1:]]
+    assert main(["predict", str(weights), *images, "--json"]) == 2
     shown = capsys.readouterr()
     rows = json.loads(shown.out)
     assert [row["picture"] for row in rows] == good
-    assert shown.err.startswith(f"vit-jax: {bad}: not a picture")
+    assert shown.err.startswith(f"vit-jax: {bad}: not an image")
     assert shown.err.count("\n") == 1
 
 
@@ -125,7 +125,7 @@ def test_train_gives_its_result_as_json(tmp_path, capsys):
     assert set(result["test"]) == {"test/loss", "test/top1", "test/top5"}
 
 
-def test_train_on_a_folder_stops_at_an_unreadable_picture_or_goes_on_without(
+def test_train_on_a_folder_stops_at_an_unreadable_image_or_goes_on_without(
     photos, tmp_path, fails, caplog
 ):
     bad = photos / "dark" / "3.jpg"
@@ -313,13 +313,13 @@ def test_a_damaged_weights_file_stops_a_fine_tuning(weights, fails, tmp_path):
     ("content", "message"),
     [
         (None, "can't be read (No such file or directory)"),
-        (b"", "empty file, expected a picture"),
-        (b"some text", "not a picture (starts with b'some tex')"),
+        (b"", "empty file, expected an image"),
+        (b"some text", "not an image (starts with b'some tex')"),
         (b"\xff\xd8\xff\xe0", "truncated or damaged JPEG"),
     ],
 )
-def test_a_picture_that_is_none(content, message, weights, fails, tmp_path):
-    path = tmp_path / "picture.jpg"
+def test_a_image_that_is_none(content, message, weights, fails, tmp_path):
+    path = tmp_path / "image.jpg"
     if content is not None:
         path.write_bytes(content)
     assert f"{path}: {message}" in fails("predict", weights, path)
@@ -333,8 +333,8 @@ def test_folders_that_hold_no_classes(command, weights, fails, tmp_path, photos)
         return fails(*TRAIN, f"--config.dataset={folder}", f"--workdir={tmp_path / 'run'}")
 
     (photos / "empty").mkdir()
-    assert f"{photos}/empty: no pictures in this class folder" in message(photos)
-    alone = write_pictures(tmp_path / "alone", 3)
+    assert f"{photos}/empty: no images in this class folder" in message(photos)
+    alone = write_images(tmp_path / "alone", 3)
     (alone / "bright").rename(tmp_path / "elsewhere")
     assert "only one class ('dark')" in message(alone)
     assert "no class folders" in message(alone / "dark")
@@ -342,12 +342,12 @@ def test_folders_that_hold_no_classes(command, weights, fails, tmp_path, photos)
 
 def test_evaluate_names_what_it_cannot_match(whole, weights, photos, fails, capfd):
     assert "classes that the weights don't know: bright, dark" in fails("evaluate", whole, photos)
-    assert "on which pictures?" in fails("evaluate", weights)
+    assert "on which images?" in fails("evaluate", weights)
     (photos / "dark" / "4.jpg").write_bytes(b"")
     assert "dark/4.jpg: empty file" in fails("evaluate", weights, photos, "--split=train+test")
     arguments = ["evaluate", str(weights), str(photos), "--split=train+test", "--corrupt=skip"]
     assert main(arguments) == 0
-    assert "1  unreadable pictures, not counted" in capfd.readouterr().out
+    assert "1  unreadable images, not counted" in capfd.readouterr().out
 
 
 def test_a_file_that_cannot_be_written_is_named(whole, fails, tmp_path):

@@ -1,16 +1,16 @@
-"""`vit-jax data`: what it makes of pictures, and one clear line for each mistake."""
+"""`vit-jax data`: what it makes of images, and one clear line for each mistake."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.conftest import write_pictures
+from tests.cli.conftest import write_images
 from vit_jax.cli import main
 
 
 @pytest.mark.parametrize("what", [["--augment=strong2"], ["--pp=resize(9)|flip"], []])
 def test_show_writes_a_page_and_says_where(what, tmp_path, capsys):
-    photos, page = write_pictures(tmp_path / "photos", 5), tmp_path / "new" / "page.png"
+    photos, page = write_images(tmp_path / "photos", 5), tmp_path / "new" / "page.png"
     assert main(["data", "show", str(photos), f"--out={page}", "--count=2", *what]) == 0
     assert capsys.readouterr().out == f"{page}\n"
     with Image.open(page) as image:
@@ -28,7 +28,7 @@ def test_show_writes_a_page_and_says_where(what, tmp_path, capsys):
         (["--split=tset"], "unknown split 'tset'"),
         (["--count=0"], "'0' is no whole number of at least 1"),
         (["--seed=-1"], "--seed is -1, expected 0 to 4294967295"),
-        (["--pp=central_crop(99)"], "the picture is 8 x 8, expected 99 x 99 or larger"),
+        (["--pp=central_crop(99)"], "the image is 8 x 8, expected 99 x 99 or larger"),
     ],
 )
 def test_mistakes_are_told_in_one_line(options, message, tmp_path, fails):

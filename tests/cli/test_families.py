@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.cli.conftest import write_pictures
+from tests.cli.conftest import write_images
 from tests.families import SPECS, make
 from vit_jax.checkpoints.lazy import LazyArray
 from vit_jax.cli import main
@@ -62,7 +62,7 @@ def test_info_of_a_tower_is_about_the_tower(saved, capsys):
 
 def test_predict_ranks_descriptions_by_a_lit_bundle(saved, tmp_path, capsys):
     path = saved("LiT")
-    photos = write_pictures(tmp_path / "photos", 2)
+    photos = write_images(tmp_path / "photos", 2)
     files = [str(photos / "dark" / "0.jpg"), str(photos / "bright" / "1.jpg")]
     labels = ["a cat", "a doggy", "grey"]
 
@@ -77,13 +77,13 @@ def test_predict_ranks_descriptions_by_a_lit_bundle(saved, tmp_path, capsys):
 
 
 def test_predict_says_which_weights_take_labels(saved, tmp_path, capsys):
-    picture = str(write_pictures(tmp_path / "photos", 1) / "dark" / "0.jpg")
+    image = str(write_images(tmp_path / "photos", 1) / "dark" / "0.jpg")
     lit, mixer = saved("LiT"), tmp_path / "mixer.npz"
     make("Mixer", tmp_path).save(mixer)
 
-    assert main(["predict", str(mixer), picture]) == 0
-    assert main(["predict", str(mixer), picture, "--labels", "cat"]) == 2
-    assert main(["predict", str(lit), picture]) == 2
+    assert main(["predict", str(mixer), image]) == 0
+    assert main(["predict", str(mixer), image, "--labels", "cat"]) == 2
+    assert main(["predict", str(lit), image]) == 2
 
     first, second = capsys.readouterr().err.strip().split("\n")
     assert "--labels is for LiT weights, these have classes of their own" in first
@@ -91,10 +91,10 @@ def test_predict_says_which_weights_take_labels(saved, tmp_path, capsys):
     assert "vit-jax predict --labels" in second
 
 
-def test_pictures_may_stand_behind_the_labels(saved, tmp_path, capsys, monkeypatch):
+def test_images_may_stand_behind_the_labels(saved, tmp_path, capsys, monkeypatch):
     path = saved("LiT")
-    picture = write_pictures(tmp_path / "photos", 1) / "dark" / "0.jpg"
-    monkeypatch.chdir(picture.parent)
+    image = write_images(tmp_path / "photos", 1) / "dark" / "0.jpg"
+    monkeypatch.chdir(image.parent)
 
     assert main(["predict", str(path), "0.jpg", "--labels", "a cat", "a dog"]) == 0
     first = capsys.readouterr().out
@@ -104,12 +104,12 @@ def test_pictures_may_stand_behind_the_labels(saved, tmp_path, capsys, monkeypat
     assert "a cat" in capsys.readouterr().out
     for wrong in (["--labels", "a cat", "none.jpg"], ["--labels", "0.jpg"], []):
         assert main(["predict", str(path), *wrong]) == 2
-        assert "no picture was named" in capsys.readouterr().err
+        assert "no image was named" in capsys.readouterr().err
 
 
 def test_evaluate_compares_a_lit_bundle_with_the_names_of_the_folders(saved, tmp_path, capsys):
     path = saved("LiT")
-    photos = write_pictures(tmp_path / "photos", 4)
+    photos = write_images(tmp_path / "photos", 4)
     table = tmp_path / "p.csv"
     command = ["evaluate", str(path), str(photos), "--split=train+test", f"--csv={table}"]
 
@@ -133,7 +133,7 @@ def test_evaluate_compares_a_lit_bundle_with_the_names_of_the_folders(saved, tmp
 @pytest.mark.parametrize("family", ["hybrid", "Mixer"])
 def test_evaluate_knows_every_family(family, saved, tmp_path, capsys):
     path = saved(family, num_classes=2)
-    photos = write_pictures(tmp_path / "photos", 4)
+    photos = write_images(tmp_path / "photos", 4)
 
     assert main(["evaluate", str(path), str(photos), "--split=train+test", "--json"]) == 0
 

@@ -16,7 +16,7 @@ PLAN = ("plan", f"--config={TINY}", "--config.total_steps=3600", "--config.warmu
 def test_a_person_gets_a_table_a_verdict_time_and_cost(capsys):
     assert main([*PLAN, "--devices=2", "--chip=v5e", "--price=2.5"]) == 0
     text = capsys.readouterr().out
-    assert "16 pictures on 2 devices, 4 at once on each (2 accum_steps)" in text
+    assert "16 images on 2 devices, 4 at once on each (2 accum_steps)" in text
     for part in ("parameters", "optimizer", "gradients", "activations", "batches", "total"):
         assert f"\n  {part} " in text
     assert "fits        yes, into 16.0 GiB" in text

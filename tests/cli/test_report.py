@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from tests.cli.conftest import write_pictures
+from tests.cli.conftest import write_images
 from tests.training.conftest import TINY
 from vit_jax.cli import main
 from vit_jax.training.metrics import read_metrics
@@ -18,7 +18,7 @@ def copy(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
 
 
-def test_a_run_ends_with_a_page_and_a_picture(whole):
+def test_a_run_ends_with_a_page_and_a_image(whole):
     page = (whole / "report.html").read_text()
     accuracy = read_metrics(whole / "metrics.jsonl")[-1]["test/top1"]
     assert f"<dd>{accuracy:.1%}</dd>" in page
@@ -77,8 +77,8 @@ def test_of_a_run_that_has_saved_nothing_there_are_curves_only(copy, capsys):
     assert "<h2>Confusion" not in page
 
 
-def test_a_run_whose_pictures_have_several_labels(tmp_path, capsys):
-    photos = write_pictures(tmp_path / "photos", 4, size=12)
+def test_a_run_whose_images_have_several_labels(tmp_path, capsys):
+    photos = write_images(tmp_path / "photos", 4, size=12)
     rows = ["path,label,split"]
     for i, path in enumerate(sorted(photos.glob("*/*.jpg"))):
         labels = ("bright;odd", "dark", "odd")[i // 2 % 3]
@@ -95,15 +95,15 @@ def test_a_run_whose_pictures_have_several_labels(tmp_path, capsys):
     assert main(["report", str(workdir)]) == 0
     second = (workdir / "report.html").read_text()
     for page in (first, second):
-        assert "Of a picture's several classes the likeliest counts as the true one." in page
+        assert "Of an image's several classes the likeliest counts as the true one." in page
 
 
-def test_of_pictures_given_in_python_the_run_itself_reports(copy, fails):
+def test_of_images_given_in_python_the_run_itself_reports(copy, fails):
     config = copy / "config.json"
     config.write_text(config.read_text().replace('"digits"', '"digits (given in Python)"'))
     for command in ("report", "evaluate"):
         message = fails(command, copy)
-        assert message.startswith(f"{copy}: its pictures were given in Python and can't be opened")
+        assert message.startswith(f"{copy}: its images were given in Python and can't be opened")
 
 
 @pytest.mark.parametrize(

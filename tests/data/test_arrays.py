@@ -1,4 +1,4 @@
-"""Pictures in memory and .npz files."""
+"""Images in memory and .npz files."""
 
 import numpy as np
 import pytest
@@ -26,13 +26,13 @@ def test_arrays_are_read_as_they_are():
     assert from_arrays(IMAGES[..., 0], LABELS)[0]["image"].shape == (5, 6, 1)
 
 
-def test_pictures_may_differ_in_size_and_labels_be_names_or_columns():
-    pictures = [IMAGES[0], IMAGES[1, :3], IMAGES[2]]
-    source = from_arrays(pictures, ["cat", "dog", "cat"])
+def test_images_may_differ_in_size_and_labels_be_names_or_columns():
+    images = [IMAGES[0], IMAGES[1, :3], IMAGES[2]]
+    source = from_arrays(images, ["cat", "dog", "cat"])
     assert source.labels == ("cat", "dog")
     assert source[1]["image"].shape == (3, 6, 3)
     assert source.label_ids.tolist() == [0, 1, 0]
-    several = from_arrays(pictures, [[1, 1], [0, 1], [0, 0]], names=["x", "y"])
+    several = from_arrays(images, [[1, 1], [0, 1], [0, 0]], names=["x", "y"])
     assert [several[i]["label"].tolist() for i in range(3)] == [[1, 1], [0, 1], [0, 0]]
     assert from_arrays(IMAGES, LABELS[:, None]).label_ids.tolist() == LABELS.tolist()
 
@@ -63,8 +63,8 @@ def test_an_npz_has_splits_or_gets_them(tmp_path):
 
 
 def test_mistakes_in_arrays_are_named(tmp_path):
-    fails("10 pictures and 9 labels", from_arrays, IMAGES, LABELS[:9])
-    fails("0 pictures and 0 labels", from_arrays, IMAGES[:0], LABELS[:0])
+    fails("10 images and 9 labels", from_arrays, IMAGES, LABELS[:9])
+    fails("0 images and 0 labels", from_arrays, IMAGES[:0], LABELS[:0])
     fails("type float64.*expected uint8", from_arrays, IMAGES / 255, LABELS)
     fails("channels 4", from_arrays, np.zeros((2, 3, 3, 4), np.uint8), [0, 1])
     fails("none of the 2 classes", from_arrays, IMAGES, LABELS, names=["a", "b"])
@@ -90,13 +90,13 @@ def test_damaged_files_and_impossible_shapes_are_one_line(tmp_path):
         fails(r"x\.npz: can't be read \(.+\), expected an .npz", open_source, path, "train")
     for images, labels, message in (
         (IMAGES.reshape(10, -1), LABELS, "expected uint8 .n, h, w"),
-        (IMAGES[:0], LABELS[:0], "0 pictures and 0 labels"),
+        (IMAGES[:0], LABELS[:0], "0 images and 0 labels"),
         (IMAGES[:, :0], LABELS, "expected uint8 .n, h, w"),
         (IMAGES[..., None], LABELS, "expected uint8 .n, h, w"),
         (IMAGES, np.zeros((10, 2, 2), int), r"labels of shape \(10, 2, 2\), expected"),
         (IMAGES, LABELS[:, None][:, :0], r"labels of shape \(10, 0\), expected"),
         (IMAGES, np.array(3), r"labels of shape \(\), expected"),
-        (np.array(3), LABELS, "and n pictures"),
+        (np.array(3), LABELS, "and n images"),
     ):
         np.savez(path, images=images, labels=labels)
         fails(message, open_source, path, "train")

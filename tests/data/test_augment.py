@@ -23,7 +23,7 @@ def photo(height=60, width=90, seed=0):
     return np.clip(120 + 45 * np.stack(waves, -1) + noise, 7, 244).astype(np.uint8)
 
 
-PICTURE = photo()
+IMAGE = photo()
 
 
 def against_pil(result, expected):
@@ -33,29 +33,29 @@ def against_pil(result, expected):
 
 
 def test_tone_curves_are_those_of_pil():
-    pil = Image.fromarray(PICTURE)
-    assert against_pil(augment.autocontrast(PICTURE), ImageOps.autocontrast(pil))[0] == 0
-    assert against_pil(augment.equalize(PICTURE), ImageOps.equalize(pil))[0] == 0
-    assert against_pil(augment.invert(PICTURE), ImageOps.invert(pil))[0] == 0
+    pil = Image.fromarray(IMAGE)
+    assert against_pil(augment.autocontrast(IMAGE), ImageOps.autocontrast(pil))[0] == 0
+    assert against_pil(augment.equalize(IMAGE), ImageOps.equalize(pil))[0] == 0
+    assert against_pil(augment.invert(IMAGE), ImageOps.invert(pil))[0] == 0
     for bits in range(1, 9):
-        assert against_pil(augment.posterize(PICTURE, bits), ImageOps.posterize(pil, bits))[0] == 0
+        assert against_pil(augment.posterize(IMAGE, bits), ImageOps.posterize(pil, bits))[0] == 0
     for threshold in (0, 1, 64, 128, 255, 256):
         expected = ImageOps.solarize(pil, threshold)
-        assert against_pil(augment.solarize(PICTURE, threshold), expected)[0] == 0
+        assert against_pil(augment.solarize(IMAGE, threshold), expected)[0] == 0
 
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_enhancements_are_those_of_pil(factor):
-    pil = Image.fromarray(PICTURE)
+    pil = Image.fromarray(IMAGE)
     for ours, theirs in (
         (augment.brighten, ImageEnhance.Brightness),
         (augment.change_contrast, ImageEnhance.Contrast),
         (augment.sharpen, ImageEnhance.Sharpness),
     ):
-        assert against_pil(ours(PICTURE, factor), theirs(pil).enhance(factor))[0] <= 1
-        assert against_pil(ours(PICTURE, factor), theirs(pil).enhance(factor))[1] < 1e-3
+        assert against_pil(ours(IMAGE, factor), theirs(pil).enhance(factor))[0] <= 1
+        assert against_pil(ours(IMAGE, factor), theirs(pil).enhance(factor))[1] < 1e-3
     largest, share = against_pil(
-        augment.saturate(PICTURE, factor), ImageEnhance.Color(pil).enhance(factor)
+        augment.saturate(IMAGE, factor), ImageEnhance.Color(pil).enhance(factor)
     )
     # OpenCV's grey differs from PIL's by a level in a few pixels, which counts |1 - factor| times.
     assert largest <= 1 + abs(1 - factor)
@@ -81,19 +81,19 @@ def test_solarize_add_lifts_the_dark_half():
 
 
 def test_posterize_keeps_a_bit_at_least_and_eight_at_most():
-    np.testing.assert_array_equal(augment.posterize(PICTURE, 0), PICTURE & 128)
-    np.testing.assert_array_equal(augment.posterize(PICTURE, 12), PICTURE)
+    np.testing.assert_array_equal(augment.posterize(IMAGE, 0), IMAGE & 128)
+    np.testing.assert_array_equal(augment.posterize(IMAGE, 12), IMAGE)
 
 
 def test_turning_the_hue_by_thirds_permutes_the_channels():
-    np.testing.assert_array_equal(augment.turn_hue(PICTURE[..., :1], 0.3), PICTURE[..., :1])
-    third = augment.turn_hue(PICTURE, 1 / 3).astype(int)
-    assert np.abs(third - np.roll(PICTURE, 1, axis=2)).mean() < 2
-    assert np.abs(augment.turn_hue(PICTURE, 0.0).astype(int) - PICTURE).max() <= 5
-    np.testing.assert_array_equal(augment.turn_hue(PICTURE, -0.25), augment.turn_hue(PICTURE, 0.75))
+    np.testing.assert_array_equal(augment.turn_hue(IMAGE[..., :1], 0.3), IMAGE[..., :1])
+    third = augment.turn_hue(IMAGE, 1 / 3).astype(int)
+    assert np.abs(third - np.roll(IMAGE, 1, axis=2)).mean() < 2
+    assert np.abs(augment.turn_hue(IMAGE, 0.0).astype(int) - IMAGE).max() <= 5
+    np.testing.assert_array_equal(augment.turn_hue(IMAGE, -0.25), augment.turn_hue(IMAGE, 0.75))
 
 
-# Geometry: each picture's value tells where it came from.
+# Geometry: each image's value tells where it came from.
 
 
 def coordinates(height, width):
@@ -129,19 +129,19 @@ def assert_moved(result, matrix):
 )
 @settings(deadline=None, max_examples=60)
 def test_moved_pixels_come_from_where_the_formula_says(height, width, shear, shift, degrees):
-    picture = coordinates(height, width)
+    image = coordinates(height, width)
     for matrix in (
         (1, shear, 0, 0, 1, 0),
         (1, 0, 0, shear, 1, 0),
         (1, 0, shift, 0, 1, 0),
         (1, 0, 0, 0, 1, shift),
     ):
-        assert_moved(augment.affine(picture, matrix), matrix)
+        assert_moved(augment.affine(image, matrix), matrix)
     turn = math.radians(degrees)
     cos, sin, x, y = math.cos(turn), math.sin(turn), (width - 1) / 2, (height - 1) / 2
     # About the middle: p = R (q - middle) + middle.
     matrix = (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
-    assert_moved(augment.rotate(picture, degrees), matrix)
+    assert_moved(augment.rotate(image, degrees), matrix)
 
 
 def test_a_quarter_turn_is_exact():
@@ -180,8 +180,8 @@ MAGNITUDES = {  # name: what level 1.5 means, as the published code has it
 
 @pytest.mark.parametrize("name", MAGNITUDES)
 def test_a_magnitude_means_what_the_published_code_says(name):
-    result = augment.RANDAUG[name](PICTURE, 1.5, RNG(0))
-    expected = np.floor(MAGNITUDES[name](PICTURE.astype(int)))
+    result = augment.RANDAUG[name](IMAGE, 1.5, RNG(0))
+    expected = np.floor(MAGNITUDES[name](IMAGE.astype(int)))
     assert np.abs(result - expected).max() <= (1 if name == "Brightness" else 0)
 
 
@@ -195,11 +195,11 @@ def test_a_magnitude_means_what_the_published_code_says(name):
     ],
 )
 def test_moves_go_either_way_equally_often(name, matrices):
-    picture = photo(224, 224)
-    each = [augment.affine(picture, matrix) for matrix in matrices]
+    image = photo(224, 224)
+    each = [augment.affine(image, matrix) for matrix in matrices]
     seen = [0, 0]
     for seed in range(100):
-        result = augment.RANDAUG[name](picture, 1.5, RNG(seed))
+        result = augment.RANDAUG[name](image, 1.5, RNG(seed))
         same = [np.array_equal(result, candidate) for candidate in each]
         assert sum(same) == 1
         seen[same.index(True)] += 1
@@ -214,7 +214,7 @@ def test_all_sixteen_operations_are_drawn_equally_often_and_always_applied(monke
         monkeypatch.setitem(augment.RANDAUG, name, noted)
     step = OPS["randaug"](2, 15.0)
     for seed in range(1600):
-        step.apply(PICTURE, RNG(seed))
+        step.apply(IMAGE, RNG(seed))
     assert len(drawn) == 3200
     assert {level for _, level in drawn} == {1.5}
     counts = [[n for n, _ in drawn].count(name) for name in augment.RANDAUG]
@@ -243,13 +243,13 @@ def test_color_jitter_of_one_kind_is_that_change_within_its_bounds():
         factors = []
         for seed in range(20):
             rng = RNG(seed)
-            result = parse(spec)(PICTURE, rng)
+            result = parse(spec)(IMAGE, rng)
             again = RNG(seed)
             again.permutation(1)
             factors.append(again.uniform(low, high))
-            np.testing.assert_array_equal(result, change(PICTURE, factors[-1]))
+            np.testing.assert_array_equal(result, change(IMAGE, factors[-1]))
         assert np.ptp(factors) > (high - low) / 2
-    np.testing.assert_array_equal(parse("color_jitter(0, 0, 0)")(PICTURE, RNG(0)), PICTURE)
+    np.testing.assert_array_equal(parse("color_jitter(0, 0, 0)")(IMAGE, RNG(0)), IMAGE)
 
 
 def test_random_erasing_covers_what_it_says_as_often_as_it_says():
@@ -294,30 +294,30 @@ AUGMENTATIONS = [
 
 @given(sizes, sizes, st.sampled_from([1, 3]), st.integers(0, 2**32), st.sampled_from(AUGMENTATIONS))
 @settings(deadline=None, max_examples=300)
-def test_any_picture_stays_uint8_of_its_shape_and_the_input_stays(h, w, channels, seed, spec):
-    picture = RNG(seed).integers(0, 256, (h, w, channels), np.uint8)
-    before = picture.copy()
-    image, rng = picture[::-1, ::-1][::-1, ::-1], RNG(seed)
+def test_any_image_stays_uint8_of_its_shape_and_the_input_stays(h, w, channels, seed, spec):
+    image = RNG(seed).integers(0, 256, (h, w, channels), np.uint8)
+    before = image.copy()
+    changed, rng = image[::-1, ::-1][::-1, ::-1], RNG(seed)
     for step in parse(spec).steps:
-        image = step.apply(image, rng)
-        assert image.dtype == np.uint8
-        assert image.shape == picture.shape
-    np.testing.assert_array_equal(picture, before)
-    result = parse(spec)(picture, RNG(seed))
-    np.testing.assert_array_equal(result, image.astype(np.float32))
+        changed = step.apply(changed, rng)
+        assert changed.dtype == np.uint8
+        assert changed.shape == image.shape
+    np.testing.assert_array_equal(image, before)
+    result = parse(spec)(image, RNG(seed))
+    np.testing.assert_array_equal(result, changed.astype(np.float32))
 
 
 @given(sizes, sizes, st.sampled_from([1, 3]), st.integers(0, 2**32))
 @settings(deadline=None, max_examples=60)
 def test_every_operation_of_randaug_takes_any_size(h, w, channels, seed):
-    picture = RNG(seed).integers(0, 256, (h, w, channels), np.uint8)
+    image = RNG(seed).integers(0, 256, (h, w, channels), np.uint8)
     for name, change in augment.RANDAUG.items():
-        result = change(picture, 1.5, RNG(seed))
+        result = change(image, 1.5, RNG(seed))
         assert result.dtype == np.uint8, name
-        assert result.shape == picture.shape, name
+        assert result.shape == image.shape, name
 
 
-def test_resized_pictures_are_rounded_before_they_are_augmented():
-    exact = parse("resize(40)")(PICTURE)
-    rounded = parse("resize(40)|color_jitter(0, 0, 0)")(PICTURE, RNG(0))
+def test_resized_images_are_rounded_before_they_are_augmented():
+    exact = parse("resize(40)")(IMAGE)
+    rounded = parse("resize(40)|color_jitter(0, 0, 0)")(IMAGE, RNG(0))
     np.testing.assert_array_equal(rounded, np.rint(exact))

@@ -20,7 +20,7 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 
-def picture(seed, height=6, width=9):
+def image(seed, height=6, width=9):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -31,19 +31,19 @@ def save(path, pixels):
 
 @pytest.fixture
 def clean(tmp_path):
-    """Ten pictures, no two alike."""
+    """Ten images, no two alike."""
     for i in range(10):
         part, name = ("test" if i > 6 else "train"), "ab"[i % 2]
-        save(tmp_path / "data" / part / name / f"{i}.png", picture(i, height=6 + i))
+        save(tmp_path / "data" / part / name / f"{i}.png", image(i, height=6 + i))
     return tmp_path / "data"
 
 
 @pytest.fixture
 def dirty(clean):
     """The same with one of everything that can be wrong."""
-    save(clean / "test" / "a" / "leak.png", picture(0))
-    save(clean / "train" / "b" / "contradiction.bmp", picture(2, height=8))
-    save(clean / "train" / "b" / "twice.bmp", picture(3, height=9))
+    save(clean / "test" / "a" / "leak.png", image(0))
+    save(clean / "train" / "b" / "contradiction.bmp", image(2, height=8))
+    save(clean / "train" / "b" / "twice.bmp", image(3, height=9))
     save(clean / "train" / "a" / "grey.png", np.full((50, 20, 3), 7, np.uint8))
     (clean / "train" / "a" / "half.png").write_bytes(
         (clean / "train" / "a" / "0.png").read_bytes()[:100]
@@ -78,7 +78,7 @@ def test_everything_that_is_wrong_is_found_and_named(dirty):
     train = result.splits["train"]
     assert [text.split(": ")[1] for text in train.unreadable] == [
         "truncated or damaged PNG file; replace or remove it",
-        "can't be read (No such file or directory); expected a picture file",
+        "can't be read (No such file or directory); expected an image file",
     ]
     assert [names(g) for g in result.leaks] == [["train/a/0.png", "test/a/leak.png"]]
     assert [names(g) for g in result.contradictions] == [
@@ -90,9 +90,9 @@ def test_everything_that_is_wrong_is_found_and_named(dirty):
     assert train.count == 12
     assert train.class_counts.sum() == len(train.sizes) == 10
     assert result.problems == [
-        "2 pictures of train can't be read",
-        "1 picture found in several splits",
-        "1 picture found under several classes",
+        "2 images of train can't be read",
+        "1 image found in several splits",
+        "1 image found under several classes",
     ]
 
 
@@ -116,14 +116,14 @@ def test_the_result_does_not_depend_on_threads(dirty, threads):
     assert check_report.as_dict(one) == check_report.as_dict(other)
 
 
-def test_the_same_pixels_in_another_shape_are_another_picture(tmp_path):
-    pixels = picture(0, height=4, width=6)
+def test_the_same_pixels_in_another_shape_are_another_image(tmp_path):
+    pixels = image(0, height=4, width=6)
     for i, shape in enumerate([(4, 6, 3), (6, 4, 3), (8, 3, 3)]):
         save(tmp_path / "ab"[i % 2] / f"{i}.png", pixels.reshape(shape))
     assert check({"all": open_source(str(tmp_path), "train")}).identical == []
 
 
-def test_a_class_without_training_pictures_is_a_problem():
+def test_a_class_without_training_images_is_a_problem():
     split = "train[:20]"
     source = Source(
         name="few",
@@ -134,11 +134,11 @@ def test_a_class_without_training_pictures_is_a_problem():
         read_key=lambda key: np.full((2, 2, 1), key, np.uint8),
         describe_key="few[{}]".format,
     )
-    assert check({split: source}).problems == ["train[:20] has no picture of 'b'"]
+    assert check({split: source}).problems == ["train[:20] has no image of 'b'"]
     assert check({"test": source}).problems == []
 
 
-def test_pictures_of_several_labels_are_counted_for_each():
+def test_images_of_several_labels_are_counted_for_each():
     source = Source(
         name="several",
         labels=("a", "b"),
@@ -154,7 +154,7 @@ def test_pictures_of_several_labels_are_counted_for_each():
     assert [[p.label for p in group] for group in result.contradictions] == [["no class", "b"]]
 
 
-def test_progress_ends_with_all_pictures(dirty):
+def test_progress_ends_with_all_images(dirty):
     told = []
     checked(dirty, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (16, 16)
@@ -162,7 +162,7 @@ def test_progress_ends_with_all_pictures(dirty):
 
 
 def test_memory_is_bounded(tmp_path):
-    """1,000 pictures of 1 MB each take the room of a few."""
+    """1,000 images of 1 MB each take the room of a few."""
     code = (
         "import resource, numpy as np\n"
         "from vit_jax.data.check import check\n"
@@ -207,7 +207,7 @@ def run(capsys, *arguments):
 def test_the_status_tells_whether_something_is_wrong(clean, tmp_path, capsys):
     status, printed = run(capsys, clean, "--out", tmp_path / "out")
     assert status == 0
-    assert printed.err.splitlines()[-1] == "10 of 10 pictures read"
+    assert printed.err.splitlines()[-1] == "10 of 10 images read"
     (clean / "train" / "a" / "empty.jpg").touch()
     status, printed = run(capsys, clean, "--out", tmp_path / "out")
     assert status == 1
@@ -218,7 +218,7 @@ def test_the_status_tells_whether_something_is_wrong(clean, tmp_path, capsys):
     assert printed.err.startswith("vit-jax: unknown split 'tset'")
 
 
-def test_the_report_names_all_pictures_and_is_drawn(dirty, tmp_path, capsys):
+def test_the_report_names_all_images_and_is_drawn(dirty, tmp_path, capsys):
     status, printed = run(capsys, dirty, "--out", tmp_path / "new" / "out")
     assert status == 1
     text = (tmp_path / "new" / "out" / "check.txt").read_text()
@@ -267,22 +267,22 @@ def test_each_split_is_read_once_by_its_own_name(clean, tmp_path, capsys):
     assert list(json.loads(printed.out)["splits"]) == ["train", "val"]
 
 
-def test_data_without_a_readable_picture_is_reported(tmp_path, capsys):
+def test_data_without_a_readable_image_is_reported(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(5):
             (tmp_path / "data" / name / f"{i}.png").touch()
     status, printed = run(capsys, tmp_path / "data", "--out", tmp_path)
     assert status == 1
-    assert "8 pictures of train can't be read" in printed.out
-    assert "train has no picture of 'a', 'b'" in printed.out
+    assert "8 images of train can't be read" in printed.out
+    assert "train has no image of 'a', 'b'" in printed.out
     assert json.loads(run(capsys, tmp_path / "data", "--json", "--out", tmp_path)[1].out)
 
 
 @pytest.mark.filterwarnings("error")
 def test_many_classes_sizes_and_odd_names_are_drawn(tmp_path):
     for i in range(60):
-        save(tmp_path / "data" / f"$class_{i} 日本" / "x.png", picture(i, 1 + 20 * i, 1 + i % 7))
+        save(tmp_path / "data" / f"$class_{i} 日本" / "x.png", image(i, 1 + 20 * i, 1 + i % 7))
     source = open_source(str(tmp_path / "data"), "train")
     result = check({f"train[{i}:]": source for i in range(8)})
     for path in check_report.write_report(result, tmp_path / "out", "title $x$ _y"):
@@ -309,7 +309,7 @@ def test_a_terminal_gets_a_bar(clean, tmp_path):
     os.close(leader)
     assert "10/10" in shown
     assert "━" in shown
-    assert "pictures read" not in shown
+    assert "images read" not in shown
 
 
 def test_the_digits_are_clean(tmp_path, capsys):

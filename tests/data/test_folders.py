@@ -40,7 +40,7 @@ def listed(monkeypatch):
 
 
 def make(root, classes=("a", "b"), count=3, size=4):
-    """Real pictures, each one of its own."""
+    """Real images, each one of its own."""
     rng = np.random.default_rng(0)
     for name in classes:
         (root / name).mkdir(parents=True)
@@ -165,7 +165,7 @@ def test_names_that_are_no_unicode_are_read(tmp_path, cache):
 # Links and permissions.
 
 
-def test_links_to_classes_and_pictures_are_followed(tmp_path, cache):
+def test_links_to_classes_and_images_are_followed(tmp_path, cache):
     make(tmp_path / "elsewhere", classes=["x"])
     root = make(tmp_path / "data")
     (root / "c").symlink_to(tmp_path / "elsewhere" / "x")
@@ -186,7 +186,7 @@ def test_links_that_lead_in_a_circle_are_named(tmp_path, target):
     fails("data/(loop|other): a link that leads (in a circle|nowhere)", root)
 
 
-def test_only_files_and_links_to_them_are_pictures(tmp_path):
+def test_only_files_and_links_to_them_are_images(tmp_path):
     make(tmp_path / "data", count=5)
     before = keys(tmp_path / "data")
     os.mkfifo(tmp_path / "data" / "a" / "pipe.png")  # Opening it would wait for ever.
@@ -219,7 +219,7 @@ def test_a_folder_without_permission_is_named():
         fails(r"data/b: can't be opened \(Permission denied\), expected a readable folder", root)
 
 
-# Pictures that can't be read, while training.
+# Images that can't be read, while training.
 
 
 def damaged_folder(root):
@@ -270,7 +270,7 @@ def test_a_file_that_vanishes_while_training_is_named_or_skipped(tmp_path, caplo
 # Size.
 
 
-def tiny_pictures(root, count):
+def tiny_images(root, count):
     """That many real PNGs of 4x4 pixels in 100 classes, each with pixels of its own."""
     rng = np.random.default_rng(0)
     for label in range(100):
@@ -278,7 +278,7 @@ def tiny_pictures(root, count):
         folder.mkdir(parents=True)
         for i in range(count // 100):
             data = cv2.imencode(".png", rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))[1]
-            (folder / f"picture_{i:06}.png").write_bytes(data.tobytes())
+            (folder / f"image_{i:06}.png").write_bytes(data.tobytes())
 
 
 def seconds_to_first_batch(root):
@@ -292,11 +292,11 @@ def seconds_to_first_batch(root):
 @pytest.mark.parametrize(
     "count", [10_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
-def test_many_pictures_open_at_once_and_take_no_memory(tmp_path, monkeypatch, count):
+def test_many_images_open_at_once_and_take_no_memory(tmp_path, monkeypatch, count):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(folders, "_SETTLED_NS", -1)
     root = tmp_path / "data"
-    tiny_pictures(root, count)
+    tiny_images(root, count)
     seconds_to_first_batch(make(tmp_path / "warm", count=5))  # starts what is started once
     assert seconds_to_first_batch(root) < 5
     # The best of some: the machine may be busy with other things.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.pictures import listed, write_photos
+from tests.images import listed, write_photos
 from vit_jax.data import data_fingerprint, from_huggingface, open_source, read
 from vit_jax.errors import UserError
 
@@ -53,20 +53,20 @@ def test_what_was_saved_opens_by_its_path(photos, tmp_path):
     assert len(open_source(str(tmp_path / "one"), "test")) == 3
 
 
-def test_pictures_without_a_label_matter_where_they_are_opened(photos, tmp_path):
+def test_images_without_a_label_matter_where_they_are_opened(photos, tmp_path):
     train, test = dataset_of(photos, "train"), dataset_of(photos, "test")
     for hidden in (-1, None):
         unknown = test.remove_columns("label").add_column("label", [hidden] * len(test))
         unknown = unknown.cast(test.features)
-        with pytest.raises(UserError, match="6 pictures have no label"):
+        with pytest.raises(UserError, match="6 images have no label"):
             from_huggingface(unknown)
         path = str(tmp_path / f"parts {hidden}")
         datasets.DatasetDict({"train": train, "test": unknown}).save_to_disk(path)
         assert len(open_source(path, "train")) == 12
-        with pytest.raises(UserError, match="6 pictures have no label"):
+        with pytest.raises(UserError, match="6 images have no label"):
             open_source(path, "test")
 
 
 def test_other_columns_are_named(photos):
-    with pytest.raises(UserError, match="columns image, label, expected 'picture' of type Image"):
-        from_huggingface(dataset_of(photos, "train"), image="picture")
+    with pytest.raises(UserError, match="columns image, label, expected 'image' of type Image"):
+        from_huggingface(dataset_of(photos, "train"), image="image")

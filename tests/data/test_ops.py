@@ -10,7 +10,7 @@ from vit_jax.data.ops import random_box
 from vit_jax.data.preprocess import parse
 
 RNG = np.random.default_rng
-PICTURE = RNG(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+IMAGE = RNG(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 
 
 # Antialiasing.
@@ -36,22 +36,22 @@ def triangle_resized(image, size):
 )
 @pytest.mark.parametrize("channels", [1, 3])
 def test_antialias_is_the_mean_under_a_triangle(size, channels):
-    image = PICTURE[..., :channels]
+    image = IMAGE[..., :channels]
     result = parse(f"resize({size}, antialias=True)")(image)
     np.testing.assert_allclose(result, triangle_resized(image, size), atol=1e-3)
 
 
 def test_antialias_is_what_pil_does_of_floats():
-    result = parse("resize((17, 23), antialias=True)")(PICTURE[..., :1])[..., 0]
-    floats = Image.fromarray(PICTURE[..., 0].astype(np.float32))
+    result = parse("resize((17, 23), antialias=True)")(IMAGE[..., :1])[..., 0]
+    floats = Image.fromarray(IMAGE[..., 0].astype(np.float32))
     expected = floats.resize((23, 17), Image.Resampling.BILINEAR)
     np.testing.assert_allclose(result, expected, atol=1e-3)
 
 
-def test_antialias_changes_nothing_where_a_picture_grows():
+def test_antialias_changes_nothing_where_a_image_grows():
     for size in ("(60, 90)", "(61, 200)"):
         plain, smooth = parse(f"resize({size})"), parse(f"resize({size}, antialias=True)")
-        np.testing.assert_array_equal(smooth(PICTURE), plain(PICTURE))
+        np.testing.assert_array_equal(smooth(IMAGE), plain(IMAGE))
 
 
 def test_every_resizing_operation_has_it():
@@ -114,5 +114,5 @@ def test_crop_heights_are_uniform_as_in_the_original():
     np.testing.assert_allclose(quantiles, low + (250 - low) * np.array([0.25, 0.5, 0.75]), atol=12)
 
 
-def test_a_picture_too_narrow_for_any_crop_is_taken_whole():
+def test_a_image_too_narrow_for_any_crop_is_taken_whole():
     assert random_box((5, 1000), RNG(0), 0.05, 1.0) == (0, 0, 5, 1000)

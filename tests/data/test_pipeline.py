@@ -24,11 +24,11 @@ AUGMENTED = parse("random_shift(1)|value_range(-1, 1)")
 
 
 def numbered(count, unreadable=()):
-    """Pictures that show their own index, some of which can't be read."""
+    """Images that show their own index, some of which can't be read."""
 
     def read(key):
         if key in unreadable:
-            raise UserError(f"picture {key}: damaged")
+            raise UserError(f"image {key}: damaged")
         return np.full((2, 2, 1), key, np.uint8)
 
     return Source(
@@ -52,7 +52,7 @@ def first(count, batches):
 
 
 def shown(batches):
-    """The indices of the pictures in the batches."""
+    """The indices of the images in the batches."""
     return [b["image"][:, 0, 0, 0].astype(int).tolist() for b in batches]
 
 
@@ -92,7 +92,7 @@ def joined(hosts, count, **options):
 
 
 CASES = {
-    "pictures": st.integers(1, 60),
+    "images": st.integers(1, 60),
     "rows": st.integers(1, 9),
     "seed": st.integers(0, 2**32 - 1),
     "killed_at": st.integers(0, 8),
@@ -104,7 +104,7 @@ CASES = {
 
 @given(**CASES)
 @settings(deadline=None, max_examples=10)
-def test_every_epoch_holds_each_picture_once_whoever_reads_and_wherever_it_resumes(**case):
+def test_every_epoch_holds_each_image_once_whoever_reads_and_wherever_it_resumes(**case):
     check_order(**case)
 
 
@@ -118,21 +118,21 @@ def test_the_same_of_many_more_cases(**case):
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "hosts"), [(1, 2), (2, 1), (2, 4), (8, 1)])
 def test_the_same_of_worker_processes(workers, hosts):
-    case = {"pictures": 25, "rows": 3, "seed": 7, "killed_at": 4, "threads": 1, "prefetch": 2}
+    case = {"images": 25, "rows": 3, "seed": 7, "killed_at": 4, "threads": 1, "prefetch": 2}
     check_order(**case, hosts=hosts, workers=workers)
 
 
-def check_order(*, pictures, rows, seed, killed_at, hosts, threads, prefetch, workers=0):
-    # Labels that number the pictures, and so tell their order; augmentation in the images.
-    source = replace(DIGITS.take(range(pictures)), label_ids=np.arange(pictures, dtype=np.int32))
+def check_order(*, images, rows, seed, killed_at, hosts, threads, prefetch, workers=0):
+    # Labels that number the images, and so tell their order; augmentation in the images.
+    source = replace(DIGITS.take(range(images)), label_ids=np.arange(images, dtype=np.int32))
     options = {"source": source, "batch_size": 4 * rows, "seed": seed}
     whole = digits(9, threads=1, **options)
 
     order = np.concatenate([batch["label"] for batch in whole])
-    epochs = [order[i : i + pictures] for i in range(0, len(order), pictures)]
+    epochs = [order[i : i + images] for i in range(0, len(order), images)]
     for epoch in epochs:
         assert len(set(epoch.tolist())) == len(epoch)  # the last may be cut short
-    if pictures > 20 and len(epochs) > 1:
+    if images > 20 and len(epochs) > 1:
         assert not np.array_equal(epochs[0][: len(epochs[1])], epochs[1])
 
     others = {"threads": threads, "prefetch": prefetch, "workers": workers, **options}
@@ -143,7 +143,7 @@ def check_order(*, pictures, rows, seed, killed_at, hosts, threads, prefetch, wo
     assert_same(whole[killed_at:], fewer)
 
 
-def test_each_epoch_holds_each_picture_once_in_an_order_of_its_own():
+def test_each_epoch_holds_each_image_once_in_an_order_of_its_own():
     # 10 does not divide 25: epochs run on within a batch.
     batches = first(20, train_batches(numbered(25), IDENTITY, batch_size=10, seed=0))
     order = list(itertools.chain(*shown(batches)))
@@ -182,7 +182,7 @@ def test_what_is_drawn_for_a_row_is_told_by_seed_and_position_alone():
             np.testing.assert_array_equal(image, preprocess(DIGITS[index]["image"], rng))
 
 
-def test_every_epoch_of_many_pictures_holds_each_once():
+def test_every_epoch_of_many_images_holds_each_once():
     count = 70_000  # Too many for a table of their order.
     pixels = np.zeros((1, 1, 1), np.uint8)
     source = replace(
@@ -217,7 +217,7 @@ def test_starting_late_in_large_data_takes_no_time():
     assert time.monotonic() - begin < 1
 
 
-def test_only_a_bounded_number_of_pictures_is_read_ahead():
+def test_only_a_bounded_number_of_images_is_read_ahead():
     read = []
     source = replace(
         numbered(10_000), read_key=lambda k: read.append(k) or np.zeros((2, 2, 1), "u1")
@@ -233,7 +233,7 @@ def test_only_a_bounded_number_of_pictures_is_read_ahead():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 25, 40])
-def test_evaluation_sees_each_picture_once_in_order_and_pads(batch_size):
+def test_evaluation_sees_each_image_once_in_order_and_pads(batch_size):
     batches = list(eval_batches(numbered(25), IDENTITY, batch_size=batch_size, threads=2))
     assert len(batches) == -(-25 // batch_size)
     for batch in batches:
@@ -248,7 +248,7 @@ def test_evaluation_sees_each_picture_once_in_order_and_pads(batch_size):
     np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(25))
 
 
-def test_hosts_evaluate_equally_many_batches_and_each_picture_once():
+def test_hosts_evaluate_equally_many_batches_and_each_image_once():
     parts = [
         list(eval_batches(numbered(9), IDENTITY, batch_size=8, shard=(host, 4)))
         for host in range(4)
@@ -263,7 +263,7 @@ def test_evaluation_refuses_random_preprocessing():
         eval_batches(numbered(3), parse("flip"), batch_size=2)
 
 
-def test_real_pictures_are_evaluated_as_read_one_by_one(shared):
+def test_real_images_are_evaluated_as_read_one_by_one(shared):
     source = open_source(str(shared / "images" / "flowers"), "test[:10]")
     preprocess = parse("resize(64)|value_range(-1, 1)")
     batches = list(eval_batches(source, preprocess, batch_size=4))

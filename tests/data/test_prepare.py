@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests.pictures import listed, write_photos
+from tests.images import listed, write_photos
 from vit_jax.data import open_source, prepare_tfds
 from vit_jax.errors import UserError
 
@@ -83,10 +83,10 @@ def test_a_prepared_data_set_can_be_prepared_again(photos, tmp_path):
     assert_same(open_source(str(tmp_path / "two"), "train"), open_source(str(photos), "train"))
 
 
-def test_a_damaged_picture_stops_it_or_is_left_out(tmp_path, caplog):
+def test_a_damaged_image_stops_it_or_is_left_out(tmp_path, caplog):
     root = write_photos(tmp_path / "photos", train=3, test=1)
-    (root / "train" / "cat" / "001.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"cat/001\.jpg: not a picture"):
+    (root / "train" / "cat" / "001.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cat/001\.jpg: not an image"):
         prepare_tfds(str(root), str(tmp_path / "p"))
     assert os.listdir(tmp_path) == ["photos"]
     assert prepare_tfds(str(root), str(tmp_path / "p"), corrupt="skip") == {"train": 8, "test": 3}
@@ -94,7 +94,7 @@ def test_a_damaged_picture_stops_it_or_is_left_out(tmp_path, caplog):
 
 
 def test_empty_splits_are_left_out(photos, tmp_path):
-    # Two pictures a class: none is held out.
+    # Two images a class: none is held out.
     for cls in ("a", "b"):
         write = tmp_path / "few" / cls
         write.mkdir(parents=True)
@@ -103,12 +103,12 @@ def test_empty_splits_are_left_out(photos, tmp_path):
     assert prepare_tfds(str(tmp_path / "few"), str(tmp_path / "p")) == {"train": 4}
     root = write_photos(tmp_path / "photos", train=3, test=1)
     for file in listed(root, "test"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"no image")
     options = {"corrupt": "skip"}
     assert prepare_tfds(str(root), str(tmp_path / "q"), **options) == {"train": 9}
     for file in listed(root, "train"):
-        file.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="no picture that can be read") as error:
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match="no image that can be read") as error:
         prepare_tfds(str(root), str(tmp_path / "r"), **options)
     assert "\n" not in str(error.value)
 

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_jax.data import pictures
+from vit_jax.data import images
 from vit_jax.data.ops import OPS
 from vit_jax.data.preprocess import parse
 from vit_jax.errors import UserError
 
 RNG = np.random.default_rng
-PICTURE = RNG(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+IMAGE = RNG(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 GREY = RNG(1).integers(0, 256, (8, 8, 1), dtype=np.uint8)
 
 
@@ -29,7 +29,7 @@ GREY = RNG(1).integers(0, 256, (8, 8, 1), dtype=np.uint8)
 def test_results_are_float32_of_the_announced_size(spec, size):
     preprocess = parse(spec)
     assert preprocess.output_size == size
-    for image in (PICTURE, PICTURE[..., :1]):
+    for image in (IMAGE, IMAGE[..., :1]):
         result = preprocess(image, RNG(0))
         assert result.dtype == np.float32
         assert size is None or result.shape[:2] == size
@@ -40,19 +40,19 @@ def test_whether_it_is_random_is_known():
     assert parse("resize(8)|flip").random
     assert not parse("resize(8)|value_range(-1, 1)").random
     with pytest.raises(TypeError, match="Generator"):
-        parse("flip")(PICTURE)
+        parse("flip")(IMAGE)
 
 
-def test_the_same_generator_gives_the_same_picture():
+def test_the_same_generator_gives_the_same_image():
     preprocess = parse("inception_crop(16)|flip|random_shift(2)|value_range(-1, 1)")
-    np.testing.assert_array_equal(preprocess(PICTURE, RNG(7)), preprocess(PICTURE, RNG(7)))
-    assert not np.array_equal(preprocess(PICTURE, RNG(7)), preprocess(PICTURE, RNG(8)))
+    np.testing.assert_array_equal(preprocess(IMAGE, RNG(7)), preprocess(IMAGE, RNG(7)))
+    assert not np.array_equal(preprocess(IMAGE, RNG(7)), preprocess(IMAGE, RNG(8)))
 
 
 def test_the_input_stays_as_it_was():
-    before = PICTURE.copy()
-    parse("flip|random_shift(2)|value_range(-1, 1)|gray")(PICTURE, RNG(0))
-    np.testing.assert_array_equal(PICTURE, before)
+    before = IMAGE.copy()
+    parse("flip|random_shift(2)|value_range(-1, 1)|gray")(IMAGE, RNG(0))
+    np.testing.assert_array_equal(IMAGE, before)
 
 
 def test_minus_one_to_one_is_exactly_the_original_formula():
@@ -71,15 +71,15 @@ def test_value_range_is_linear_between_its_ends(lo, width):
     np.testing.assert_allclose(result, levels / 255 * width + lo, rtol=0, atol=2e-6)
 
 
-def test_resize_squashes_the_whole_picture_without_rounding():
-    result = parse("resize(20)")(PICTURE)
-    np.testing.assert_array_equal(result, pictures.resize(PICTURE, (20, 20)))
+def test_resize_squashes_the_whole_image_without_rounding():
+    result = parse("resize(20)")(IMAGE)
+    np.testing.assert_array_equal(result, images.resize(IMAGE, (20, 20)))
     assert (result % 1).any()
 
 
 def test_resize_small_keeps_the_aspect():
-    assert parse("resize_small(20)")(PICTURE).shape == (20, 30, 3)
-    assert parse("resize_small(20)")(PICTURE.swapaxes(0, 1)).shape == (30, 20, 3)
+    assert parse("resize_small(20)")(IMAGE).shape == (20, 30, 3)
+    assert parse("resize_small(20)")(IMAGE.swapaxes(0, 1)).shape == (30, 20, 3)
 
 
 def test_resize_small_refuses_what_would_become_huge():
@@ -88,20 +88,20 @@ def test_resize_small_refuses_what_would_become_huge():
         parse("resize_small(224)")(thin)
 
 
-def test_central_crop_takes_the_middle_and_refuses_small_pictures():
-    result = parse("central_crop((20, 30))")(PICTURE)
-    np.testing.assert_array_equal(result, PICTURE[20:40, 30:60])
+def test_central_crop_takes_the_middle_and_refuses_small_images():
+    result = parse("central_crop((20, 30))")(IMAGE)
+    np.testing.assert_array_equal(result, IMAGE[20:40, 30:60])
     with pytest.raises(UserError, match="60 x 90, expected 70 x 70"):
-        parse("central_crop(70)")(PICTURE)
+        parse("central_crop(70)")(IMAGE)
 
 
 def test_flip_mirrors_every_second_time():
     preprocess = parse("flip")
     flipped = 0
     for seed in range(400):
-        result = preprocess(PICTURE, RNG(seed))
-        mirrored = np.array_equal(result, PICTURE[:, ::-1])
-        assert mirrored or np.array_equal(result, PICTURE)
+        result = preprocess(IMAGE, RNG(seed))
+        mirrored = np.array_equal(result, IMAGE[:, ::-1])
+        assert mirrored or np.array_equal(result, IMAGE)
         flipped += mirrored
     assert 150 < flipped < 250
 
@@ -123,23 +123,23 @@ def test_random_shift_moves_each_way_and_fills_with_black():
 
 
 def test_gray_is_luma_and_rgb_repeats_it():
-    result = parse("gray")(PICTURE)
-    np.testing.assert_allclose(result[..., 0], PICTURE @ [0.299, 0.587, 0.114], atol=1e-4)
+    result = parse("gray")(IMAGE)
+    np.testing.assert_allclose(result[..., 0], IMAGE @ [0.299, 0.587, 0.114], atol=1e-4)
     np.testing.assert_array_equal(parse("rgb")(GREY), np.repeat(GREY, 3, axis=2))
     np.testing.assert_array_equal(parse("gray")(GREY), GREY)
-    np.testing.assert_array_equal(parse("rgb")(PICTURE), PICTURE)
+    np.testing.assert_array_equal(parse("rgb")(IMAGE), IMAGE)
 
 
 def test_random_crop_takes_every_place_equally_often():
     preprocess = parse("random_crop((59, 88))")
     places = []
     for seed in range(600):
-        result = preprocess(PICTURE, RNG(seed))
+        result = preprocess(IMAGE, RNG(seed))
         found = [
             (y, x)
             for y in range(2)
             for x in range(3)
-            if np.array_equal(result, PICTURE[y : y + 59, x : x + 88])
+            if np.array_equal(result, IMAGE[y : y + 59, x : x + 88])
         ]
         assert len(found) == 1
         places += found
@@ -147,22 +147,22 @@ def test_random_crop_takes_every_place_equally_often():
     assert len(counts) == 6
     assert min(counts) > 60
     with pytest.raises(UserError, match=r"random_crop: .* 60 x 90, expected 61 x 8 or larger"):
-        parse("random_crop((61, 8))")(PICTURE, RNG(0))
+        parse("random_crop((61, 8))")(IMAGE, RNG(0))
 
 
 @pytest.mark.parametrize(
     ("spec", "levels"),
     [
-        ("resize((60, 90))|value_range(-1, 1)", PICTURE),
-        ("value_range(0, 1)", PICTURE),
+        ("resize((60, 90))|value_range(-1, 1)", IMAGE),
+        ("value_range(0, 1)", IMAGE),
         ("gray|rgb", None),
-        ("flip", PICTURE[:, ::-1]),
+        ("flip", IMAGE[:, ::-1]),
     ],
 )
-def test_the_range_of_values_can_be_undone_to_look_at_a_picture(spec, levels):
+def test_the_range_of_values_can_be_undone_to_look_at_a_image(spec, levels):
     preprocess = parse(spec)
     seed = next(s for s in range(9) if spec != "flip" or RNG(s).random() > 0.5)
-    undone = preprocess.undo_range(preprocess(PICTURE, RNG(seed)))
+    undone = preprocess.undo_range(preprocess(IMAGE, RNG(seed)))
     assert undone.dtype == np.uint8
     if levels is not None:
         np.testing.assert_array_equal(undone, levels)
@@ -227,7 +227,7 @@ def test_spellings_of_the_same_are_equal(written, canonical):
         ("resize(__import__('os'))", "can't read"),
         ("resize(exit())", "not a list of numbers"),
         ("flip|" * 300, "1500 characters"),
-        ("flip|decode", "decode in 'flip|decode' at position 6: pictures arrive decoded"),
+        ("flip|decode", "decode in 'flip|decode' at position 6: images arrive decoded"),
         ("randaug(2)", r"missing .* 'magnitude'; expected randaug\(layers, magnitude\)"),
         ("randaug(0, 10)", "expected 1 to 16 layers and a magnitude of 0 to 30"),
         ("randaug(2, 31)", "expected 1 to 16 layers and a magnitude of 0 to 30"),
@@ -286,15 +286,15 @@ def test_hostile_arguments_are_user_errors(arguments):
 
 def test_whole_levels_leave_the_range_to_the_device():
     whole = parse("resize(5)|gray|value_range(0, 1)")
-    picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
 
     levels, value_range = whole.to_levels()
 
     assert value_range == (0, 1)
     assert levels.spec == "resize(5)|gray"
-    found = levels(picture)
+    found = levels(image)
     assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, np.rint(whole(picture) * 255))
+    np.testing.assert_array_equal(found, np.rint(whole(image) * 255))
 
 
 @pytest.mark.parametrize("size", [(300, 200), (40, 50), (224, 224)])
@@ -313,10 +313,10 @@ def test_whole_levels_leave_the_range_to_the_device():
 def test_whole_levels_are_those_of_the_rounded_floats(ops, size):
     floats = parse(ops)
     levels, _ = parse(f"{ops}|value_range(-1, 1)").to_levels()
-    picture = RNG(0).integers(0, 256, (*size, 3), np.uint8)
+    image = RNG(0).integers(0, 256, (*size, 3), np.uint8)
     for seed in range(5):
-        expected = pictures.whole_levels(floats(picture, RNG(seed)))
-        np.testing.assert_array_equal(levels(picture, RNG(seed)), expected)
+        expected = images.whole_levels(floats(image, RNG(seed)))
+        np.testing.assert_array_equal(levels(image, RNG(seed)), expected)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +326,6 @@ def test_only_a_range_at_the_end_can_be_left(spec):
     assert parse(spec).to_levels() is None
 
 
-def test_without_any_operation_whole_pictures_are_taken():
+def test_without_any_operation_whole_images_are_taken():
     levels, _ = parse("value_range(-1, 1)").to_levels()
     assert levels.part((3, 5), np.random.default_rng(0)) == (0, 0, 3, 5)

@@ -1,4 +1,4 @@
-"""Pictures that can't be read are named, left out, or stop the run, as was asked."""
+"""Images that can't be read are named, left out, or stop the run, as was asked."""
 
 import logging
 from dataclasses import replace
@@ -12,31 +12,31 @@ from vit_jax.data import eval_batches, open_source, parse, train_batches
 from vit_jax.errors import UserError
 
 
-def test_an_unreadable_picture_is_a_one_line_user_error(tmp_path):
+def test_an_unreadable_image_is_a_one_line_user_error(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "train" / name).mkdir(parents=True)
         cv2.imwrite(str(tmp_path / "train" / name / "good.png"), np.zeros((4, 4, 3), np.uint8))
-    (tmp_path / "train" / "b" / "bad.jpg").write_text("no picture")
+    (tmp_path / "train" / "b" / "bad.jpg").write_text("no image")
     source = open_source(str(tmp_path), "train")
     for batches in (
         eval_batches(source, IDENTITY, batch_size=2),
         train_batches(source, IDENTITY, batch_size=2, seed=0),
     ):
-        with pytest.raises(UserError, match=r"bad\.jpg: not a picture") as error:
+        with pytest.raises(UserError, match=r"bad\.jpg: not an image") as error:
             first(5, batches)
         assert type(error.value) is UserError
         assert "\n" not in str(error.value)
 
 
-def test_skipping_logs_each_unreadable_picture_once(caplog):
+def test_skipping_logs_each_unreadable_image_once(caplog):
     source = numbered(10, unreadable={3, 4})
     with caplog.at_level(logging.WARNING):
         first(10, train_batches(source, IDENTITY, batch_size=5, seed=0, corrupt="skip"))
     messages = sorted(record.message for record in caplog.records)
-    assert messages == ["Skipping picture 3: damaged", "Skipping picture 4: damaged"]
+    assert messages == ["Skipping image 3: damaged", "Skipping image 4: damaged"]
 
 
-def test_in_training_the_next_readable_picture_takes_its_place():
+def test_in_training_the_next_readable_image_takes_its_place():
     whole = first(8, train_batches(numbered(10), IDENTITY, batch_size=5, seed=0))
     options = {"batch_size": 5, "seed": 0, "corrupt": "skip"}
     damaged = numbered(10, unreadable={3, 4, 9})
@@ -78,22 +78,22 @@ def test_in_evaluation_it_is_not_counted(batch_size):
     assert all(b["image"].shape == (batch_size, 2, 2, 3) for b in batches)
 
 
-def test_data_without_any_readable_picture_is_an_error():
+def test_data_without_any_readable_image_is_an_error():
     source = numbered(5, unreadable=set(range(5)))
     for batches in (
         train_batches(source, IDENTITY, batch_size=2, seed=0, corrupt="skip"),
         eval_batches(source, IDENTITY, batch_size=2, corrupt="skip"),
     ):
-        with pytest.raises(UserError, match="none of its 5 pictures can be read"):
+        with pytest.raises(UserError, match="none of its 5 images can be read"):
             next(batches)
 
 
-def test_pictures_of_several_sizes_are_named():
+def test_images_of_several_sizes_are_named():
     source = replace(numbered(4), read_key=lambda key: np.zeros((2 + key, 2, 1), np.uint8))
     with pytest.raises(UserError, match=r"several sizes, \(2, 2, 1\) for numbered\[0\]"):
         next(eval_batches(source, PLAIN, batch_size=4))
 
 
-def test_pictures_that_cannot_be_preprocessed_are_named():
-    with pytest.raises(UserError, match=r"numbered\[0\]: central_crop: the picture is 2 x 2"):
+def test_images_that_cannot_be_preprocessed_are_named():
+    with pytest.raises(UserError, match=r"numbered\[0\]: central_crop: the image is 2 x 2"):
         next(eval_batches(numbered(4), parse("central_crop(8)"), batch_size=4))

@@ -1,4 +1,4 @@
-"""The page of pictures shows what the preprocessing makes of them."""
+"""The page of images shows what the preprocessing makes of them."""
 
 import numpy as np
 import pytest
@@ -31,13 +31,13 @@ def test_the_range_of_values_is_undone(red_folder, tmp_path):
     for spec in ("resize(32)|value_range(-1, 1)", "resize(32)", "value_range(0, 1)"):
         draw_page(tmp_path / "page.png", source, parse(spec), count=6)
         pixels = page(tmp_path / "page.png").reshape(-1, 3)
-        # Twelve times a picture, half of them red, half of them blue, as in the files.
+        # Twelve times an image, half of them red, half of them blue, as in the files.
         red, blue = ((pixels == color).all(axis=1).mean() for color in ((255, 0, 0), (0, 0, 255)))
         assert red > 0.2
         assert blue > 0.2
 
 
-def test_mixed_pictures_are_shown(red_folder, tmp_path):
+def test_mixed_images_are_shown(red_folder, tmp_path):
     calls = []
 
     def half(images, draw):

@@ -1,4 +1,4 @@
-"""Data sets by name, folders of pictures, and splits."""
+"""Data sets by name, folders of images, and splits."""
 
 import os
 import pydoc
@@ -32,7 +32,7 @@ def fails(message, dataset, split="train"):
 # Digits.
 
 
-def test_digits_are_1437_and_360_pictures_of_ten_classes():
+def test_digits_are_1437_and_360_images_of_ten_classes():
     train, test = open_source("digits", "train"), open_source("digits", "test")
     assert (len(train), len(test)) == (1437, 360)
     assert train.labels == tuple("0123456789")
@@ -44,7 +44,7 @@ def test_digits_are_1437_and_360_pictures_of_ten_classes():
     assert re.fullmatch(r"digits\[\d+\]", train.describe(0))
 
 
-def test_digits_are_split_alike_by_class_and_share_no_picture():
+def test_digits_are_split_alike_by_class_and_share_no_image():
     train, test = open_source("digits", "train"), open_source("digits", "test")
     assert not set(train.keys) & set(test.keys)
     both = Counter(train.label_ids.tolist()) + Counter(test.label_ids.tolist())
@@ -87,16 +87,16 @@ def test_a_test_folder_wins_over_a_validation_folder(tmp_path):
 def test_a_folder_with_only_a_test_part_can_be_evaluated(tmp_path):
     folder = make_folder(tmp_path, {"val/a": 1, "val/b": 1})
     assert len(open_source(folder, "test")) == 2
-    fails("has no 'train' pictures, only 'val', 'test': add the folder .*train, or choose", folder)
+    fails("has no 'train' images, only 'val', 'test': add the folder .*train, or choose", folder)
 
 
 def test_a_folder_with_only_a_training_part_says_what_to_do(tmp_path):
     folder = make_folder(tmp_path, {"train/a": 5, "train/b": 5})
-    fails(r"has no 'test' pictures, only 'train': .* 'train\[80%:\]' to test on", folder, "test")
+    fails(r"has no 'test' images, only 'train': .* 'train\[80%:\]' to test on", folder, "test")
     assert len(open_source(folder, "train[80%:]")) == 2
 
 
-def test_all_pictures_are_there_even_if_none_can_be_held_out(tmp_path):
+def test_all_images_are_there_even_if_none_can_be_held_out(tmp_path):
     folder = make_folder(tmp_path, {"a": 1, "b": 1})
     assert len(open_source(folder, "train+test")) == 2
 
@@ -175,16 +175,16 @@ def test_mistakes_in_folders_are_named(tmp_path, monkeypatch):
     (tmp_path / "bare" / "x.jpg").touch()
     fails("no such folder", str(tmp_path / "nowhere"))
     fails("can't be opened", str(tmp_path / "file"))
-    fails("no class folders .found 1 pictures", str(tmp_path / "bare"))
+    fails("no class folders .found 1 images", str(tmp_path / "bare"))
     fails("only one class .'cat'", folder("one", {"cat": 3}))
-    fails("hollow: no pictures in this class", folder("empty", {"full": 3, "hollow": 0}))
+    fails("hollow: no images in this class", folder("empty", {"full": 3, "hollow": 0}))
     fails(
         "class 'dog' is not among the training classes",
         folder("extra", {"train/a": 1, "train/b": 1, "test/dog": 1}),
         "test",
     )
     fails(
-        "'test' has 0 pictures; choose a larger part, or add pictures",
+        "'test' has 0 images; choose a larger part, or add images",
         folder("few", {"a": 1, "b": 1}),
         "test",
     )
@@ -236,7 +236,7 @@ def test_parts_are_slices_in_order(split, indices):
     np.testing.assert_array_equal(part[-1]["image"], whole[indices[-1]]["image"])
 
 
-def test_sums_of_splits_hold_all_pictures():
+def test_sums_of_splits_hold_all_images():
     source = open_source("digits", "train+test")
     assert sorted(source.keys) == list(range(1797))
 
@@ -251,7 +251,7 @@ def test_bad_splits_get_the_known_ones(split):
 
 def test_an_empty_part_is_an_error():
     fails(r"split 'train\[:0%\]' is empty", "digits", "train[:0%]")
-    fails(r"'train' has 1437 pictures", "digits", "train[5000:]")
+    fails(r"'train' has 1437 images", "digits", "train[5000:]")
 
 
 @given(st.text(max_size=30))

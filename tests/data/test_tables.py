@@ -1,4 +1,4 @@
-"""CSV and JSONL tables of pictures."""
+"""CSV and JSONL tables of images."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.pictures import listed, write_photos
+from tests.images import listed, write_photos
 from vit_jax.data import data_fingerprint, eval_batches, open_source, parse, read, train_batches
 from vit_jax.errors import UserError
 
@@ -32,7 +32,7 @@ def fails(message, dataset, split="train"):
     assert "\n" not in str(error.value)
 
 
-def test_a_table_holds_the_pictures_of_a_folder_in_the_order_of_its_lines(photos):
+def test_a_table_holds_the_images_of_a_folder_in_the_order_of_its_lines(photos):
     lines = lines_of(photos, "train")
     source = open_source(write(photos / "all.csv", "path,label", *lines), "train+test")
     assert source.labels == ("bee", "cat", "dog")
@@ -67,7 +67,7 @@ def test_without_splits_the_same_fifth_is_held_out_as_of_a_folder(photos):
         assert data_fingerprint(csv) == data_fingerprint(folder)
 
 
-def test_a_split_column_says_where_a_picture_belongs(photos):
+def test_a_split_column_says_where_a_image_belongs(photos):
     lines = [f"{x},{s}" for s in ("train", "test") for x in lines_of(photos, s)]
     table = write(photos / "split.csv", "path,label,split", *lines)
     for split in ("train", "test"):
@@ -77,7 +77,7 @@ def test_a_split_column_says_where_a_picture_belongs(photos):
     lines = [f"{x},validation" for x in lines_of(photos, "test")]
     table = write(photos / "validation.csv", "path,label,split", *lines)
     assert len(open_source(table, "test")) == 9
-    fails("no 'train' pictures, only 'validation', 'test': add them, or", table, "train")
+    fails("no 'train' images, only 'validation', 'test': add them, or", table, "train")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -157,7 +157,7 @@ def test_mistakes_are_named_with_their_line(photos, tmp_path):
     fails("t.csv line 3: no label", table("path,label", f"{a},x", f"{b}"))
     fails("t.csv line 2: no path", table("path,label", ",x"))
     fails("first line names the columns 'a, b', not path and label", table("a,b", "1,2"))
-    fails("no pictures", table("path,label"))
+    fails("no images", table("path,label"))
     fails("1 class .'x',.*expected two", table("path,label", f"{a},x", f"{b},x"))
     fails(
         "t.csv line 4: class 'dgo' is not among the training classes.*mean 'dog'",
@@ -184,7 +184,7 @@ def test_any_text_is_a_table_or_a_user_error(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("any")
     for name in ("a.csv", "a.jsonl"):
         (folder / name).write_text(text, encoding="utf-8", errors="surrogatepass")
-        with pytest.raises(UserError):  # it names no picture that is there
+        with pytest.raises(UserError):  # it names no image that is there
             open_source(str(folder / name), "train")
 
 

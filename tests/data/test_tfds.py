@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests.pictures import listed, write_photos
+from tests.images import listed, write_photos
 from vit_jax.data import data_fingerprint, eval_batches, open_source, parse, read
 from vit_jax.errors import UserError
 
@@ -23,7 +23,7 @@ LABELS = ["bee", "cat", "dog"]
 
 
 class Photos(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder as a user would write it: pictures by their paths, and more than we need."""
+    """A builder as a user would write it: images by their paths, and more than we need."""
 
     name = "photos"
     VERSION = tfds.core.Version("2.1.0")
@@ -237,7 +237,7 @@ def test_truncated_and_missing_files_are_named(copy):
     fails("photos-train.array_record-00000-of-00001 is missing", str(copy))
 
 
-def test_damage_in_the_middle_is_reported_for_its_pictures(copy):
+def test_damage_in_the_middle_is_reported_for_its_images(copy):
     (file,) = copy.glob("*-train.array_record-*")
     content = bytearray(file.read_bytes())
     content[5000:5100] = bytes(100)

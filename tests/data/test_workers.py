@@ -69,7 +69,7 @@ class started:
 
 
 def elsewhere(do):
-    """A source whose pictures worker processes read as `do` says, and this process as zeros."""
+    """A source whose images worker processes read as `do` says, and this process as zeros."""
     here = os.getpid()
 
     def read(key):
@@ -171,7 +171,7 @@ def test_large_arrays_are_not_copied_unasked(monkeypatch):
     source = from_arrays(np.zeros((64, 8, 8, 3), np.uint8), np.arange(64) % 2)
     assert choose_readers(source, cores=4).workers == 4
     monkeypatch.setattr(workers, "_MOST_COPIED", 64 * 8 * 8 * 3)
-    told = "4 threads (0.0 GB of pictures in memory aren't copied for processes unasked)"
+    told = "4 threads (0.0 GB of images in memory aren't copied for processes unasked)"
     assert str(choose_readers(source, cores=4)) == told
     assert choose_readers(source, workers=3, cores=4).workers == 3
 
@@ -209,7 +209,7 @@ def test_negative_numbers_are_refused(options):
         choose_readers(DIGITS, **options)
 
 
-def test_few_pictures_are_evaluated_by_threads_and_many_by_processes(monkeypatch):
+def test_few_images_are_evaluated_by_threads_and_many_by_processes(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     for count, expected in ((4090, 0), (4096, 3)):
         with started() as own:
@@ -254,14 +254,14 @@ def test_several_fill_one_batch_together():
         assert len(np.unique(next(batches)["image"])) == 2
 
 
-def test_an_unreadable_picture_is_told_once_by_whichever_reads_it(caplog):
+def test_an_unreadable_image_is_told_once_by_whichever_reads_it(caplog):
     source = numbered(10, unreadable={3, 4})
     with caplog.at_level(logging.WARNING):
         batches = train_batches(source, IDENTITY, workers=3, corrupt="skip", **OPTIONS)
         expected = train_batches(source, IDENTITY, threads=1, corrupt="skip", **OPTIONS)
         assert_same(first(8, batches), first(8, expected))
     messages = sorted({record.message for record in caplog.records})
-    assert messages == ["Skipping picture 3: damaged", "Skipping picture 4: damaged"]
+    assert messages == ["Skipping image 3: damaged", "Skipping image 4: damaged"]
     assert len(caplog.records) == 4  # Of two iterators.
 
 
@@ -301,7 +301,7 @@ def test_they_start_in_seconds():
 def test_a_user_error_crosses_unchanged_and_at_the_batch_that_it_is_of():
     def fail(key):
         if key in (order[20], order[21]):
-            raise UserError(f"picture {key}: \\x1b 'odd' ä\n")
+            raise UserError(f"image {key}: \\x1b 'odd' ä\n")
 
     source = elsewhere(fail)
     order = np.concatenate([b["label"] for b in first(8, train_batches(labelled(64), **OPTIONS2))])
@@ -310,7 +310,7 @@ def test_a_user_error_crosses_unchanged_and_at_the_batch_that_it_is_of():
     time.sleep(0.5)
     with pytest.raises(UserError) as error:
         next(batches)
-    assert str(error.value) == f"picture {order[20]}: \\x1b 'odd' ä\\n"
+    assert str(error.value) == f"image {order[20]}: \\x1b 'odd' ä\\n"
 
 
 def labelled(count):
@@ -338,14 +338,14 @@ def test_a_killed_one_is_one_line_and_the_others_go():
         pids = own()
         assert len(pids) == 3
         os.kill(min(pids), signal.SIGKILL)
-        with pytest.raises(UserError, match="that reads pictures was killed by SIGKILL, as"):
+        with pytest.raises(UserError, match="that reads images was killed by SIGKILL, as"):
             deque(batches, maxlen=0)  # Without end, but for this error.
         assert not alive(pids)
 
 
 def test_one_that_cannot_start_says_why(monkeypatch, capfd):
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
-    with pytest.raises(UserError, match="a process that reads pictures ended with status 1"):
+    with pytest.raises(UserError, match="a process that reads images ended with status 1"):
         next(train_batches(DIGITS, IDENTITY, workers=1, **OPTIONS))
     assert "No module named" in capfd.readouterr().err
 

@@ -15,7 +15,7 @@ from vit_jax.training import make_mesh
 
 
 class Known:
-    """A network whose pictures are its logits."""
+    """A network whose images are its logits."""
 
     def apply(self, variables, images):
         return images.reshape(len(images), -1)
@@ -138,9 +138,9 @@ def test_sums_are_exact_for_more_examples_than_float32_can_count():
 
 
 def test_no_example_at_all_is_an_error_of_one_line():
-    with pytest.raises(UserError, match="no picture to evaluate"):
+    with pytest.raises(UserError, match="no image to evaluate"):
         evaluate(STEP, {}, [], 3)
-    with pytest.raises(UserError, match="no picture to evaluate"):
+    with pytest.raises(UserError, match="no image to evaluate"):
         scores_of(np.zeros((2, 3)), [0, 1], unreadable=[0, 1])
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from tests.reports import curves, example, pictures_of, report_of, scores_of
+from tests.reports import curves, example, images_of, report_of, scores_of
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.evaluation import plots
@@ -56,7 +56,7 @@ def texts_of(figure):
 
 
 def is_whole(figure):
-    """Whether all that is drawn lies inside the picture."""
+    """Whether all that is drawn lies inside the image."""
     drawn, frame = figure.get_tightbbox(), figure.bbox_inches.padded(1e-6)
     return (
         frame.x0 <= drawn.x0 <= drawn.x1 <= frame.x1
@@ -79,8 +79,8 @@ def test_any_number_of_classes_is_drawn_with_no_text_cut_off(drawn, k):
         {"metrics": [{"step": 0, "test/top1": 1.0}], "scores": scores_of(np.zeros((3, 3), int))},
         {"metrics": curves(evaluations=1), "title": "a long title " * 30},
         {"metrics": [{"step": 1, "train/loss": float("nan")}]},
-        {"examples": pictures_of(3, n=7), "labels": ["$x_1$", "50% \\frac", "two\nlines"]},
-        {"examples": pictures_of(3, n=2, shape=(300, 30, 3)), "labels": ["猫", "犬", "鳥"]},
+        {"examples": images_of(3, n=7), "labels": ["$x_1$", "50% \\frac", "two\nlines"]},
+        {"examples": images_of(3, n=2, shape=(300, 30, 3)), "labels": ["猫", "犬", "鳥"]},
         {"labels": ["golden retriever of the northern highlands"] * 3},
     ],
     ids="-".join,
@@ -151,16 +151,16 @@ def test_captions_of_long_names_do_not_touch(drawn):
     assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
 
 
-def test_tiny_pictures_are_magnified_without_smoothing_and_gray_ones_are_gray(drawn):
-    figure = drawn(examples=pictures_of(3, n=1, shape=(8, 8, 1)))
+def test_tiny_images_are_magnified_without_smoothing_and_gray_ones_are_gray(drawn):
+    figure = drawn(examples=images_of(3, n=1, shape=(8, 8, 1)))
     (ax,) = axes_titled(figure, "class 0 (50%)")
     assert ax.images[0].get_interpolation() == "nearest"
     assert ax.images[0].get_cmap().name == "gray"
     assert ax.images[0].get_clim() == (0, 255)
 
 
-def test_no_more_than_twelve_pictures_are_drawn_half_of_them_mistakes(drawn):
-    figure = drawn(examples=pictures_of(3, n=40))
+def test_no_more_than_twelve_images_are_drawn_half_of_them_mistakes(drawn):
+    figure = drawn(examples=images_of(3, n=40))
     captions = [t for t in texts_of(figure) if "(50%)" in t]
     assert [", not" in t for t in captions] == [True] * 6 + [False] * 6
 
@@ -182,8 +182,8 @@ def test_the_calibration_is_drawn_with_its_error(drawn):
     np.testing.assert_allclose(heights, [0] * 13 + [0.75, 0])
 
 
-class Pictures:
-    """Pictures that are numbers: of a class each, or of several."""
+class Images:
+    """Images that are numbers: of a class each, or of several."""
 
     labels = ("a", "b", "c")
 
@@ -201,7 +201,7 @@ def test_the_most_confident_mistakes_come_first():
     scores = scores_of(np.array([[50, 30, 0], [0, 0, 0], [0, 0, 9]]))
     probability = np.linspace(0.3, 0.9, 89)
     scores = scores_of(scores.confusion, probability=probability)
-    chosen = choose_examples(scores, Pictures(scores.truth))
+    chosen = choose_examples(scores, Images(scores.truth))
     wrong = [e for e in chosen if not e.right]
     assert [e.name for e in wrong] == [f"{i}.jpg" for i in range(79, 79 - 24, -1)]
     assert {(e.truth, e.prediction) for e in wrong} == {("a", "b")}
@@ -213,16 +213,16 @@ def test_the_most_confident_mistakes_come_first():
     assert right[-1].name == "88.jpg"
 
 
-def test_all_classes_of_a_picture_are_named_and_without_one_nothing_is_a_mistake():
+def test_all_classes_of_a_image_are_named_and_without_one_nothing_is_a_mistake():
     scores = scores_of(np.array([[0, 1], [0, 1]]), truth=[0, -1])
     labels = np.float32([[1, 0, 1], [0, 0, 0]])
-    (mistake,) = choose_examples(scores, Pictures(labels, multi_label=True))
+    (mistake,) = choose_examples(scores, Images(labels, multi_label=True))
     assert (mistake.truth, mistake.prediction, mistake.right) == ("a, c", "b", False)
 
 
 def test_large_photos_are_shrunk():
     scores = scores_of(np.array([[1, 1], [0, 0]]))
-    for chosen in choose_examples(scores, Pictures(scores.truth, shape=(900, 1200, 3))):
+    for chosen in choose_examples(scores, Images(scores.truth, shape=(900, 1200, 3))):
         assert chosen.image.shape == (PIXELS * 3 // 4, PIXELS, 3)
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from tests.reports import confusion_of, curves, example, pictures_of, report_of, scores_of
+from tests.reports import confusion_of, curves, example, images_of, report_of, scores_of
 from tests.test_page import EVIL
 from vit_jax.evaluation.report import MAX_MISTAKES, write_report
 
-FEW, MANY = 3, 30  # classes: a table, and a picture whose cells can be asked
+FEW, MANY = 3, 30  # classes: a table, and an image whose cells can be asked
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def rows_of(browser, name):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"metrics": curves(), "examples": pictures_of(2, n=40)},
+        {"metrics": curves(), "examples": images_of(2, n=40)},
         {"scores": None, "examples": [], "labels": (), "note": "no weights yet"},
         {"labels": ["a" * 60, "b c " * 20], "examples": [example("a" * 60, "b", name="x" * 300)]},
         {"title": EVIL, "labels": [EVIL, "猫"], "examples": [example(EVIL, "\udcff", name=EVIL)]}
@@ -65,7 +65,7 @@ def test_ten_classes_and_the_settings_are_read_on_a_phone_without_scrolling(tmp_
 
 
 def test_all_parts_are_there(shown):
-    browser = shown(metrics=curves(), examples=pictures_of(3, n=40), note="A word more.")
+    browser = shown(metrics=curves(), examples=images_of(3, n=40), note="A word more.")
     assert texts(browser, "h2") == [
         *("Curves", "Confusion matrix", "Most frequent confusions", "Classes", "Calibration"),
         *("Mistakes: the 13 most confident of 1,360", "Configuration", "Environment"),
@@ -77,7 +77,7 @@ def test_all_parts_are_there(shown):
     ]
     drawn = browser.run("return [...document.querySelectorAll('svg text')].map(e => e.textContent)")
     assert drawn.count("step") == 4
-    assert {"Loss (nats)", "Training: pictures a second", "confidence"} <= set(drawn)
+    assert {"Loss (nats)", "Training: images a second", "confidence"} <= set(drawn)
     assert "A word more." in texts(browser, "p strong")
     assert texts(browser, "h2 + p + table tr")[0] == "batch\t8"
     assert "devices\t8 x abacus" in texts(browser, "table.settings tr")
@@ -94,7 +94,7 @@ def test_the_summary_has_the_figures_of_the_scores(shown):
     tiles = dict(zip(texts(browser, "dt"), texts(browser, "dd"), strict=True))
     assert tiles["top-1 accuracy"] == "75.0%"
     assert tiles["calibration error"] == "20.0%"
-    assert tiles["test pictures"] == "12"
+    assert tiles["test images"] == "12"
     assert rows_of(browser, "Calibration") == [["93\u2011100%", "12", "95.0%", "75.0%"]]
 
 
@@ -136,7 +136,7 @@ def test_the_cells_of_many_classes_answer_the_pointer_and_the_arrow_keys(shown):
 
     def said(row, column):
         return (
-            f"{counts[row, column]} of {counts[row].sum()} pictures of n{row} are said to be "
+            f"{counts[row, column]} of {counts[row].sum()} images of n{row} are said to be "
             f"n{column}."
         )
 
@@ -157,15 +157,15 @@ def test_classes_that_do_not_occur_are_counted_and_left_out(shown):
     counts[3, 3], counts[3, 7] = 5, 1
     browser = shown(MANY, scores=scores_of(counts))
     assert [row[0] for row in rows_of(browser, "Classes")] == ["class 3", "class 7"]
-    assert "28 classes have no picture" in " ".join(texts(browser, "p"))
+    assert "28 classes have no image" in " ".join(texts(browser, "p"))
     assert "of 2 classes" in browser.run("return document.querySelector('.cells').ariaLabel")
 
 
 def test_mistakes_are_shown_with_what_was_said_how_surely_and_the_file(shown):
     mistake = example("cat", "dog", 0.987, name="photos/1.jpg")
     browser = shown(examples=[mistake, example("cat", "cat")])
-    assert texts(browser, ".pictures figure") == ["dog 98.7%, truly cat\nphotos/1.jpg"]
-    assert browser.run("return document.querySelector('.pictures img').naturalWidth") == 32
+    assert texts(browser, ".images figure") == ["dog 98.7%, truly cat\nphotos/1.jpg"]
+    assert browser.run("return document.querySelector('.images img').naturalWidth") == 32
 
 
 def test_a_run_without_mistakes_says_so(shown):

@@ -1,4 +1,4 @@
-"""Zero-shot classification picks the class whose mean prompt lies nearest to the picture."""
+"""Zero-shot classification picks the class whose mean prompt lies nearest to the image."""
 
 import dataclasses
 from typing import Any
@@ -62,14 +62,14 @@ def towers(weights):
     return Towers(weights)
 
 
-def pictures(n=22, channels=3):
+def random_images(n=22, channels=3):
     return np.random.default_rng(0).integers(0, 256, (n, 20, 24, channels), dtype=np.uint8)
 
 
 def source_of(images, broken=()):
     def read(key):
         if key in broken:
-            raise UserError(f"picture {key} is broken")
+            raise UserError(f"image {key} is broken")
         return images[key]
 
     return Source(
@@ -105,9 +105,9 @@ NAMES = [name.replace("_", " ") for name in CLASSES]
 @pytest.mark.parametrize("channels", [3, 1], ids=["colour", "grey"])
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_scores_are_those_of_the_formula_for_any_batch(towers, channels, batch_size):
-    source = source_of(pictures(channels=channels))
+    source = source_of(random_images(channels=channels))
     scores = zero_shot(towers, source, templates=TEMPLATES, batch_size=batch_size)
-    expected = probabilities(towers, pictures(channels=channels), NAMES, TEMPLATES)
+    expected = probabilities(towers, random_images(channels=channels), NAMES, TEMPLATES)
     truth = source.label_ids
     assert isinstance(scores, Scores)
     assert (scores.count, scores.skipped) == (22, 0)
@@ -122,32 +122,32 @@ def test_scores_are_those_of_the_formula_for_any_batch(towers, channels, batch_s
 
 def test_classes_may_be_called_by_other_names(towers):
     names = ["Katze", "Seehund", "Hund", "Eule", "Strauss", "Gnu"]
-    scores = zero_shot(towers, source_of(pictures()), names, templates=("ein {}",))
-    expected = probabilities(towers, pictures(), names, ["ein {}"])
+    scores = zero_shot(towers, source_of(random_images()), names, templates=("ein {}",))
+    expected = probabilities(towers, random_images(), names, ["ein {}"])
     np.testing.assert_array_equal(scores.prediction, expected.argmax(axis=1))
     assert "ein Seehund" in towers.asked
 
 
 def test_underscores_of_folder_names_are_read_as_spaces(towers):
-    zero_shot(towers, source_of(pictures(2)))
+    zero_shot(towers, source_of(random_images(2)))
     assert "a photo of a sea lion." in towers.asked
 
 
 def test_a_name_for_some_classes_only_is_refused(towers):
     with pytest.raises(UserError, match="2 labels were given for the 6 classes of zoo: give one"):
-        zero_shot(towers, source_of(pictures()), ["cat", "dog"])
+        zero_shot(towers, source_of(random_images()), ["cat", "dog"])
 
 
-def test_broken_pictures_are_counted_out_if_asked_for(towers):
-    source = source_of(pictures(), broken=(3, 7))
-    with pytest.raises(UserError, match="picture 3 is broken"):
+def test_broken_images_are_counted_out_if_asked_for(towers):
+    source = source_of(random_images(), broken=(3, 7))
+    with pytest.raises(UserError, match="image 3 is broken"):
         zero_shot(towers, source)
     scores = zero_shot(towers, source, corrupt="skip")
     assert (scores.count, scores.skipped) == (20, 2)
 
 
 def test_descriptions_are_ranked_for_files_and_arrays(towers, tmp_path):
-    images = pictures(35)
+    images = random_images(35)
     files = [tmp_path / f"{i}.png" for i in range(2)]
     for file, image in zip(files, images, strict=False):
         Image.fromarray(image).save(file)
@@ -162,14 +162,14 @@ def test_descriptions_are_ranked_for_files_and_arrays(towers, tmp_path):
 
 
 def test_templates_go_around_labels(towers):
-    images = pictures(1)
+    images = random_images(1)
     (answer,) = classify(towers, list(images), ["cat", "owl"], templates=("a {}", "the {}"))
     expected = probabilities(towers, images, ["cat", "owl"], ["a {}", "the {}"])[0]
     assert dict(answer)["cat"] == pytest.approx(expected[0], rel=1e-4)
 
 
-def test_one_picture_or_a_strange_array_is_refused(towers):
-    with pytest.raises(UserError, match=r"write classify\(vit, \[picture\], labels\)"):
+def test_one_image_or_a_strange_array_is_refused(towers):
+    with pytest.raises(UserError, match=r"write classify\(vit, \[image\], labels\)"):
         classify(towers, "photo.jpg", ["cat"])
     with pytest.raises(UserError, match=r"shape \(4, 4\) and type uint8, expected \(h, w, 3\)"):
         classify(towers, [np.zeros((4, 4), np.uint8)], ["cat"])

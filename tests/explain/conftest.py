@@ -9,7 +9,7 @@ import pytest
 from tests import families
 from vit_jax.pretrained import Pretrained
 
-# What is changed of a family of `tests.families`; pictures are 20 x 27 pixels, so that the grid is
+# What is changed of a family of `tests.families`; images are 20 x 27 pixels, so that the grid is
 # not square and border pixels fill no patch.
 _OBLONG = dict(image_size=(20, 27))
 KINDS: dict[str, tuple[str, dict]] = {
@@ -37,7 +37,7 @@ def network(tmp_path_factory) -> Callable[..., Pretrained]:
     return make
 
 
-def images(vit: Pretrained, n: int = 2) -> np.ndarray:
+def random_images(vit: Pretrained, n: int = 2) -> np.ndarray:
     """Preprocessed noise."""
     shape = n, *vit.image_size, vit.spec.channels
     return np.random.default_rng(n).uniform(-1, 1, shape).astype(np.float32)

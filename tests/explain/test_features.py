@@ -3,22 +3,22 @@
 import numpy as np
 import pytest
 
-from tests.explain.conftest import images
+from tests.explain.conftest import random_images
 from vit_jax import explain, load
 from vit_jax.errors import UserError
 
 
 def test_norms_and_colours_are_those_of_the_features(network):
     vit = network("token")
-    pictures = images(vit, 3)
-    _, features = vit.model.apply({"params": vit.params}, pictures, return_features=True)
+    images = random_images(vit, 3)
+    _, features = vit.model.apply({"params": vit.params}, images, return_features=True)
     blocks = np.stack([features[f"encoderblock_{i}"] for i in range(2)], axis=1)[:, :, 1:]
     norms = (blocks.astype(np.float64) ** 2).sum(axis=-1) ** 0.5
-    found = explain.token_norms(vit, pictures)
+    found = explain.token_norms(vit, images)
     assert found.shape == (3, 2, 5, 6)
     np.testing.assert_allclose(found.reshape(norms.shape), norms, rtol=1e-4)
 
-    colours = explain.feature_pca(vit, pictures)
+    colours = explain.feature_pca(vit, images)
     assert colours.shape == (3, 5, 6, 3)
     assert (colours.min(), colours.max()) == (0, 1)
     tokens = np.asarray(features["encoder_norm"], np.float64)[:, 1:].reshape(90, -1)

@@ -14,7 +14,7 @@ COLOURS = np.array([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]], np.float
 
 
 def scenes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(pictures, classes, where): patches of dim colours, and a bright square whose colour counts;
+    """(images, classes, where): patches of dim colours, and a bright square whose colour counts;
     `where` is bool (n, rows, columns)."""
     rng = np.random.default_rng(seed)
     colours = 0.3 * COLOURS[rng.integers(0, len(COLOURS), (n, GRID, GRID))]
@@ -23,8 +23,8 @@ def scenes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for i, (row, column) in enumerate(rng.integers(0, GRID - OBJECT + 1, (n, 2))):
         where[i, row : row + OBJECT, column : column + OBJECT] = True
     colours[where] = np.repeat(COLOURS[classes], OBJECT**2, axis=0)
-    pictures = colours.repeat(PATCH, axis=1).repeat(PATCH, axis=2)
-    return pictures + rng.normal(0, 0.1, pictures.shape).astype(np.float32), classes, where
+    images = colours.repeat(PATCH, axis=1).repeat(PATCH, axis=2)
+    return images + rng.normal(0, 0.1, images.shape).astype(np.float32), classes, where
 
 
 @pytest.fixture(scope="module", params=["token", pytest.param("gap", marks=pytest.mark.slow)])
@@ -58,8 +58,8 @@ def trained(request) -> Pretrained:
         batch = np.arange(32 * i, 32 * i + 32) % len(images)
         params, state = step(params, state, images[batch], classes[batch])
     vit = Pretrained(model, jax.device_get(params), spec, None, "value_range(-1, 1)")
-    pictures, classes, _ = scenes(200, 0)
-    assert (vit(pictures).argmax(axis=1) == classes).mean() > 0.95
+    images, classes, _ = scenes(200, 0)
+    assert (vit(images).argmax(axis=1) == classes).mean() > 0.95
     return vit
 
 
@@ -70,11 +70,11 @@ def overlap(maps: np.ndarray, where: np.ndarray) -> float:
 
 
 def test_the_object_is_what_it_looks_at(trained):
-    pictures, classes, where = scenes(50, 0)
+    images, classes, where = scenes(50, 0)
     relevant = [
-        explain.relevance(trained, pictures[i : i + 1], [int(classes[i])])[0, 0] for i in range(50)
+        explain.relevance(trained, images[i : i + 1], [int(classes[i])])[0, 0] for i in range(50)
     ]
 
     # By half, what is looked at and what is there are said to be the same.
-    assert overlap(explain.rollout(trained, pictures), where) > 0.5
+    assert overlap(explain.rollout(trained, images), where) > 0.5
     assert overlap(np.stack(relevant), where) > 0.5

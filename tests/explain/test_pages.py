@@ -32,24 +32,24 @@ def test_what_fits_is_the_mean_of_each_block_then_the_heads_of_the_last():
 
 @pytest.fixture(scope="module")
 def written(network, tmp_path_factory):
-    """(weights, pictures, page)."""
+    """(weights, images, page)."""
     folder = tmp_path_factory.mktemp("page")
     rng = np.random.default_rng(0)
     for name, size in (("a.png", (60, 90)), (NAME, (90, 60))):
         cv2.imwrite(str(folder / name), rng.integers(0, 256, (*size, 3), np.uint8))
-    vit, pictures = network("token"), [folder / "a.png", folder / NAME]
+    vit, images = network("token"), [folder / "a.png", folder / NAME]
     path = folder / "page.html"
-    path.write_bytes(explain.page_html(vit, list(explain.explanations(vit, pictures))))
-    return vit, pictures, path
+    path.write_bytes(explain.page_html(vit, list(explain.explanations(vit, images))))
+    return vit, images, path
 
 
 def test_the_page_holds_the_attention_that_was_computed(written):
-    vit, pictures, path = written
+    vit, images, path = written
     found = re.search(r'<script [^>]*id="attention1">(.*?)</script>', path.read_text("utf-8"))
     known = json.loads(found[1])
     levels = np.frombuffer(base64.b64decode(known["weights"]), np.uint8).reshape(-1, 31, 31)
     weights = levels / 255 * np.array(known["top"]).reshape(-1, 31, 1)
-    maps = explain.attention_maps(vit, pictures[1:])[0]
+    maps = explain.attention_maps(vit, images[1:])[0]
     assert len(known["layers"]) == len(weights) == 2 * (1 + 2)
     for (block, head), found in zip(known["layers"], weights, strict=True):
         expected = maps[block].mean(axis=0) if head is None else maps[block, head]
@@ -77,11 +77,11 @@ def test_pointing_and_sliding_change_what_is_shown(written, browser):
     seen = []
 
     def changed() -> str:
-        """What is said, after both it and the picture have become what they have not been yet."""
-        picture = browser.run("return arguments[0].toDataURL()", canvas)
+        """What is said, after both it and the image have become what they have not been yet."""
+        image = browser.run("return arguments[0].toDataURL()", canvas)
         said = viewer.find_element(By.CSS_SELECTOR, "[role=status]").text
-        assert (picture, said) not in seen
-        seen.append((picture, said))
+        assert (image, said) not in seen
+        seen.append((image, said))
         return said
 
     assert changed().startswith("The class token attends to row ")
@@ -118,7 +118,7 @@ def test_every_kind_of_network_has_a_page(network, written, browser, tmp_path):
 
 
 def test_explanations_hold_no_more_than_a_page_has_room_for(network, tmp_path, monkeypatch):
-    vit, room = network("token"), 2 * 31**2  # Of each picture two of the six layers.
+    vit, room = network("token"), 2 * 31**2  # Of each image two of the six layers.
     monkeypatch.setattr(summary, "MAX_BYTES", 3 * room)
     photo = np.random.default_rng(0).integers(0, 256, (900, 2000, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), photo)
@@ -126,12 +126,12 @@ def test_explanations_hold_no_more_than_a_page_has_room_for(network, tmp_path, m
         assert e.attention.layers == [(0, None), (1, None)]
         assert e.attention.levels.nbytes == room
         assert e.view.image.shape == (180, 400, 3)
-        # The grid lies where it lay: but for the border it fills the picture.
+        # The grid lies where it lay: but for the border it fills the image.
         np.testing.assert_allclose(e.view.box, (0, 0, 180, 400 * 24 / 27), atol=0.1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 60), (60, 300)])
-def test_the_whole_of_a_tall_or_wide_picture_fits_the_window(
+def test_the_whole_of_a_tall_or_wide_image_fits_the_window(
     network, browser, tmp_path, height, width
 ):
     vit = dataclasses.replace(network("MAP"), labels=None)
@@ -153,10 +153,10 @@ def test_the_whole_of_a_tall_or_wide_picture_fits_the_window(
     assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 
-def test_more_pictures_than_a_png_can_hold_are_refused(network, written):
-    vit, pictures, _ = written
-    explained = list(explain.explanations(vit, pictures[:1]))
-    with pytest.raises(UserError, match=r"200 pictures make a page of \d+,\d+ pixels, and a PNG"):
+def test_more_images_than_a_png_can_hold_are_refused(network, written):
+    vit, images, _ = written
+    explained = list(explain.explanations(vit, images[:1]))
+    with pytest.raises(UserError, match=r"200 images make a page of \d+,\d+ pixels, and a PNG"):
         explain.page_figure(vit, explained * 200)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tests.explain.conftest import images
+from tests.explain.conftest import random_images
 from vit_jax import explain
 from vit_jax.errors import UserError
 
@@ -19,7 +19,7 @@ def photos():
 
 
 def panels(figure: Figure) -> list:
-    """The axes with a picture in them."""
+    """The axes with an image in them."""
     figure.canvas.draw()
     return [ax for ax in figure.findobj(lambda a: hasattr(a, "get_images")) if ax.get_images()]
 
@@ -36,7 +36,7 @@ def panels(figure: Figure) -> list:
         ("feature_pca", 2, ()),
     ],
 )
-def test_pictures_and_maps_are_shown_in_their_own_aspect(network, name, count, arguments):
+def test_images_and_maps_are_shown_in_their_own_aspect(network, name, count, arguments):
     figure = getattr(explain, f"plot_{name}")(network("MAP"), photos(), *arguments)
     shapes = [ax.get_images()[0].get_array().shape for ax in panels(figure)]
     assert sorted(shapes) == sorted(count * [(120, 180, 3)] + count * [(300, 100, 3)])
@@ -46,18 +46,18 @@ def test_the_network_itself_has_figures(network):
     vit = network("MAP")
     assert len(panels(explain.plot_position_similarity(vit))) == 1
     assert len(panels(explain.plot_embedding_filters(vit, 10))) == 10
-    (ax,) = explain.plot_attention_distance(vit, images(vit)).axes
-    expected = explain.attention_distance(vit, images(vit)).mean(axis=0)
+    (ax,) = explain.plot_attention_distance(vit, random_images(vit)).axes
+    expected = explain.attention_distance(vit, random_images(vit)).mean(axis=0)
     drawn = np.stack([line.get_ydata() for line in ax.lines], axis=1)
     np.testing.assert_allclose(drawn, np.c_[expected, expected.mean(axis=1)], rtol=1e-6)
     with pytest.raises(UserError, match="block is 2, expected 0 to 1"):
-        explain.plot_attention_maps(vit, images(vit), 2)
+        explain.plot_attention_maps(vit, random_images(vit), 2)
 
 
-def test_grey_pictures_and_names_in_any_script_are_drawn(network):
+def test_grey_images_and_names_in_any_script_are_drawn(network):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = explain.plot_rollout(network("grey"), images(network("grey"), 1))
+        figure = explain.plot_rollout(network("grey"), random_images(network("grey"), 1))
         assert len(panels(figure)) == 2
 
 

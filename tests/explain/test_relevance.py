@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from tests.explain.conftest import images
+from tests.explain.conftest import random_images
 from vit_jax import explain
 from vit_jax.errors import UserError
 from vit_jax.explain.network import observe, open_tower, stacked_weights
@@ -16,11 +16,11 @@ from vit_jax.models.attention import ATTENTION_NAME
 from vit_jax.pretrained import Pretrained
 
 
-def slopes(vit: Pretrained, picture: np.ndarray, index: int) -> tuple:
+def slopes(vit: Pretrained, image: np.ndarray, index: int) -> tuple:
     """dy/dA of the blocks and of the pooling by central differences, without automatic ones."""
     variables = {"params": vit.params}
     _, state = jax.eval_shape(
-        lambda: vit.model.apply(variables, picture[None], mutable=["perturbations"])
+        lambda: vit.model.apply(variables, image[None], mutable=["perturbations"])
     )
     flat, build = ravel_pytree(
         jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state["perturbations"])
@@ -30,7 +30,7 @@ def slopes(vit: Pretrained, picture: np.ndarray, index: int) -> tuple:
     @jax.vmap
     def y(i, by):
         changed = build(flat.at[i].add(by))
-        return vit.model.apply(variables | {"perturbations": changed}, picture[None])[0, index]
+        return vit.model.apply(variables | {"perturbations": changed}, image[None])[0, index]
 
     every = np.arange(len(flat))
     eps = np.full(len(flat), 1e-2, np.float32)
@@ -41,9 +41,9 @@ def slopes(vit: Pretrained, picture: np.ndarray, index: int) -> tuple:
 @pytest.mark.parametrize("kind", ["token", "MAP"])
 def test_relevance_is_the_formula_with_numerical_gradients(network, kind):
     vit = network(kind, image_size=(8, 12))
-    picture = images(vit, 1)[0]
-    seen = observe(open_tower(vit), picture)
-    by_blocks, by_pooling = slopes(vit, picture, 3)
+    image = random_images(vit, 1)[0]
+    seen = observe(open_tower(vit), image)
+    by_blocks, by_pooling = slopes(vit, image, 3)
     relevant = np.eye(len(seen.tokens))
     for weights, slope in zip(seen.attention, by_blocks, strict=True):
         relevant = relevant + np.maximum(weights * slope, 0).mean(axis=0) @ relevant
@@ -55,7 +55,7 @@ def test_relevance_is_the_formula_with_numerical_gradients(network, kind):
         read = np.maximum(seen.pooling * by_pooling, 0).mean(axis=0)
         expected = read @ (np.eye(len(relevant)) + gathered)
 
-    found = explain.relevance(vit, picture[None], [3])[0, 0].ravel()
+    found = explain.relevance(vit, image[None], [3])[0, 0].ravel()
 
     assert found.max() > 0
     np.testing.assert_allclose(found / found.max(), expected / expected.max(), atol=5e-3)
@@ -68,11 +68,11 @@ def test_without_attention_the_mean_of_the_tokens_is_explained_by_the_activation
         value = silent["Transformer"][f"encoderblock_{i}"][ATTENTION_NAME]["value"]
         value["kernel"][:], value["bias"][:] = 0, 0
     vit = dataclasses.replace(vit, params=silent)
-    picture = images(vit, 1)
-    tokens = observe(open_tower(vit), picture[0]).tokens
+    image = random_images(vit, 1)
+    tokens = observe(open_tower(vit), image[0]).tokens
     expected = np.maximum(tokens @ silent["head"]["kernel"][:, 2] / len(tokens), 0)
 
-    found = explain.relevance(vit, picture, [2])[0, 0]
+    found = explain.relevance(vit, image, [2])[0, 0]
 
     assert expected.max() > 0
     np.testing.assert_allclose(found.ravel(), expected, atol=1e-6)
@@ -105,14 +105,14 @@ def test_a_patch_that_the_network_ignores_has_no_relevance(network, kind):
     row, column = 2, 3
     usual = network(kind)
     vit = ignoring(usual, row * 6 + column + (kind == "token"))
-    picture = images(vit, 1)
-    other = picture.copy()
+    image = random_images(vit, 1)
+    other = image.copy()
     other[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] *= -1
-    np.testing.assert_array_equal(vit(picture), vit(other))  # It is ignored indeed.
-    assert np.abs(usual(picture) - usual(other)).max() > 1e-3
+    np.testing.assert_array_equal(vit(image), vit(other))  # It is ignored indeed.
+    assert np.abs(usual(image) - usual(other)).max() > 1e-3
 
     for classes in ([0], [4], None):
-        found = explain.relevance(vit, picture, classes)[0, 0]
+        found = explain.relevance(vit, image, classes)[0, 0]
         assert found[row, column] == 0
         assert found.max() > 0
 
@@ -120,22 +120,22 @@ def test_a_patch_that_the_network_ignores_has_no_relevance(network, kind):
 @pytest.mark.parametrize("kind", ["gap", "hybrid"])
 def test_every_kind_of_network_gives_a_map_a_class(network, kind):
     vit = network(kind)
-    found = explain.relevance(vit, images(vit), ["ape", 4])
+    found = explain.relevance(vit, random_images(vit), ["ape", 4])
     assert found.shape == (2, 2, *vit.spec.grid_size)
     assert found.min() >= 0
     assert found.max() > 0
-    best = explain.relevance(vit, images(vit))
-    index = int(vit(images(vit))[0].argmax())
-    np.testing.assert_array_equal(best[:1], explain.relevance(vit, images(vit)[:1], [index]))
+    best = explain.relevance(vit, random_images(vit))
+    index = int(vit(random_images(vit))[0].argmax())
+    np.testing.assert_array_equal(best[:1], explain.relevance(vit, random_images(vit)[:1], [index]))
 
 
 def test_of_lit_weights_texts_are_explained(network):
     vit = network("LiT")
-    found = explain.relevance(vit, images(vit), ["a cat", "a dog"])
+    found = explain.relevance(vit, random_images(vit), ["a cat", "a dog"])
     assert found.shape == (2, 2, 4, 4)
     assert np.abs(found[:, 0] - found[:, 1]).max() > 0
     with pytest.raises(UserError, match="say which texts"):
-        explain.relevance(vit, images(vit))
+        explain.relevance(vit, random_images(vit))
 
 
 def test_classes_go_by_index_label_or_a_word_of_it(network):
@@ -155,4 +155,4 @@ def test_classes_go_by_index_label_or_a_word_of_it(network):
 def test_a_network_without_classes_has_none_to_explain(network):
     vit = network("unpooled")
     with pytest.raises(UserError, match="give no classes to explain"):
-        explain.relevance(vit, images(vit), [0])
+        explain.relevance(vit, random_images(vit), [0])

@@ -14,7 +14,7 @@ def key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="rbg")  # Several times faster to compile than the default.
 
 
-def pictures(*shape: int, seed: int = 0) -> np.ndarray:
+def random_images(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 

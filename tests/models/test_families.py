@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests import published, reference
-from tests.models.networks import apply, arrays_of, feature_shapes, key, pictures, shapes_of
+from tests.models.networks import apply, arrays_of, feature_shapes, key, random_images, shapes_of
 from vit_jax import create_model
 from vit_jax.errors import UserError
 from vit_jax.models import VisionTransformer, create_lit
@@ -120,7 +120,7 @@ def test_a_lit_model_has_the_committed_parameters(name):
     ],
 )
 def test_a_hybrid_is_the_papers(fields, shape):
-    model, images = hybrid(**fields), pictures(*shape)
+    model, images = hybrid(**fields), random_images(*shape)
     for seed in range(2):
         arrays = arrays_of(model, images, seed)
 
@@ -149,7 +149,7 @@ def test_a_hybrid_is_the_papers(fields, shape):
     ],
 )
 def test_attention_pooling_and_fixed_positions_are_the_papers(fields, shape):
-    model, images = vit(**fields), pictures(*shape)
+    model, images = vit(**fields), random_images(*shape)
     arrays = arrays_of(model, images)
 
     logits = apply(model, arrays, images)
@@ -174,7 +174,7 @@ def test_fixed_positions_are_sines_and_cosines(grid, width):
         (
             hybrid(classifier="gap"),
             (2, 48, 33, 3),
-            reference.FAINT_PICTURES,
+            reference.FAINT_IMAGES,
             ["NORM_EPSILON", "STANDARDISATION_EPSILON"],
         ),
     ],
@@ -182,7 +182,7 @@ def test_fixed_positions_are_sines_and_cosines(grid, width):
 )
 def test_the_epsilons_are_the_originals(model, shape, scale, epsilons, monkeypatch):
     """On numbers so small that they decide: without them something else would come out."""
-    images = pictures(*shape) * scale
+    images = random_images(*shape) * scale
     arrays = arrays_of(model, images, seed=3, faint=True)
 
     logits = apply(model, arrays, images)
@@ -229,7 +229,7 @@ def test_features_of_a_hybrid_have_the_documented_names_and_shapes():
 
 
 def test_a_new_residual_unit_passes_its_input_on_and_a_new_head_gives_its_bias():
-    images = pictures(1, 32, 32, 3)
+    images = random_images(1, 32, 32, 3)
     one, two = (hybrid((units,), patch_size=(2, 2), head_bias_init=-3.0) for units in (1, 2))
     params = jax.jit(two.init)(key(0), images)["params"]
     first = {**params, "block1": {"unit1": params["block1"]["unit1"]}}
@@ -257,7 +257,7 @@ def test_a_new_residual_unit_passes_its_input_on_and_a_new_head_gives_its_bias()
     ids=["hybrid", "MAP", "sincos2d"],
 )
 def test_bfloat16_keeps_float32_parameters_and_logits(model):
-    images = pictures(4, 40, 40, 3)
+    images = random_images(4, 40, 40, 3)
     arrays = arrays_of(model, images)
     rounded = model.clone(dtype=jnp.bfloat16)
 

@@ -41,7 +41,7 @@ def apply(params, **inputs):
 
 @functools.cache
 def traced(name):
-    """Shapes of a published model's outputs for one picture and one text, and of its weights."""
+    """Shapes of a published model's outputs for one image and one text, and of its weights."""
     model = create_lit(name)
     images, tokens = np.zeros((1, 224, 224, 3), np.float32), np.zeros((1, 16), np.int32)
     outputs, variables = jax.eval_shape(

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests import reference
-from tests.models.networks import apply, arrays_of, feature_shapes, key, pictures
+from tests.models.networks import apply, arrays_of, feature_shapes, key, random_images
 from vit_jax.errors import UserError
 from vit_jax.models import MlpMixer
 from vit_jax.models.mixer import MixerBlock
@@ -32,7 +32,7 @@ def mixer(num_classes=5, **fields) -> MlpMixer:
     ],
 )
 def test_a_mixer_is_the_papers(fields, shape):
-    model, images = mixer(**fields), pictures(*shape)
+    model, images = mixer(**fields), random_images(*shape)
     for seed in range(2):
         arrays = arrays_of(model, images, seed)
 
@@ -54,7 +54,9 @@ def test_features_have_the_documented_names_and_shapes():
 
 
 def test_a_new_mixer_gives_the_bias_of_its_head():
-    logits, _ = jax.jit(mixer(head_bias_init=-6.5).init_with_output)(key(0), pictures(2, 8, 8, 3))
+    logits, _ = jax.jit(mixer(head_bias_init=-6.5).init_with_output)(
+        key(0), random_images(2, 8, 8, 3)
+    )
 
     np.testing.assert_array_equal(logits, np.full((2, 5), -6.5))
 
@@ -63,7 +65,7 @@ def test_a_new_mixer_gives_the_bias_of_its_head():
 
 
 def test_stochastic_depth_of_a_mixer_is_off_unless_training_and_then_seeded():
-    images = pictures(4, 16, 16, 3)
+    images = random_images(4, 16, 16, 3)
     model, plain = mixer(stochastic_depth_rate=0.5), mixer()
     arrays = arrays_of(plain, images)
 
@@ -78,7 +80,7 @@ def test_stochastic_depth_of_a_mixer_is_off_unless_training_and_then_seeded():
 
 
 def test_the_branches_of_a_mixer_block_are_left_out_whole_and_independently():
-    x = np.broadcast_to(pictures(5, 16), (2000, 5, 16))
+    x = np.broadcast_to(random_images(5, 16), (2000, 5, 16))
     block = MixerBlock(10, 24)
     shapes = jax.eval_shape(functools.partial(block.init, deterministic=True), key(0), x[:1])
     flat = flatten_dict(shapes["params"], sep="/")
@@ -104,7 +106,7 @@ def test_the_rate_of_stochastic_depth_of_a_mixer_grows_linearly(depth, expected)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        jax.eval_shape(model.init, key(0), pictures(1, 8, 8, 3))
+        jax.eval_shape(model.init, key(0), random_images(1, 8, 8, 3))
 
     assert list(rates) == [f"MixerBlock_{i}" for i in range(depth)]
     np.testing.assert_allclose(list(rates.values()), expected)
@@ -114,7 +116,7 @@ def test_the_rate_of_stochastic_depth_of_a_mixer_grows_linearly(depth, expected)
 
 
 def test_bfloat16_keeps_float32_parameters_and_logits():
-    images = pictures(4, 40, 40, 3)
+    images = random_images(4, 40, 40, 3)
     arrays = arrays_of(mixer(), images)
     model = mixer(dtype=jnp.bfloat16)
 
@@ -132,18 +134,18 @@ def test_bfloat16_keeps_float32_parameters_and_logits():
 
 
 @pytest.mark.parametrize("size", [(32, 24), (40, 40)])
-def test_a_mixer_refuses_pictures_of_another_number_of_tokens(size):
-    model, images = mixer(), pictures(1, 32, 32, 3)
+def test_a_mixer_refuses_images_of_another_number_of_tokens(size):
+    model, images = mixer(), random_images(1, 32, 32, 3)
     params = unflatten_dict(arrays_of(model, images), sep="/")
     tokens = size[0] * size[1] // 64
-    message = f"weights are for 16 tokens, the pictures make {tokens}: the number of tokens of a"
+    message = f"weights are for 16 tokens, the images make {tokens}: the number of tokens of a"
 
     with pytest.raises(UserError, match=message):
-        model.apply({"params": params}, pictures(1, *size, 3))
+        model.apply({"params": params}, random_images(1, *size, 3))
 
 
-def test_a_mixer_takes_pictures_whose_border_only_is_missing():
-    model, images = mixer(), pictures(1, 32, 32, 3)
+def test_a_mixer_takes_images_whose_border_only_is_missing():
+    model, images = mixer(), random_images(1, 32, 32, 3)
     arrays = arrays_of(model, images)
     padded = np.pad(images[:, 1:-1, :-1], ((0, 0), (1, 1), (0, 1), (0, 0)))
 

@@ -44,7 +44,7 @@ def _compiled(model: nn.Module, **kwargs):
     return jax.jit(lambda v, x, rng: model.apply(v, x, rngs={"dropout": rng}, **kwargs))
 
 
-def pictures(*shape: int, seed: int = 0) -> np.ndarray:
+def random_images(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
@@ -57,7 +57,7 @@ def _is_conv_root(module: nn.Module, _) -> bool:
 
 @pytest.mark.parametrize("case", list(reference.facts("fwd")))
 def test_the_original_codes_numbers_come_out(case):
-    """Logits, the head's input and statistics of every block, on seeded weights and pictures."""
+    """Logits, the head's input and statistics of every block, on seeded weights and images."""
     facts = reference.facts("fwd")[case]
     expected = np.load(reference.OFFICIAL / f"fwd_{case}.npz")
     if facts["config"].startswith("ViT-"):
@@ -104,7 +104,7 @@ def test_the_original_codes_numbers_come_out(case):
 def test_the_network_is_the_papers(fields, shape):
     """Against the equations in float64 NumPy, which share no code with the network."""
     model = tiny(**fields)
-    images = pictures(*shape)
+    images = random_images(*shape)
     variables, arrays = seeded(model, images)
 
     with jax.default_matmul_precision("highest"):
@@ -115,8 +115,8 @@ def test_the_network_is_the_papers(fields, shape):
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_each_picture_of_a_batch_is_classified_on_its_own():
-    images = pictures(3, 8, 8, 3)
+def test_each_image_of_a_batch_is_classified_on_its_own():
+    images = random_images(3, 8, 8, 3)
     variables, _ = seeded(tiny(), images)
 
     together = apply(tiny(), variables, images)
@@ -128,9 +128,9 @@ def test_each_picture_of_a_batch_is_classified_on_its_own():
 # Shapes.
 
 
-def test_a_picture_that_is_not_square_gives_a_grid_that_is_not_square():
+def test_a_image_that_is_not_square_gives_a_grid_that_is_not_square():
     model = create_model("ViT-Ti_16", 10, patch_size=(20, 20), num_layers=1, classifier="gap")
-    images = pictures(1, 60, 100, 1)
+    images = random_images(1, 60, 100, 1)
 
     variables = jax.jit(model.init)(key(0), images)
     logits, features = apply(model, variables, images, return_features=True)
@@ -143,7 +143,7 @@ def test_a_picture_that_is_not_square_gives_a_grid_that_is_not_square():
 
 
 def test_pixels_that_fill_no_patch_are_cut():
-    images = pictures(2, 11, 9, 3)
+    images = random_images(2, 11, 9, 3)
     variables, _ = seeded(tiny(), images[:, :8, :8])
 
     np.testing.assert_array_equal(
@@ -158,7 +158,7 @@ def test_pixels_that_fill_no_patch_are_cut():
 def test_the_classifier_says_what_the_head_sees(classifier, shape):
     assert classifier in CLASSIFIERS
     model = tiny(classifier=classifier)
-    images = pictures(2, 8, 12, 3)
+    images = random_images(2, 8, 12, 3)
 
     assert apply(model, seeded(model, images)[0], images).shape == shape
     assert model.has_class_token == ("token" in classifier)
@@ -166,7 +166,7 @@ def test_the_classifier_says_what_the_head_sees(classifier, shape):
 
 def test_features_have_the_documented_names_and_shapes():
     model = tiny(representation_size=9, num_layers=3)
-    images = pictures(2, 8, 12, 3)
+    images = random_images(2, 8, 12, 3)
     variables, _ = seeded(model, images)
 
     logits, features = apply(model, variables, images, return_features=True)
@@ -185,17 +185,17 @@ def test_features_have_the_documented_names_and_shapes():
 # Initial values.
 
 
-def test_a_new_head_gives_its_bias_for_any_picture():
+def test_a_new_head_gives_its_bias_for_any_image():
     model = tiny(head_bias_init=-6.5)
 
-    logits, _ = jax.jit(model.init_with_output)(key(0), pictures(2, 8, 8, 3))
+    logits, _ = jax.jit(model.init_with_output)(key(0), random_images(2, 8, 8, 3))
 
     np.testing.assert_array_equal(logits, np.full((2, 5), -6.5))
 
 
 def test_initial_weights_have_the_official_spread():
     model = tiny(hidden_size=64, mlp_dim=256, patch_size=(2, 2))
-    params = jax.jit(model.init)(key(0), pictures(1, 32, 32, 3))["params"]
+    params = jax.jit(model.init)(key(0), random_images(1, 32, 32, 3))["params"]
     encoder = params["Transformer"]
     mlp = encoder["encoderblock_0"]["MlpBlock_0"]
 
@@ -212,7 +212,7 @@ def test_initial_weights_have_the_official_spread():
     "rate", ["dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"]
 )
 def test_dropout_is_off_unless_training_and_then_seeded(rate):
-    images = pictures(4, 8, 8, 3)
+    images = random_images(4, 8, 8, 3)
     variables, _ = seeded(tiny(num_layers=2), images)
     model = tiny(num_layers=2, **{rate: 0.5})
 
@@ -238,7 +238,7 @@ def _assert_mean(samples: np.ndarray, expected: np.ndarray) -> None:
 
 
 def test_dropout_preserves_the_expected_output_of_the_mlp():
-    x = _copies(pictures(3, 16), 4000)
+    x = _copies(random_images(3, 16), 4000)
     plain, dropping = MlpBlock(24), MlpBlock(24, dropout_rate=0.3)
     params, _ = seeded(plain, x, deterministic=True)
 
@@ -257,7 +257,7 @@ def _silent(params, *names: str):
 
 
 def test_attention_dropout_preserves_the_expected_output_of_attention():
-    x = _copies(pictures(5, 16), 4000)
+    x = _copies(random_images(5, 16), 4000)
     block = EncoderBlock(2, 24, attention_dropout_rate=0.3)
     params = _silent(seeded(block, x, deterministic=True)[0], "Dense_1")
 
@@ -266,8 +266,8 @@ def test_attention_dropout_preserves_the_expected_output_of_attention():
     _assert_mean(np.asarray(samples), apply(block, params, x[:1], deterministic=True)[0])
 
 
-def test_stochastic_depth_leaves_out_whole_branches_of_single_pictures():
-    x = _copies(pictures(5, 16), 4000)
+def test_stochastic_depth_leaves_out_whole_branches_of_single_images():
+    x = _copies(random_images(5, 16), 4000)
     block = EncoderBlock(2, 24)
     params = _silent(seeded(block, x, deterministic=True)[0], "out")
 
@@ -282,7 +282,7 @@ def test_stochastic_depth_leaves_out_whole_branches_of_single_pictures():
 
 
 def test_the_two_branches_of_a_block_are_left_out_independently():
-    x = _copies(pictures(5, 16), 2000)
+    x = _copies(random_images(5, 16), 2000)
     block = EncoderBlock(2, 24)
     params, _ = seeded(block, x, deterministic=True)
 
@@ -304,7 +304,7 @@ def test_the_rate_of_stochastic_depth_grows_linearly(depth, expected):
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        jax.eval_shape(model.init, key(0), pictures(1, 8, 8, 3))
+        jax.eval_shape(model.init, key(0), random_images(1, 8, 8, 3))
 
     assert list(rates) == [f"encoderblock_{i}" for i in range(depth)]
     np.testing.assert_allclose(list(rates.values()), expected)
@@ -315,7 +315,7 @@ def test_the_rate_of_stochastic_depth_grows_linearly(depth, expected):
 
 @pytest.mark.parametrize("classifier", ["token", "gap"])
 def test_bfloat16_keeps_float32_parameters_and_logits(classifier):
-    images = pictures(4, 16, 16, 3)
+    images = random_images(4, 16, 16, 3)
     variables, _ = seeded(tiny(classifier=classifier), images)
     model = tiny(classifier=classifier, dtype=jnp.bfloat16)
 
@@ -336,7 +336,7 @@ def test_bfloat16_keeps_float32_parameters_and_logits(classifier):
     ("fields", "shape", "message"),
     [
         ({}, (8, 8, 3), r"shape \(8, 8, 3\), expected \(n, height, width, channels\).*\[None\]"),
-        ({}, (1, 3, 8, 3), "picture of 3x8 pixels is smaller than one patch of 4x4"),
+        ({}, (1, 3, 8, 3), "image of 3x8 pixels is smaller than one patch of 4x4"),
         ({"patch_size": (9, 9)}, (1, 8, 8, 3), "8x8 pixels is smaller than one patch of 9x9"),
         ({"patch_size": 4}, (1, 8, 8, 3), r"patch_size is 4, expected \(height, width\)"),
         ({"patch_size": (4, 0)}, (1, 8, 8, 3), r"patch_size is \(4, 0\)"),
@@ -352,7 +352,7 @@ def test_bfloat16_keeps_float32_parameters_and_logits(classifier):
         (
             {"resnet": (1,)},
             (1, 12, 64, 3),
-            "picture of 12x64 pixels is smaller than one patch of 16x16",
+            "image of 12x64 pixels is smaller than one patch of 16x16",
         ),
         ({"dropout_rate": 1.5}, (1, 8, 8, 3), "dropout_rate is 1.5, expected a probability"),
         ({"stochastic_depth_rate": -0.1}, (1, 8, 8, 3), "stochastic_depth_rate is -0.1"),
@@ -369,12 +369,12 @@ def test_raw_pixels_are_refused(dtype):
         tiny().init(key(0), jnp.zeros((1, 8, 8, 3), dtype))
 
 
-def test_a_network_is_exported_for_any_number_of_pictures():
+def test_a_network_is_exported_for_any_number_of_images():
     model = tiny()
     x = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
     variables = jax.jit(model.init)(key(0), x)
     many = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *x.shape[1:]), x.dtype)
     exported = jax.export.export(jax.jit(functools.partial(model.apply, variables)))(many)
-    for pictures in (x[:1], x):
-        expected = apply(model, variables, pictures)
-        np.testing.assert_allclose(exported.call(pictures), expected, atol=1e-6)
+    for batch in (x[:1], x):
+        expected = apply(model, variables, batch)
+        np.testing.assert_allclose(exported.call(batch), expected, atol=1e-6)

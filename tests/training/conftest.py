@@ -72,7 +72,7 @@ def outcome():
 
 
 @pytest.fixture
-def no_picture(monkeypatch):
+def no_image(monkeypatch):
     """Drawing the report takes most of so small a run; the first of all draws it."""
     monkeypatch.setattr(outcome_module, "write_report", lambda report, path: path.touch())
 

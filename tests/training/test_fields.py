@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tests.cli.conftest import write_pictures
+from tests.cli.conftest import write_images
 from vit_jax.cli import main
 from vit_jax.data import AUGREG
 from vit_jax.training import default_config
@@ -42,7 +42,7 @@ def says(text):
 
 
 # Each field with texts of values, and what comes of them: an effect, or the words of a refusal.
-# {photos}, {table} and {saved} are pictures and weights, {new} is nothing yet.
+# {photos}, {table} and {saved} are images and weights, {new} is nothing yet.
 FIELDS: dict[str, dict[str, Effect | str]] = {
     "seed": {"1": OTHER, "0": SAME, "4294967295": OTHER},
     "model.name": {
@@ -51,7 +51,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "Mixer-B_16": OTHER,
         "R+ViT-Ti_16": OTHER,
         "Ti_16": SAME,
-        "R50+ViT-B_16": "the picture of 16x16 pixels is smaller than one patch of 64x64",
+        "R50+ViT-B_16": "the image of 16x16 pixels is smaller than one patch of 64x64",
         "ViT-Ti_17": "unknown model 'ViT-Ti_17': did you mean ViT-Ti_16",
         "": "nothing to start from",
     },
@@ -62,7 +62,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "(8, 4)": OTHER,
         "(3, 3)": OTHER,
         "(16, 16)": OTHER,
-        "(32, 32)": "the picture of 16x16 pixels is smaller than one patch of 32x32",
+        "(32, 32)": "the image of 16x16 pixels is smaller than one patch of 32x32",
         "4": "config.model.patch_size is 4 of type int, expected tuple",
         "(0, 4)": "config.model.patch_size is (0, 4), expected height and width",
     },
@@ -93,7 +93,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "()": OTHER,
         "(1,)": OTHER,
         "(0,)": "expected the number of units of each stage, at least 1",
-        "(3, 4, 9)": "the picture of 16x16 pixels is smaller than one patch of 64x64",
+        "(3, 4, 9)": "the image of 16x16 pixels is smaller than one patch of 64x64",
         "None": "config.model.resnet is None of type NoneType, expected tuple",
     },
     # Of a Mixer.
@@ -142,7 +142,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
     "pp.crop": {
         "8": OTHER,
         "12": OTHER,
-        "1": "the picture of 1x1 pixels is smaller than one patch of 4x4",
+        "1": "the image of 1x1 pixels is smaller than one patch of 4x4",
     },
     "pp.resize": {"0": SAME, "20": SAME, "8": "config.pp.resize 8 is less than config.pp.crop 16"},
     "augment": {name: SAME if name == "none" else OTHER for name in AUGREG},
@@ -233,7 +233,7 @@ def plain(tmp_path_factory) -> Path:
     """The workdir of the plain configuration's run, beside {photos}, {table} and {saved}."""
     folder = tmp_path_factory.mktemp("fields")
     assert run(folder / "plain") == 0
-    photos = write_pictures(folder / "photos", 20)
+    photos = write_images(folder / "photos", 20)
     rows = [f"{p},{p.parent.name}" for p in sorted(photos.rglob("*.jpg"))]
     (folder / "table.csv").write_text("\n".join(["path,label", *rows]) + "\n")
     (folder / "saved").mkdir()
@@ -272,7 +272,7 @@ def rows():
             yield pytest.param(field, value, marks=marks, id=f"{field}={value}")
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 @pytest.mark.parametrize(("field", "value"), [*rows()])
 def test_a_field_set_alone_trains_or_is_refused_in_one_line(field, value, plain, tmp_path, capfd):
     names = dict(photos=plain.parent / "photos", table=plain.parent / "table.csv")

@@ -21,7 +21,7 @@ NAN = float("nan")
 
 
 def poison(monkeypatch, bad_steps, stops=()):
-    """Spoils the pictures of some steps (those of the n-th are number n - 1), and sends SIGTERM
+    """Spoils the images of some steps (those of the n-th are number n - 1), and sends SIGTERM
     after others."""
     make = trainer.make_train_step
 
@@ -49,8 +49,8 @@ def by_hand(config, steps):
     """The averaged weights, without the batches that are "left_out", and going "back" to those
     after batch 20 before some."""
     task = open_task(config)
-    shape, spec = task.picture_shape, task.eval_ops.spec
-    vit = make_network(config, picture_shape=shape, labels=task.labels, preprocess=spec)
+    shape, spec = task.image_shape, task.eval_ops.spec
+    vit = make_network(config, image_shape=shape, labels=task.labels, preprocess=spec)
     tx = make_optimizer(config, config.total_steps)
     train_step = trainer.step_of(task, vit.model, tx)
     state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, ema=True)

@@ -22,7 +22,7 @@ from vit_jax import load
 from vit_jax.cli import main
 from vit_jax.data import open_source
 from vit_jax.errors import UserError
-from vit_jax.evaluation.pictures import evaluate_pictures
+from vit_jax.evaluation.images import evaluate_images
 from vit_jax.training import run
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.metrics import read_metrics
@@ -196,7 +196,7 @@ def test_a_worker_process_that_is_killed_ends_the_run_with_one_line(tmp_path):
     assert training.end(signal.SIGTERM)[0] == 2
     log = Path(training.log.name).read_text()
     assert log.count("vit-jax: ") == 1
-    assert "\nvit-jax: a process that reads pictures was killed by SIGKILL, as the" in log
+    assert "\nvit-jax: a process that reads images was killed by SIGKILL, as the" in log
     assert "Traceback" not in log
     assert are_gone(workers)
 
@@ -255,14 +255,14 @@ def test_checkpoints_that_are_all_damaged_are_told_in_one_line(whole, tmp_path, 
 
 
 @pytest.mark.slow
-def test_any_batch_size_evaluates_each_picture_once_on_eight_devices(tmp_path):
+def test_any_batch_size_evaluates_each_image_once_on_eight_devices(tmp_path):
     training = Training(
         *(tmp_path / "run", "total_steps=2", "warmup_steps=0", "batch_eval=7"),
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
     assert not training.wait_until(lambda t: False)
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    scores = evaluate_pictures(load(tmp_path / "run"), open_source("digits", "test"))
+    scores = evaluate_images(load(tmp_path / "run"), open_source("digits", "test"))
     assert scores.count == 360
     assert last["test/top1"] == scores.top1
     assert last["test/loss"] == pytest.approx(scores.loss, rel=1e-6)

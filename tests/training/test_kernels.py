@@ -19,7 +19,7 @@ def test_what_can_not_be_is_refused_before_anything_is_trained(tiny, tmp_path):
 
 
 def test_a_run_by_cudnn_says_so_and_pads_what_a_class_token_makes_odd(
-    tiny, monkeypatch, tmp_path, capfd, no_picture
+    tiny, monkeypatch, tmp_path, capfd, no_image
 ):
     """As on a GPU, with XLA's attention where cuDNN's would be."""
     real, tokens = jax.nn.dot_product_attention, set()

@@ -179,7 +179,7 @@ def test_a_run_compiles_once_moves_nothing_unasked_and_waits_where_it_tells_some
 
 
 def test_a_run_has_no_more_than_prefetch_batches_beside_the_one_at_work(
-    tiny, tmp_path, monkeypatch, no_picture
+    tiny, tmp_path, monkeypatch, no_image
 ):
     losses: list[jax.Array] = []
     counts: list[int] = []

@@ -9,13 +9,13 @@ from flax.traverse_util import flatten_dict
 from vit_jax import data, load
 from vit_jax.checkpoints import open_arrays
 from vit_jax.errors import UserError
-from vit_jax.evaluation.pictures import evaluate_pictures
+from vit_jax.evaluation.images import evaluate_images
 from vit_jax.training import run
 from vit_jax.training.feed import DevicePrefetcher
 from vit_jax.training.metrics import read_metrics
 from vit_jax.training.review import review
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("no_image")
 
 
 @pytest.mark.parametrize("progress_every", [1, 40])
@@ -55,7 +55,7 @@ def test_keep_best_keeps_the_weights_of_the_best_evaluation(tiny, tmp_path):
     config = tiny("keep_best", "eval_every=5", "decay_type=constant", "base_lr=0.3")
     run(config, tmp_path)
     best = max(line.get("test/top1", 0) for line in read_metrics(tmp_path / "metrics.jsonl"))
-    scores = evaluate_pictures(
+    scores = evaluate_images(
         load(tmp_path / "weights_best.npz"), data.open_source("digits", "test")
     )
     assert scores.top1 == best
@@ -82,11 +82,9 @@ def test_averaged_weights_are_evaluated_and_left(tiny, tmp_path):
         np.testing.assert_allclose(x, average.pop(k), rtol=1e-5, atol=1e-7)
     assert not average
     tests = [x for x in read_metrics(tmp_path / "metrics.jsonl") if "test/loss" in x]
-    scores = evaluate_pictures(left, data.open_source("digits", "test"))
+    scores = evaluate_images(left, data.open_source("digits", "test"))
     assert scores.loss == pytest.approx(tests[-1]["test/loss"], rel=1e-6)
-    best = evaluate_pictures(
-        load(tmp_path / "weights_best.npz"), data.open_source("digits", "test")
-    )
+    best = evaluate_images(load(tmp_path / "weights_best.npz"), data.open_source("digits", "test"))
     assert best.top1 == max(x["test/top1"] for x in tests)
 
     (tmp_path / "weights.npz").unlink()

@@ -15,7 +15,7 @@ from scipy.stats import beta, kstest
 
 from tests.training.test_step import CLASSES, SmallModel, plain_sgd, small_batch, small_params
 from vit_jax.training import TrainState, make_train_step
-from vit_jax.training.mixing import mix, mix_pictures
+from vit_jax.training.mixing import mix, mix_images
 
 
 def batch_of(n=6, size=(10, 14), seed=0):
@@ -32,7 +32,7 @@ def mixed(batch, seed, mixup=0.0, cutmix=0.0):
     return {k: np.asarray(v) for k, v in result.items()}
 
 
-def test_mixup_is_the_mean_of_a_picture_and_the_one_before_and_so_is_its_label():
+def test_mixup_is_the_mean_of_a_image_and_the_one_before_and_so_is_its_label():
     batch = batch_of()
     # Two classes that alternate tell the share.
     shares = []
@@ -59,7 +59,7 @@ def test_the_shares_of_mixup_are_distributed_as_beta_folded_at_a_half():
     assert kstest(shares, lambda a: beta.cdf(a, 0.3, 0.3) - beta.cdf(1 - a, 0.3, 0.3)).pvalue > 0.01
 
 
-def test_cutmix_puts_a_rectangle_of_the_picture_before_over_each():
+def test_cutmix_puts_a_rectangle_of_the_image_before_over_each():
     batch = batch_of(size=(12, 20))
     before = np.roll(batch["image"], 1, axis=0)
     areas, places = [], set()
@@ -117,9 +117,9 @@ def test_float_labels_are_mixed_as_they_are():
     assert mixed(batch | {"label": labels}, 3, mixup=0.5)["label"].shape == (4, CLASSES)
 
 
-def test_pictures_to_look_at_are_mixed_as_the_step_does_it():
+def test_images_to_look_at_are_mixed_as_the_step_does_it():
     images = batch_of(n=4)["image"]
-    shown, share = mix_pictures(images, 7, seed=5, mixup=0.4)
+    shown, share = mix_images(images, 7, seed=5, mixup=0.4)
     key = TrainState.create(params={}, tx=plain_sgd(), seed=5).replace(step=jnp.int32(7))
     batch = {"image": images, "label": np.arange(4) % 2}
     result = mixed_with(key.dropout_key(), batch)
@@ -194,7 +194,7 @@ EIGHT_DEVICES = """
 
 
 @pytest.mark.slow
-def test_eight_devices_mix_as_one_and_send_only_neighbouring_pictures():
+def test_eight_devices_mix_as_one_and_send_only_neighbouring_images():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(EIGHT_DEVICES)],

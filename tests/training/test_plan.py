@@ -30,7 +30,7 @@ DEEP = (
 )
 CONFIGS = {
     "AdamW in slices": config_of(),
-    "SGD, mixup, float32 pictures": config_of(
+    "SGD, mixup, float32 images": config_of(
         "optim=sgd", "optim_dtype=bfloat16", "accum_steps=1", "mixup=0.5", "image_dtype=float32",
         "model.hidden_size=64", "model.num_layers=3", "pp.train=resize(32)|value_range(-1, 1)",
         "pp.eval=resize(32)|value_range(-1, 1)",
@@ -48,11 +48,11 @@ CONFIGS = {
 def real_step(config):
     """The step that a run compiles, its state and its first batch."""
     task = open_task(config)
-    vit = make_network(config, picture_shape=task.picture_shape, labels=task.labels, preprocess="")
+    vit = make_network(config, image_shape=task.image_shape, labels=task.labels, preprocess="")
     mesh = make_mesh(config)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
-    kernels, _ = kernels_of(config, model, task.picture_shape[:2], mesh)
+    kernels, _ = kernels_of(config, model, task.image_shape[:2], mesh)
     model = model.clone(kernels=kernels)
     state = TrainState.create(params=params, tx=tx, mesh=mesh, ema=config.ema_decay > 0)
     batches = task.train_batches(0)
@@ -123,7 +123,7 @@ def test_parameters_and_operations_are_those_of_the_compiler():
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
     counted = step.lower(state, batch).cost_analysis()["flops"]
     # The compiler counts the optimizer too, a few operations a parameter, and knows that nobody
-    # wants the gradient of the pictures.
+    # wants the gradient of the images.
     assert found.flops_per_step == pytest.approx(counted, rel=0.03)
 
 
@@ -186,7 +186,7 @@ def test_what_would_make_it_fit_does_and_nothing_less_would():
 
 @pytest.mark.slow
 def test_what_slices_cannot_save_is_computed_again():
-    """A run that holds many activations of one picture, and has no more than that at once."""
+    """A run that holds many activations of one image, and has no more than that at once."""
     config = config_of(*DEEP, "batch=8", "batch_eval=8", "model.num_layers=8")
     whole = plan(config)
     again = plan(override(config, ["--config.scan_layers=True", "--config.remat=full"]))
@@ -238,7 +238,7 @@ def test_a_data_set_that_is_not_there_needs_the_number_of_classes_alone():
     with pytest.raises(UserError, match=r"classes of 'cifar10' is not known.*give --classes"):
         plan(config)
     found = plan_without_compiling(config, classes=100)
-    assert (found.classes, found.picture_shape) == (100, (8, 8, 3))
+    assert (found.classes, found.image_shape) == (100, (8, 8, 3))
     config = config_of("dataset=cifar10", "pp.train=flip", "pp.eval=value_range(-1, 1)")
-    with pytest.raises(UserError, match=r"size of the pictures of 'cifar10' is not known"):
+    with pytest.raises(UserError, match=r"size of the images of 'cifar10' is not known"):
         plan(config, classes=10)

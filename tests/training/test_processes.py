@@ -20,7 +20,7 @@ from vit_jax.training.metrics import read_metrics
 from vit_jax.training.options import load_config, override
 
 # Wide enough that a layer is split; exact momentum, so that only sums are rounded differently; test
-# pictures in a number that no number of devices divides.
+# images in a number that no number of devices divides.
 FIELDS = ("model.mlp_dim=1024", "optim_dtype=float32", "progress_every=1", "batch_eval=7")
 FIELDS += ("splits.test=test[:353]", "ema_decay=0.5")
 # What runs in some number of processes with some number of devices each is what runs in one.
@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 def assert_same_run(workdir, reference):
-    """The same figures but for rounding, and evaluations that count the same pictures."""
+    """The same figures but for rounding, and evaluations that count the same images."""
     found, expected = (read_metrics(w / "metrics.jsonl") for w in (workdir, reference))
     assert [x["step"] for x in found] == [x["step"] for x in expected]
     for a, b in zip(found, expected, strict=True):
@@ -88,8 +88,8 @@ def test_one_run_goes_on_over_8_devices_4_x_2_one_fsdp_and_replicated_again(alon
     ((status, _, log),) = Group(workdir, *FIELDS, count=1).end()
     assert status == 0, log
     assert_same_run(workdir, alone)
-    pictures = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 1)).astype(np.float32)
-    np.testing.assert_allclose(load(workdir)(pictures), load(alone)(pictures), atol=1e-3)
+    images = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 1)).astype(np.float32)
+    np.testing.assert_allclose(load(workdir)(images), load(alone)(images), atol=1e-3)
 
 
 LONG = (*FIELDS, "total_steps=1000000", "eval_every=0")
@@ -147,7 +147,7 @@ def test_a_process_that_is_silent_too_long_is_given_up_but_not_before(silent, tm
 
 @pytest.mark.slow
 def test_a_mistake_of_one_process_in_mid_run_ends_the_other_with_its_message(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     chance = np.random.default_rng(0)
     for i in range(80):
         path = folder / "train" / "ab"[i % 2] / f"{i}.png"

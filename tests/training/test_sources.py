@@ -1,4 +1,4 @@
-"""The same pictures train alike, wherever they come from."""
+"""The same images train alike, wherever they come from."""
 
 import contextlib
 import csv
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_tfds import Photos, build
-from tests.pictures import listed, write_photos
+from tests.images import listed, write_photos
 from tests.training.conftest import TINY
 from vit_jax import data
 from vit_jax.cli import main
@@ -29,7 +29,7 @@ FIELDS = (
 
 
 @pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
+def _no_image(monkeypatch):
     monkeypatch.setattr(outcome_module, "write_report", lambda report, path: path.touch())
 
 
@@ -149,7 +149,7 @@ def test_crops_need_no_resize_before_them(train, evaluation, tiny):
     task = open_task(tiny(f"pp.train={train}", f"pp.eval={evaluation}"), (source, source))
     for batches in (task.train_batches(0), task.eval_batches()):
         with contextlib.closing(batches):
-            assert next(batches)["image"].shape[1:] == task.picture_shape
+            assert next(batches)["image"].shape[1:] == task.image_shape
 
 
 def several(photos, tmp_path):

@@ -130,7 +130,7 @@ def test_five_steps_in_bfloat16_are_those_of_the_original_but_for_its_rounding()
     eps = float(jnp.finfo(jnp.bfloat16).eps)
     forwards = eps * np.sqrt(12 * 13 / 12)  # 2.8 %
     back = eps * np.sqrt(2 * 12 * 13 / 12)  # 4.0 %
-    # Logits are about 0.8, and the loss of one of 8 pictures changes by at most sqrt(2) times as
+    # Logits are about 0.8, and the loss of one of 8 images changes by at most sqrt(2) times as
     # much; three standard deviations of their mean.
     losses = [m["loss"] for m in metrics]
     atol = 3 * forwards * 0.8 * np.sqrt(2 / 8)
@@ -308,7 +308,7 @@ def test_the_average_of_the_weights_starts_with_them_and_leaves_out_bad_steps(co
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():
-    with pytest.raises(UserError, match="holds 16 pictures, expected a multiple of 3"):
+    with pytest.raises(UserError, match="holds 16 images, expected a multiple of 3"):
         first_step(small_batch(16), accum_steps=3)
 
 

@@ -1,4 +1,4 @@
-"""Who reads the pictures of a run: chosen by cores and configuration, and told."""
+"""Who reads the images of a run: chosen by cores and configuration, and told."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def test_by_default_processes_train_where_there_are_more_than_two_cores(tiny):
     assert readers(tiny("workers=5"), 2) == ["5 worker processes", "1 thread"]
 
 
-def test_they_also_test_where_there_are_many_pictures(tiny):
+def test_they_also_test_where_there_are_many_images(tiny):
     many = data.open_source("digits", "train").take([0, 1] * 2048)
     assert readers(tiny("threads=0"), 4, (many, many)) == ["4 worker processes"] * 2
 
@@ -53,7 +53,7 @@ def test_the_first_line_of_a_run_says_who_reads_and_why_no_others(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.usefixtures("no_picture")
+@pytest.mark.usefixtures("no_image")
 def test_processes_that_were_chosen_train_to_the_end(tiny, tmp_path, monkeypatch, capsys, outcome):
     digits, seen = data.open_source("digits", "train"), tmp_path / "seen"
     seen.mkdir()

@@ -15,7 +15,7 @@ import pytest
 
 from vit_jax import data, load
 from vit_jax.errors import UserError
-from vit_jax.evaluation.pictures import evaluate_pictures
+from vit_jax.evaluation.images import evaluate_images
 from vit_jax.training import TrainState, default_config, make_optimizer, run, trainer
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.metrics import read_metrics
@@ -23,7 +23,7 @@ from vit_jax.training.optimizer import schedule_of
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.task import Task
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("no_image")
 
 
 def times(workdir):
@@ -45,7 +45,7 @@ def test_a_run_leaves_weights_figures_a_report_and_its_configuration(whole, tiny
 
 
 def test_the_weights_it_leaves_give_the_accuracy_it_reports(whole):
-    scores = evaluate_pictures(load(whole), data.open_source("digits", "test"))
+    scores = evaluate_images(load(whole), data.open_source("digits", "test"))
     last = read_metrics(whole / "metrics.jsonl")[-1]
     assert (scores.count, scores.top1) == (360, last["test/top1"])
     assert scores.loss == pytest.approx(last["test/loss"], rel=1e-6)
@@ -128,7 +128,7 @@ def test_a_folder_with_results_but_no_configuration_is_refused(name, tiny, tmp_p
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "\xff"])
-def test_lost_fingerprints_of_the_pictures_are_written_anew(
+def test_lost_fingerprints_of_the_images_are_written_anew(
     text, whole, tiny, tmp_path, outcome, monkeypatch, caplog
 ):
     with monkeypatch.context() as patch:
@@ -150,21 +150,19 @@ def test_a_damaged_config_json_is_refused(tmp_path, tiny, text):
         run(tiny(), tmp_path)
 
 
-def test_pictures_that_have_changed_since_the_run_began_are_refused(tiny, tmp_path, monkeypatch):
+def test_images_that_have_changed_since_the_run_began_are_refused(tiny, tmp_path, monkeypatch):
     for name in ("train/dark", "train/bright", "test/dark", "test/bright"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(2):
-            picture = np.full((8, 8, 3), 10 * len(name) + i, np.uint8)
-            cv2.imwrite(str(tmp_path / "photos" / name / f"{i}.png"), picture)
+            image = np.full((8, 8, 3), 10 * len(name) + i, np.uint8)
+            cv2.imwrite(str(tmp_path / "photos" / name / f"{i}.png"), image)
     fields = (f"dataset={tmp_path / 'photos'}", "total_steps=4", "batch_eval=4")
     with monkeypatch.context() as patch:
         _Interrupted.in_step(patch, 2)
         assert not run(tiny(*fields), tmp_path / "run").finished
     new = tmp_path / "photos" / "train" / "dark" / "new.png"
     shutil.copy(new.with_name("0.png"), new)
-    with pytest.raises(
-        UserError, match=r"the train pictures of .*photos have changed since the run"
-    ):
+    with pytest.raises(UserError, match=r"the train images of .*photos have changed since the run"):
         run(tiny(*fields), tmp_path / "run")
     new.unlink()
     assert run(tiny(*fields), tmp_path / "run").finished
@@ -285,17 +283,17 @@ def test_a_run_starts_from_the_weights_of_another(whole, tiny, tmp_path, capsys)
     jax.tree.map(np.testing.assert_array_equal, before["Transformer"], after["Transformer"])
 
 
-def test_weights_that_do_not_fit_the_pictures_or_the_fields_are_refused(whole, tiny, tmp_path):
+def test_weights_that_do_not_fit_the_images_or_the_fields_are_refused(whole, tiny, tmp_path):
     weights = f"model_or_filename={whole / 'weights.npz'}"
     with pytest.raises(UserError, match=r"config\.model\.num_layers is 2, but the weights in .* 1"):
         run(tiny(weights, "model.num_layers=2"), tmp_path / "a")
-    with pytest.raises(UserError, match="take pictures of 1 channels, these have 3: add gray to"):
+    with pytest.raises(UserError, match="take images of 1 channels, these have 3: add gray to"):
         run(tiny(weights, "pp.train=rgb", "pp.eval=rgb"), tmp_path / "b")
     with pytest.raises(UserError, match=r"no weights at none\.npz: give "):
         run(tiny("model_or_filename=none.npz"), tmp_path / "c")
 
 
-def test_training_and_evaluation_have_to_make_pictures_of_one_shape(tiny, tmp_path):
+def test_training_and_evaluation_have_to_make_images_of_one_shape(tiny, tmp_path):
     with pytest.raises(UserError, match=r"shape \(4, 4, 1\) and evaluation of \(8, 8, 1\)"):
         run(tiny("pp.train=resize(4)"), tmp_path)
 

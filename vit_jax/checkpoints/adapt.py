@@ -1,4 +1,4 @@
-"""Weights for another task: another head, another size of picture."""
+"""Weights for another task: another head, another size of image."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ def _check_mixer_size(spec: MixerSpec, image_size: tuple[int, int] | None) -> Mi
     new = dataclasses.replace(spec, image_size=image_size)
     if new.grid_size != spec.grid_size:
         raise UserError(
-            "this Mixer has {} tokens, for pictures of {}x{} pixels, and can't take {}x{}: the "
+            "this Mixer has {} tokens, for images of {}x{} pixels, and can't take {}x{}: the "
             "number of tokens of a Mixer is fixed; keep its size, or choose a ViT".format(
                 spec.num_tokens, *spec.image_size, *image_size
             )

@@ -15,7 +15,7 @@ from vit_jax.errors import UserError
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 
-# Fixed sines and cosines leave no trace in a file; most networks saw pictures of this size.
+# Fixed sines and cosines leave no trace in a file; most networks saw images of this size.
 _USUAL_SIZE = (224, 224)
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -136,7 +136,7 @@ def _vit(
         size = known or likely or _USUAL_SIZE
         if not known:
             _log.warning(
-                "%s: it has no position embeddings; taken as fixed sines and cosines, for pictures "
+                "%s: it has no position embeddings; taken as fixed sines and cosines, for images "
                 "of %dx%d pixels",
                 *(where, *size),
             )
@@ -336,12 +336,12 @@ def _lacks_class_token(spec: Spec, tokens: int, sizes: Iterable[_Size | None]) -
 def _image_size(
     spec: Spec | MixerSpec, patches: int, known: _Size | None, likely: _Size | None, where: str
 ) -> _Size:
-    """(height, width) of the pictures that the stored positions are for, see `read_spec`."""
+    """(height, width) of the images that the stored positions are for, see `read_spec`."""
     height, width = spec.model().stride
     if known is not None:
         if not _fits(spec, patches, known):
             raise UserError(
-                f"{where}: its {patches} positions do not fit pictures of {known[0]}x{known[1]} "
+                f"{where}: its {patches} positions do not fit images of {known[0]}x{known[1]} "
                 f"pixels in patches of {height}x{width}: give the size that the weights are for"
             )
         return known

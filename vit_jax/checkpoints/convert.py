@@ -102,7 +102,7 @@ def _check_free(targets: Sequence[Path], force: bool) -> None:
 
 
 def _noted_size(path: Path) -> tuple[int, int] | None:
-    """The picture size that the notes beside weights give, without which it may be ambiguous."""
+    """The image size that the notes beside weights give, without which it may be ambiguous."""
     try:
         height, width = json.loads(path.with_suffix(".json").read_bytes())["image_size"]
         return int(height), int(width)

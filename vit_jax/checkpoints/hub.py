@@ -156,7 +156,7 @@ def sources(model: str) -> list[str]:
     listed = [
         name
         for name in names()
-        # "mixer" alone is short for one of its sub-folders; "-224" is a picture size.
+        # "mixer" alone is short for one of its sub-folders; "-224" is an image size.
         if not name.startswith("augreg/")
         and name.rpartition("/")[2].removesuffix("-224") == model
         and name.rpartition("/")[0] != "mixer/imagenet21k"

@@ -20,7 +20,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class _ImageSpec:
-    """What all networks for pictures have.
+    """What all networks for images have.
 
     patch_size and image_size are (height, width); num_classes is None where there is no head.
     """
@@ -59,7 +59,7 @@ class _ImageSpec:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a picture, the class token among them."""
+        """Tokens of an image, the class token among them."""
         return math.prod(self.grid_size)
 
     @property
@@ -76,12 +76,12 @@ class _ImageSpec:
             "blocks": f"{self.num_layers}, {self.hidden_size} wide",
             "patches": "{}x{} pixels, ".format(*self.model().stride)
             + f"{rows}x{columns} of them, {self.num_tokens} tokens in all",
-            "pictures": f"{h}x{w} pixels, {self.channels} channels",
+            "images": f"{h}x{w} pixels, {self.channels} channels",
         }
 
     @property
     def traced_size(self) -> tuple[int, int]:
-        """(height, width) of pictures that tell all shapes: one patch where positions are fixed."""
+        """(height, width) of images that tell all shapes: one patch where positions are fixed."""
         if getattr(self, "position_embedding", "learned") == "learned":
             return self.image_size
         (h, w), stride = self.image_size, self.model().stride
@@ -118,7 +118,7 @@ class Spec(_ImageSpec):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a picture, the class token among them."""
+        """Tokens of an image, the class token among them."""
         return math.prod(self.grid_size) + self.model().has_class_token
 
     def summary(self) -> dict[str, str]:
@@ -185,7 +185,7 @@ class LiTSpec:
 
     @property
     def channels(self) -> int:
-        """Colour channels of a picture."""
+        """Colour channels of an image."""
         return self.image.channels
 
     @property

@@ -1,4 +1,4 @@
-"""`vit-jax data`: pictures before training on them."""
+"""`vit-jax data`: images before training on them."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ def add_parser(subparsers) -> None:
         subparsers,
         "data",
         None,
-        "look at pictures before training on them",
+        "look at images before training on them",
         "vit-jax data check photos --out report\n  vit-jax data prepare photos photos.tfds",
     )
     commands = group.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
@@ -31,7 +31,7 @@ def _add_prepare(commands) -> None:
         commands,
         "prepare",
         prepare,
-        "write pictures as a TFDS data set, a few large files that any host reads by their path",
+        "write images as a TFDS data set, a few large files that any host reads by their path",
         "vit-jax data prepare photos/labels.csv photos.tfds",
     )
     parser.add_argument("source", help="a folder, table, .npz, TFDS name, ...: see docs/data.md")
@@ -41,7 +41,7 @@ def _add_prepare(commands) -> None:
         "--corrupt",
         choices=("error", "skip"),
         default="error",
-        help="what to do with unreadable pictures",
+        help="what to do with unreadable images",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -53,7 +53,7 @@ def _add_check(commands) -> None:
         commands,
         "check",
         check,
-        "read every picture and tell what training would suffer from; exit status 1 if something",
+        "read every image and tell what training would suffer from; exit status 1 if something",
         "vit-jax data check photos --out report",
     )
     parser.add_argument("source", help="a folder, table, .npz, TFDS name, ...: see docs/data.md")
@@ -78,7 +78,7 @@ def _add_show(commands) -> None:
         commands,
         "show",
         show,
-        "draw what training makes of some pictures",
+        "draw what training makes of some images",
         "vit-jax data show photos --augment medium1 --out page.png",
     )
     parser.add_argument("source", help="a folder, table, .npz, TFDS name, ...: see docs/data.md")
@@ -87,13 +87,13 @@ def _add_show(commands) -> None:
     what.add_argument("--pp", help='the operations, e.g. "resize(224)|flip"')
     parser.add_argument("--crop", type=positive, default=224, help="pixels (default: 224)")
     parser.add_argument("--split", default="train", help="which part (default: train)")
-    parser.add_argument("--count", type=positive, default=6, help="pictures (default: 6)")
+    parser.add_argument("--count", type=positive, default=6, help="images (default: 6)")
     _add_seed_and_places(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="the PNG file to write")
 
 
 def _add_seed_and_places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="chooses the test pictures, if need be")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the test images, if need be")
     parser.add_argument(
         "--tfds-data-dir", default="", metavar="DIR", help="where TFDS keeps its data sets"
     )
@@ -158,14 +158,14 @@ def check(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Draws a page of pictures as a training run would see them."""
+    """Draws a page of images as a training run would see them."""
     from functools import partial
 
     from vit_jax import data
     from vit_jax.data.show import draw_page
     from vit_jax.errors import UserError
     from vit_jax.training import check_config, default_config
-    from vit_jax.training.mixing import mix_pictures
+    from vit_jax.training.mixing import mix_images
     from vit_jax.training.task import mixup, train_spec
 
     if not 0 <= args.seed < 2**32:
@@ -180,7 +180,7 @@ def show(args: argparse.Namespace) -> None:
         data.parse(train_spec(config) if args.pp is None else args.pp),
         count=args.count,
         seed=args.seed,
-        mix=partial(mix_pictures, seed=args.seed, mixup=parameter) if parameter else None,
+        mix=partial(mix_images, seed=args.seed, mixup=parameter) if parameter else None,
     )
     print(args.out)
 
@@ -195,7 +195,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
             nonlocal told
             if (tenths := 10 * done // total) > told:
                 told = tenths
-                print(f"{done:,} of {total:,} pictures read", file=sys.stderr, flush=True)
+                print(f"{done:,} of {total:,} images read", file=sys.stderr, flush=True)
 
         yield tell
         return

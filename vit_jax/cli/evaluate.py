@@ -1,4 +1,4 @@
-"""`vit-jax evaluate WEIGHTS [DATA]`: how good weights are on labelled pictures."""
+"""`vit-jax evaluate WEIGHTS [DATA]`: how good weights are on labelled images."""
 
 import argparse
 
@@ -11,7 +11,7 @@ def add_parser(subparsers) -> None:
         subparsers,
         "evaluate",
         run,
-        "measure accuracy and loss on labelled pictures",
+        "measure accuracy and loss on labelled images",
         "vit-jax evaluate runs/digits --csv=predictions.csv",
     )
     parser.add_argument(
@@ -20,12 +20,12 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "data",
         nargs="?",
-        help="a folder of pictures, a table, a TFDS name; by default the run's own",
+        help="a folder of images, a table, a TFDS name; by default the run's own",
     )
     parser.add_argument(
         "--split", help='"test", "train[:10%%]", ...; by default the run\'s own, or test'
     )
-    parser.add_argument("--batch", type=positive, default=64, help="pictures at once (default: 64)")
+    parser.add_argument("--batch", type=positive, default=64, help="images at once (default: 64)")
     parser.add_argument(
         "--corrupt",
         choices=("error", "skip"),
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
     from vit_jax import data
     from vit_jax.errors import UserError
-    from vit_jax.evaluation.pictures import evaluate_pictures, write_predictions
+    from vit_jax.evaluation.images import evaluate_images, write_predictions
     from vit_jax.evaluation.zero_shot import zero_shot
     from vit_jax.pretrained import PretrainedLiT, load
     from vit_jax.training.workdir import check_named, read_config
@@ -62,15 +62,15 @@ def run(args: argparse.Namespace) -> None:
             seed, loss = config.seed, config.loss
     elif dataset is None:
         raise UserError(
-            f"on which pictures? {args.weights} doesn't tell, only a run does: "
-            "add a folder of pictures or a known name"
+            f"on which images? {args.weights} doesn't tell, only a run does: "
+            "add a folder of images or a known name"
         )
     source = data.open_source(dataset, args.split or split, seed=seed, **places)
     if isinstance(vit, PretrainedLiT):
         scores = zero_shot(vit, source, batch_size=args.batch, corrupt=args.corrupt)
         vit = dataclasses.replace(vit, labels=source.labels)
     else:
-        scores = evaluate_pictures(
+        scores = evaluate_images(
             vit, source, batch_size=args.batch, corrupt=args.corrupt, loss=loss
         )
     labels = [vit.label(i) for i in range(len(scores.per_class))]
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"top-5     {scores.top5:7.2%}")
     print(f"loss      {scores.loss:7.4f}")
     if scores.skipped:
-        print(f"skipped   {scores.skipped:7,}  unreadable pictures, not counted")
+        print(f"skipped   {scores.skipped:7,}  unreadable images, not counted")
     print("\naccuracy of each class")
     width = min(max(map(len, labels)), 40)
     for label, share, count in zip(labels, scores.per_class, counts, strict=True):

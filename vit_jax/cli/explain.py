@@ -1,4 +1,4 @@
-"""`vit-jax explain WEIGHTS PICTURE ... --out PAGE`: why a network says what it says of pictures."""
+"""`vit-jax explain WEIGHTS IMAGE ... --out PAGE`: why a network says what it says of images."""
 
 import argparse
 
@@ -11,13 +11,13 @@ def add_parser(subparsers) -> None:
         subparsers,
         "explain",
         run,
-        "show what a network looks at on pictures",
+        "show what a network looks at on images",
         "vit-jax explain runs/photos photo.jpg --out page.html",
     )
     parser.add_argument(
         "weights", help="a file or name of weights, or the workdir of a finished run"
     )
-    parser.add_argument("pictures", nargs="+", metavar="picture", help="picture files")
+    parser.add_argument("images", nargs="+", metavar="image", help="image files")
     parser.add_argument(
         "--out",
         required=True,
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     kind = page.kind_of(args.out)
     vit = load(args.weights)
-    explained = list(explain.explanations(vit, args.pictures, args.classes))
+    explained = list(explain.explanations(vit, args.images, args.classes))
     if kind == "html":
         content = explain.page_html(vit, explained)
     else:

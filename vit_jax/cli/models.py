@@ -7,7 +7,7 @@ from typing import Any
 
 from vit_jax.errors import UserError
 
-_PICTURE = (224, 224)  # What every published model was pre-trained at.
+_IMAGE = (224, 224)  # What every published model was pre-trained at.
 
 # The columns of the AugReg table that a line of text has room for, beside the one it is sorted by.
 _SHOWN = ("name", "ds", "final_val", "final_test", "filename")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             f"{row['tokens']:>6}  {', '.join(dict.fromkeys(folders)) or '-'}"
         )
     print(
-        f"With a head of 1,000 classes, for a picture of {_PICTURE[0]}x{_PICTURE[1]} pixels; a "
+        f"With a head of 1,000 classes, for an image of {_IMAGE[0]}x{_IMAGE[1]} pixels; a "
         "multiplication and an addition are two FLOPs.\nOf LiT: the parameters of both towers, the "
         "rest of the image tower, which has no head.\nLoad weights by FOLDER/NAME; --json lists "
         "those names, --augreg searches the AugReg checkpoints."
@@ -89,13 +89,13 @@ def _row(name: str, model: Any, further_parameters: int = 0) -> dict[str, Any]:
     from vit_jax.checkpoints import hub
     from vit_jax.models.cost import cost
 
-    picture = cost(model, jax.ShapeDtypeStruct((1, *_PICTURE, 3), jnp.float32))
-    rows, columns = model.grid_size(_PICTURE)
+    image = cost(model, jax.ShapeDtypeStruct((1, *_IMAGE, 3), jnp.float32))
+    rows, columns = model.grid_size(_IMAGE)
     return {
         "name": name,
-        "parameters": picture.parameters + further_parameters,
-        "flops": picture.flops,
-        "image_size": _PICTURE,
+        "parameters": image.parameters + further_parameters,
+        "flops": image.flops,
+        "image_size": _IMAGE,
         "tokens": rows * columns + getattr(model, "has_class_token", False),
         "patch_size": model.patch_size,
         "hidden_size": model.hidden_size,

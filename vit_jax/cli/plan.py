@@ -79,9 +79,9 @@ def _facts(plan: Any, memory: float | None) -> dict[str, Any]:
 def _text(found: dict[str, Any], mfu: float, tflops: float | None) -> str:
     at_once = found["batch"] // found["devices"] // found["accum_steps"]
     lines = [
-        f"network     {found['parameters']:,} parameters, {found['classes']:,} classes, pictures "
-        f"of {'x'.join(map(str, found['picture_shape']))}",
-        f"step        {found['batch']:,} pictures on {found['devices']} devices, {at_once} at once "
+        f"network     {found['parameters']:,} parameters, {found['classes']:,} classes, images "
+        f"of {'x'.join(map(str, found['image_shape']))}",
+        f"step        {found['batch']:,} images on {found['devices']} devices, {at_once} at once "
         f"on each ({found['accum_steps']} accum_steps), {found['flops_per_step'] / 1e12:,.3g} "
         "TFLOPs",
         "",
@@ -118,7 +118,7 @@ def _verdict(found: dict[str, Any]) -> str:
         state = (found["training"]["parameters"] + found["training"]["optimizer"]) / 2**30
         return (
             f"no, not into {size}, whatever the accum_steps, batch_eval, remat and sharding (the "
-            f"state is {state:.1f} GiB): take a smaller model or picture, or larger or more devices"
+            f"state is {state:.1f} GiB): take a smaller model or image, or larger or more devices"
         )
     changes = (f"--config.{field}={value}" for field, value in found["changes"].items())
     return f"no, not into {size}; it would with {' '.join(changes)}"

@@ -1,4 +1,4 @@
-"""`vit-jax predict WEIGHTS PICTURE ...`: what is on pictures."""
+"""`vit-jax predict WEIGHTS IMAGE ...`: what is on images."""
 
 import argparse
 from collections.abc import Callable
@@ -12,28 +12,28 @@ def add_parser(subparsers) -> None:
         subparsers,
         "predict",
         run,
-        "say what is on pictures",
+        "say what is on images",
         "vit-jax predict runs/photos photo.jpg",
     )
     parser.add_argument(
         "weights", help="a file or name of weights, or the workdir of a finished run"
     )
-    pictures = parser.add_argument(
-        "pictures", nargs="+", metavar="picture", help="picture files; they may stand last, too"
+    images = parser.add_argument(
+        "images", nargs="+", metavar="image", help="image files; they may stand last, too"
     )
-    pictures.required = False  # --labels takes all that follows it, see `_split`.
+    images.required = False  # --labels takes all that follows it, see `_split`.
     parser.add_argument(
         "--labels",
         nargs="+",
         metavar="WORDS",
-        help='of LiT weights: what may be on the pictures, e.g. "a cat" "a dog"',
+        help='of LiT weights: what may be on the images, e.g. "a cat" "a dog"',
     )
     parser.add_argument("--top", type=positive, default=5, help="classes to name (default: 5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the most probable classes of each picture that can be read, and names the others."""
+    """Prints the most probable classes of each image that can be read, and names the others."""
     import functools
     import json
     import sys
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax.evaluation.zero_shot import classify
     from vit_jax.pretrained import PretrainedLiT, load
 
-    labels, pictures = _split(args.labels, args.pictures)
+    labels, images = _split(args.labels, args.images)
     vit = load(args.weights)
     if labels is None:
         look = functools.partial(vit.predict, top=args.top)
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--labels is for LiT weights, these have classes of their own: leave it out"
         )
-    answers, mistakes = _each(look, pictures)
-    # One mistake in all pictures is none of theirs, but e.g. of weights that give no classes.
+    answers, mistakes = _each(look, images)
+    # One mistake in all images is none of theirs, but e.g. of weights that give no classes.
     if not answers and len(set(mistakes)) == 1:
         raise UserError(mistakes[0])
     if args.json:
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
         ]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
-        for picture, answer in answers:
-            print(picture)
+        for image, answer in answers:
+            print(image)
             for label, probability in answer:
                 print(f"  {probability:6.1%}  {label}")
     for mistake in mistakes:
@@ -74,42 +74,42 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _split(
-    labels: list[str] | None, pictures: list[str] | None
+    labels: list[str] | None, images: list[str] | None
 ) -> tuple[list[str] | None, list[str]]:
-    """(labels, pictures): without pictures before them, the files at the end of the labels."""
+    """(labels, images): without images before them, the files at the end of the labels."""
     import os
 
     from vit_jax.errors import UserError
 
-    if pictures:
-        return labels, pictures
+    if images:
+        return labels, images
     words = list(labels or ())
     while words and os.path.isfile(words[-1]):
         words.pop()
     if not words or len(words) == len(labels or ()):
         last = f" ({words[-1]!r} is no file)" if words else ""
         raise UserError(
-            f"no picture was named{last}: write vit-jax predict WEIGHTS PICTURE ..., "
+            f"no image was named{last}: write vit-jax predict WEIGHTS IMAGE ..., "
             "and of LiT weights --labels WORDS ... behind that"
         )
     return words, (labels or [])[len(words) :]
 
 
-def _each(look: Callable[[list[str]], list], pictures: list[str]) -> tuple[list, list[str]]:
-    """((picture, answer) of each picture, what is wrong with the others); many at once."""
+def _each(look: Callable[[list[str]], list], images: list[str]) -> tuple[list, list[str]]:
+    """((image, answer) of each image, what is wrong with the others); many at once."""
     from vit_jax.errors import UserError
 
     answers: list = []
     mistakes: list[str] = []
-    for start in range(0, len(pictures), 32):
-        some = pictures[start : start + 32]
+    for start in range(0, len(images), 32):
+        some = images[start : start + 32]
         try:
             answers += zip(some, look(some), strict=True)
         except UserError as e:
-            if len(pictures) == 1:
+            if len(images) == 1:
                 return [], [str(e)]
-            for picture in some:
-                found, wrong = _each(look, [picture])
+            for image in some:
+                found, wrong = _each(look, [image])
                 answers += found
                 mistakes += wrong
     return answers, mistakes

@@ -1,4 +1,4 @@
-"""`vit-jax report WORKDIR`: how a training run went, as a page and a picture."""
+"""`vit-jax report WORKDIR`: how a training run went, as a page and an image."""
 
 import argparse
 from typing import Any
@@ -21,7 +21,7 @@ def add_parser(subparsers) -> None:
         metavar="FILE",
         help="page.html or page.png; by default report.html and report.png in the workdir",
     )
-    parser.add_argument("--batch", type=positive, default=64, help="pictures at once (default: 64)")
+    parser.add_argument("--batch", type=positive, default=64, help="images at once (default: 64)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

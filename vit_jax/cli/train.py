@@ -1,4 +1,4 @@
-"""`vit-jax train`: trains from a configuration, or fine-tunes on a folder of pictures."""
+"""`vit-jax train`: trains from a configuration, or fine-tunes on a folder of images."""
 
 import argparse
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a training run."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="a configuration file, or the name of one of the package's")
-    what.add_argument("--data", help="a folder of pictures, a table, a TFDS name: fine-tune")
+    what.add_argument("--data", help="a folder of images, a table, a TFDS name: fine-tune")
     parser.add_argument("--weights", help="the weights to start from, a file or a name")
     parser.add_argument("--workdir", required=True, help="the folder of this run")
     for name, kind, meaning in (

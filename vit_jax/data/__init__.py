@@ -1,4 +1,4 @@
-"""How pictures become batches: a pure function of (seed, step).
+"""How images become batches: a pure function of (seed, step).
 
 Names are looked up on first use, so that importing the package loads neither OpenCV nor Grain.
 """
@@ -14,8 +14,8 @@ _HOMES = {
     "prepare_tfds": "prepare",
     "is_known": "sources",
     "data_fingerprint": "sources",
-    "decode": "pictures",
-    "read": "pictures",
+    "decode": "images",
+    "read": "images",
     "Preprocess": "preprocess",
     "parse": "preprocess",
     "OPERATIONS": "preprocess",

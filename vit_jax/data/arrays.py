@@ -1,4 +1,4 @@
-"""Pictures in memory: NumPy arrays, and .npz files of them."""
+"""Images in memory: NumPy arrays, and .npz files of them."""
 
 import hashlib
 import os
@@ -14,22 +14,22 @@ from vit_jax.data.folders import held_out_splits
 from vit_jax.data.sources import Source, Splits
 from vit_jax.errors import UserError
 
-Pictures = np.ndarray | Sequence[np.ndarray]
+Images = np.ndarray | Sequence[np.ndarray]
 
 
 def from_arrays(
-    images: Pictures,
+    images: Images,
     labels: Any,
     *,
     names: Sequence[str] | None = None,
     name: str = "arrays",
 ) -> Source:
-    """A source of pictures in memory, or in a `np.memmap`; they are not copied.
+    """A source of images in memory, or in a `np.memmap`; they are not copied.
 
     Args:
-      images: uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3), or a sequence of such pictures of
+      images: uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3), or a sequence of such images of
         various sizes.
-      labels: (n,) class numbers or class names; or (n, classes) of 0 and 1, several a picture.
+      labels: (n,) class numbers or class names; or (n, classes) of 0 and 1, several an image.
       names: of the classes, by number; by default the sorted names, or "0", "1", ...
       name: what errors call the source.
 
@@ -79,37 +79,37 @@ def array_splits(dataset: str, seed: int) -> Splits:
 
 
 def _source(
-    name: str, parts: list[tuple[str, Pictures]], place: int, labels: Any, names: Any
+    name: str, parts: list[tuple[str, Images]], place: int, labels: Any, names: Any
 ) -> Source:
     """The source of one of several parts, whose keys go on where those of the last part end."""
     images = parts[place][1]
     shape = np.shape(labels)
     if len(shape) not in (1, 2) or 0 in shape[1:] or not np.iterable(images):
         raise UserError(
-            f"{name}: labels of shape {shape}, expected (n,) or (n, classes), and n pictures"
+            f"{name}: labels of shape {shape}, expected (n,) or (n, classes), and n images"
         )
     if len(images) != len(labels) or not len(images):
         raise UserError(
-            f"{name}: {len(images)} pictures and {len(labels)} labels, expected one for each"
+            f"{name}: {len(images)} images and {len(labels)} labels, expected one for each"
         )
     channels = _channels(name, images)
     names = tuple(str(n) for n in (_class_names(name, labels) if names is None else names))
     label_ids = _label_ids(name, labels, names)
-    starts = np.cumsum([0, *(len(pictures) for _, pictures in parts)]).tolist()
+    starts = np.cumsum([0, *(len(part) for _, part in parts)]).tolist()
     return Source(
         name=name,
         labels=names,
         channels=channels,
         keys=range(starts[place], starts[place + 1]),
         label_ids=label_ids,
-        read_key=partial(_picture, [pictures for _, pictures in parts], starts),
+        read_key=partial(_image, [part for _, part in parts], starts),
         describe_key=partial(_describe, name, [split for split, _ in parts], starts),
         multi_label=label_ids.ndim == 2,
         identity=partial(_digest, images),
     )
 
 
-def _channels(name: str, images: Pictures) -> int:
+def _channels(name: str, images: Images) -> int:
     examples = images[:1] if isinstance(images, np.ndarray) else images
     shapes: set[tuple] = {
         (image.shape[2:] or (1,)) if image.ndim > 1 and image.size else ("none",)
@@ -118,7 +118,7 @@ def _channels(name: str, images: Pictures) -> int:
     kinds = {image.dtype for image in examples}
     if kinds != {np.dtype(np.uint8)} or len(shapes) != 1 or not shapes <= {(1,), (3,)}:
         raise UserError(
-            f"{name}: pictures of type {', '.join(map(str, kinds)) or 'none'} and channels "
+            f"{name}: images of type {', '.join(map(str, kinds)) or 'none'} and channels "
             f"{', '.join(str(s[-1]) for s in shapes) or 'none'}, expected uint8 (n, h, w), "
             "(n, h, w, 1) or (n, h, w, 3)"
         )
@@ -161,7 +161,7 @@ def _label_ids(name: str, labels: Any, names: tuple[str, ...]) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def _picture(parts: list[Pictures], starts: list[int], key: int) -> np.ndarray:
+def _image(parts: list[Images], starts: list[int], key: int) -> np.ndarray:
     place = bisect_right(starts, key) - 1
     image = parts[place][int(key) - starts[place]]
     return image if image.ndim == 3 else image[..., None]
@@ -172,8 +172,8 @@ def _describe(name: str, splits: list[str], starts: list[int], key: int) -> str:
     return f"{name} {splits[place]}".rstrip() + f"[{key - starts[place]}]"
 
 
-def _digest(images: Pictures) -> str:
-    """Of the pixels: numbers name no picture."""
+def _digest(images: Images) -> str:
+    """Of the pixels: numbers name no image."""
     digest = hashlib.sha256()
     for image in images:
         digest.update(repr(image.shape).encode())

@@ -1,7 +1,7 @@
-"""Operations that change how a picture looks: colour jitter, RandAugment, random erasing.
+"""Operations that change how an image looks: colour jitter, RandAugment, random erasing.
 
 All work on whole grey levels: uint8 (h, w, c) in, uint8 of the same shape out, mostly by tables of
-256 values. What they make of a picture is a pure function of the picture and of `rng`.
+256 values. What they make of an image is a pure function of the image and of `rng`.
 """
 
 import math
@@ -10,8 +10,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from vit_jax.data.images import whole_levels
 from vit_jax.data.ops import Step, op
-from vit_jax.data.pictures import whole_levels
 from vit_jax.errors import UserError
 
 # The settings of "How to train your ViT?" (arXiv:2106.10270), as released with big_vision: the
@@ -25,7 +25,7 @@ AUGREG: dict[str, tuple[str, float]] = {
     "strong1": ("randaug(2, 20)", 0.5),
     "strong2": ("randaug(2, 20)", 0.8),
 }
-FILL = 128  # what RandAugment puts where there is no picture
+FILL = 128  # what RandAugment puts where there is no image
 _LEVELS = np.arange(256, dtype=np.float32)
 # OpenCV rounds to the nearest level. This less cuts off instead; a little more is for whole results
 # that come out a rounding error short.
@@ -37,7 +37,7 @@ def randaug(layers: int, magnitude: float) -> Step:
     """RandAugment (Cubuk et al. 2019, arXiv:1909.13719): `layers` of the operations of `RANDAUG`.
 
     Each is drawn anew, all equally likely, and always applied, at strength `magnitude` out of 10;
-    more than 10 is allowed. Lengths are in pixels, meant for pictures of about 224.
+    more than 10 is allowed. Lengths are in pixels, meant for images of about 224.
     """
     if not 0 <= magnitude <= 30 or not 1 <= layers <= 16:
         raise UserError("expected 1 to 16 layers and a magnitude of 0 to 30")
@@ -81,9 +81,9 @@ def color_jitter(brightness: float, contrast: float, saturation: float, hue: flo
 
 @op
 def random_erasing(p: float = 0.5, area_min: float = 0.02, area_max: float = 0.4) -> Step:
-    """With probability `p`, puts noise over a part of the picture.
+    """With probability `p`, puts noise over a part of the image.
 
-    The part covers between `area_min` and `area_max` of the picture and is 0.3 to 3.33 times as
+    The part covers between `area_min` and `area_max` of the image and is 0.3 to 3.33 times as
     wide as high, drawn on a logarithmic scale. After 100 vain attempts nothing is erased.
     Source: Zhong et al. 2017 (arXiv:1708.04896), algorithm 1, with random values (RE-R).
     """
@@ -157,7 +157,7 @@ def solarize_add(image: np.ndarray, addition: int) -> np.ndarray:
 
 
 def saturate(image: np.ndarray, factor: float) -> np.ndarray:
-    """ImageEnhance.Color: 0 is grey, 1 the picture itself, more is more colourful."""
+    """ImageEnhance.Color: 0 is grey, 1 the image itself, more is more colourful."""
     if image.shape[2] == 1:
         return image
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -204,11 +204,11 @@ def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
 def affine(
     image: np.ndarray, matrix: tuple[float, float, float, float, float, float]
 ) -> np.ndarray:
-    """The picture moved; `FILL` where nothing lies.
+    """The image moved; `FILL` where nothing lies.
 
     Args:
       matrix: (a, b, c, d, e, f): the result at column x and row y is the pixel nearest to column
-        a x + b y + c and row d x + e y + f of the picture, to a thousandth of a pixel.
+        a x + b y + c and row d x + e y + f of the image, to a thousandth of a pixel.
     """
     moved = cv2.warpAffine(
         image,
@@ -222,7 +222,7 @@ def affine(
 
 
 def cutout(image: np.ndarray, half: int, rng: np.random.Generator) -> np.ndarray:
-    """`FILL` in a square of side 2 * half around any pixel, as far as it lies in the picture."""
+    """`FILL` in a square of side 2 * half around any pixel, as far as it lies in the image."""
     y, x = rng.integers(image.shape[:2])
     image = image.copy()
     image[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = FILL

@@ -1,4 +1,4 @@
-"""Looks at every picture before training: what can't be read, what is there twice, what sizes."""
+"""Looks at every image before training: what can't be read, what is there twice, what sizes."""
 
 import hashlib
 from collections import Counter
@@ -14,11 +14,11 @@ from vit_jax.data.cores import own_cores
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
-_BLOCK = 64  # pictures that a thread takes at once
+_BLOCK = 64  # images that a thread takes at once
 
 
-class Picture(NamedTuple):
-    """A picture: the split it is in, what it is called, its class or classes."""
+class Image(NamedTuple):
+    """An image: the split it is in, what it is called, its class or classes."""
 
     split: str
     name: str
@@ -30,12 +30,12 @@ class CheckedSplit:
     """What was found in one split.
 
     Attributes:
-      count: pictures, those that can't be read included.
+      count: images, those that can't be read included.
       unreadable: of each, why it can't be read; the text names it.
-      class_counts: int64 (classes,), the readable pictures of each class.
+      class_counts: int64 (classes,), the readable images of each class.
       sizes: int32 (readable, 2), height and width in pixels.
-      channels: number of channels: how many pictures have it.
-      grey: how many pictures of 3 channels have three equal ones.
+      channels: number of channels: how many images have it.
+      grey: how many images of 3 channels have three equal ones.
     """
 
     count: int
@@ -53,25 +53,25 @@ class Check:
     Attributes:
       labels: class names.
       splits: by name.
-      identical: groups of pictures whose pixels, as decoded, are all the same.
+      identical: groups of images whose pixels, as decoded, are all the same.
     """
 
     labels: tuple[str, ...]
     splits: dict[str, CheckedSplit]
-    identical: list[list[Picture]]
+    identical: list[list[Image]]
 
     @cached_property
-    def leaks(self) -> list[list[Picture]]:
-        """Groups of identical pictures that lie in several splits."""
+    def leaks(self) -> list[list[Image]]:
+        """Groups of identical images that lie in several splits."""
         return [group for group in self.identical if len({p.split for p in group}) > 1]
 
     @cached_property
-    def contradictions(self) -> list[list[Picture]]:
-        """Groups of identical pictures of different classes."""
+    def contradictions(self) -> list[list[Image]]:
+        """Groups of identical images of different classes."""
         return [group for group in self.identical if len({p.label for p in group}) > 1]
 
     def duplicates(self, split: str) -> int:
-        """How many pictures of a split are there already, under another name."""
+        """How many images of a split are there already, under another name."""
         counts = (sum(p.split == split for p in group) for group in self.identical)
         return sum(count - 1 for count in counts if count > 1)
 
@@ -84,7 +84,7 @@ class Check:
                 found.append(f"{count_of(len(split.unreadable))} of {name} can't be read")
             empty = [self.labels[i] for i in np.flatnonzero(split.class_counts == 0)]
             if empty and name.startswith("train"):
-                found.append(f"{name} has no picture of {_shortened(empty)}")
+                found.append(f"{name} has no image of {_shortened(empty)}")
         if self.leaks:
             found.append(f"{count_of(len(self.leaks))} found in several splits")
         if self.contradictions:
@@ -98,14 +98,14 @@ def check(
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Check:
-    """Reads and decodes every picture.
+    """Reads and decodes every image.
 
-    Memory: the pictures in the works, and some 60 bytes for each one that was read.
+    Memory: the images in the works, and some 60 bytes for each one that was read.
 
     Args:
       sources: splits by name, of one data set.
       threads: that read and decode; by default one a core, 16 at most.
-      progress: called with the numbers of pictures done and of all.
+      progress: called with the numbers of images done and of all.
     """
     threads = min(own_cores(), 16) if threads is None else threads
     total = sum(map(len, sources.values()))
@@ -131,13 +131,13 @@ def check(
     names = next(iter(sources.values())).labels
     where = np.concatenate(places)
 
-    def picture(i: int) -> Picture:
+    def image(i: int) -> Image:
         split = list(sources)[where[i, 0]]
         label = ";".join(names[id_] for id_ in labels[i]) or "no class"
-        return Picture(split, sources[split].describe(int(where[i, 1])), label)
+        return Image(split, sources[split].describe(int(where[i, 1])), label)
 
     groups = _equal(np.concatenate(digests))
-    return Check(names, splits, [[picture(i) for i in group] for group in groups])
+    return Check(names, splits, [[image(i) for i in group] for group in groups])
 
 
 def _equal(values: np.ndarray) -> list[np.ndarray]:
@@ -156,7 +156,7 @@ class _Seen(NamedTuple):
 
 
 def _look(source: Source, indices: Iterable[int]) -> list[_Seen | str]:
-    """What is to be known of some pictures, or why they can't be read."""
+    """What is to be known of some images, or why they can't be read."""
     seen: list[_Seen | str] = []
     for index in indices:
         try:
@@ -173,14 +173,14 @@ def _look(source: Source, indices: Iterable[int]) -> list[_Seen | str]:
 
 
 def _is_grey(image: np.ndarray) -> bool:
-    # A few pixels tell of most pictures that they are coloured.
+    # A few pixels tell of most images that they are coloured.
     return image.shape[2] == 3 and all(
         (part == part[..., :1]).all() for part in (image[::16, ::16], image)
     )
 
 
 class _Result:
-    """Collects what was seen of a split's pictures, in little memory."""
+    """Collects what was seen of a split's images, in little memory."""
 
     def __init__(self, count: int, classes: int):
         self.read = np.zeros(count, bool)
@@ -217,8 +217,8 @@ class _Result:
         )
 
 
-def count_of(number: int, thing: str = "picture", plural: str = "s") -> str:
-    """A number of things, e.g. "1 picture", "1,200 pictures"."""
+def count_of(number: int, thing: str = "image", plural: str = "s") -> str:
+    """A number of things, e.g. "1 image", "1,200 images"."""
     return f"{number:,} {thing}{'' if number == 1 else plural}"
 
 

@@ -1,4 +1,4 @@
-"""What a check of pictures found, told in words, JSON and histograms."""
+"""What a check of images found, told in words, JSON and histograms."""
 
 import os
 import warnings
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.check import Check, CheckedSplit, Picture, count_of
+from vit_jax.data.check import Check, CheckedSplit, Image, count_of
 from vit_jax.errors import UserError
 
 _MANY_CLASSES = 40  # more can't be named in the drawing
@@ -27,7 +27,7 @@ def summary(result: Check) -> str:
             if counts[least] < counts[most]:
                 facts["classes"] += f" ({result.labels[least]}) to {counts[most]:,}"
                 facts["classes"] += f" ({result.labels[most]})"
-            facts["classes"] += " pictures"
+            facts["classes"] += " images"
         facts["duplicates"] = f"{result.duplicates(name) or 'none'}"
         facts["unreadable"] = f"{len(split.unreadable) or 'none'}"
         lines += [f"  {title:<12}{text}" for title, text in facts.items()]
@@ -37,14 +37,14 @@ def summary(result: Check) -> str:
 
 
 def details(result: Check, limit: int | None = None) -> str:
-    """Every picture that something is the matter with, by name; `limit` of a kind at most."""
+    """Every image that something is the matter with, by name; `limit` of a kind at most."""
 
     def section(title: str, found: Sequence[str]) -> list[str]:
         left = len(found) - len(shown := found[:limit])
         more = [f"  ... and {left:,} more"] if left else []
         return ["", title, *(f"  {text}" for text in shown), *more] if found else []
 
-    def groups(found: Iterable[Sequence[Picture]]) -> list[str]:
+    def groups(found: Iterable[Sequence[Image]]) -> list[str]:
         named = ([f"{p.name} ({p.split}, {p.label})" for p in group] for group in found)
         return ["\n    = ".join(group) for group in named]
 
@@ -77,7 +77,7 @@ def as_dict(result: Check) -> dict[str, Any]:
             }
             for name, split in result.splits.items()
         },
-        "identical": [[picture._asdict() for picture in group] for group in result.identical],
+        "identical": [[image._asdict() for image in group] for group in result.identical],
     }
 
 
@@ -88,7 +88,7 @@ def write_report(result: Check, folder: str | os.PathLike, title: str) -> list[s
         os.makedirs(folder, exist_ok=True)
         with open(text, "w", encoding="utf-8", errors="backslashreplace") as file:
             print(title, "", summary(result), "", details(result), sep="\n", file=file)
-            print("\nPictures of each class:", ", ".join(result.splits), file=file)
+            print("\nImages of each class:", ", ".join(result.splits), file=file)
             counts = np.stack([split.class_counts for split in result.splits.values()], axis=1)
             for label, row in zip(result.labels, counts.tolist(), strict=True):
                 print(" ", *(f"{count:>9,}" for count in row), f" {label}", file=file)
@@ -159,7 +159,7 @@ def _draw(result: Check, path: str, title: str) -> None:
         if log:
             ax.set_xscale("log")
         ax.set_xlabel(name)
-        ax.set_ylabel("pictures")
+        ax.set_ylabel("images")
     for ax in (upper, *lower):
         ax.spines[["top", "right"]].set_visible(False)
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -195,5 +195,5 @@ def _draw_classes(ax: Any, result: Check) -> None:
     else:
         ax.set_xlabel(f"{count:,} classes, from the largest to the smallest")
     ax.set_ylim(bottom=0)
-    ax.set_title("Pictures of each class", fontsize=11, loc="left")
+    ax.set_title("Images of each class", fontsize=11, loc="left")
     ax.legend(frameon=False, loc="upper right", ncols=len(result.splits), bbox_to_anchor=(1, 1.12))

@@ -1,4 +1,4 @@
-"""Folders of pictures: DIR/{train,test}/<class>/* or DIR/<class>/*."""
+"""Folders of images: DIR/{train,test}/<class>/* or DIR/<class>/*."""
 
 import contextlib
 import hashlib
@@ -15,9 +15,9 @@ from vit_jax.cache import cache_folder
 from vit_jax.data.sources import Source, Splits
 from vit_jax.errors import UserError
 
-TEST_FRACTION = 0.2  # of each class, where a folder brings no test pictures of its own
+TEST_FRACTION = 0.2  # of each class, where a folder brings no test images of its own
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-CACHED_FROM = 10_000  # pictures; fewer are listed anew each time
+CACHED_FROM = 10_000  # images; fewer are listed anew each time
 # A folder changed so lately may change again without its times telling: FAT counts in 2 seconds.
 _SETTLED_NS = 3_000_000_000
 
@@ -25,7 +25,7 @@ _Entries = tuple[list[str], list[str], list[str]]
 
 
 def folder_splits(dataset: str, seed: int) -> Splits:
-    """The parts of a folder of pictures, see `open_source`."""
+    """The parts of a folder of images, see `open_source`."""
     root = os.path.expanduser(dataset)
     folders, files = _classes(_Listing(root))
     # A folder called "train" is the training part if it holds folders; else it's a class of trains.
@@ -40,7 +40,7 @@ def folder_splits(dataset: str, seed: int) -> Splits:
         return splits
     if not folders:
         raise UserError(
-            f"{dataset}: no class folders (found {files} pictures and no folder), expected "
+            f"{dataset}: no class folders (found {files} images and no folder), expected "
             f"{dataset}/<class>/*.jpg or {dataset}/train/<class>/*.jpg"
         )
     open_whole = partial(_scan, dataset, root, "", tuple(folders))
@@ -56,7 +56,7 @@ def held_out_splits(open_whole: Callable[[], Source], seed: int) -> Splits:
 
 
 def _scan(dataset: str, root: str, part: str, labels: tuple[str, ...]) -> Source:
-    """Lists the pictures below root/part, class by class, without reading them."""
+    """Lists the images below root/part, class by class, without reading them."""
     where = os.path.join(dataset, part) if part else dataset
     listing = _Listing(os.path.join(root, part))
     folders, _ = _classes(listing)
@@ -65,7 +65,7 @@ def _scan(dataset: str, root: str, part: str, labels: tuple[str, ...]) -> Source
         if name not in ids_of:
             raise UserError(
                 f"{where}: class {name!r} is not among the training classes; rename its folder or "
-                "add training pictures"
+                "add training images"
             )
     if len(labels) == 1:
         raise UserError(
@@ -73,10 +73,10 @@ def _scan(dataset: str, root: str, part: str, labels: tuple[str, ...]) -> Source
         )
     keys, counts = [], []
     for name in folders:
-        found = sorted(_pictures(listing, name))
+        found = sorted(_images(listing, name))
         if not found:
             raise UserError(
-                f"{os.path.join(where, name)}: no pictures in this class folder, expected files "
+                f"{os.path.join(where, name)}: no images in this class folder, expected files "
                 f"ending in {', '.join(EXTENSIONS)}; add some or remove the folder"
             )
         keys.append(_packed([f"{part}/{path}" for path in found] if part else found))
@@ -102,15 +102,15 @@ def _packed(names: list[str]) -> np.ndarray:
 
 
 def _read_file(root: str, key: str) -> bytes:
-    from vit_jax.data import pictures  # loads OpenCV
+    from vit_jax.data import images  # loads OpenCV
 
-    return pictures.content(f"{root}/{key}")
+    return images.content(f"{root}/{key}")
 
 
 class _Listing:
     """What lies in a folder and below, kept in the cache from one opening to the next.
 
-    Each folder whose times tell that it was changed since is listed anew. Pictures are never
+    Each folder whose times tell that it was changed since is listed anew. Images are never
     examined: that one has another content makes no difference to a listing.
     """
 
@@ -123,7 +123,7 @@ class _Listing:
         self._changed = False
 
     def entries(self, folder: str) -> _Entries:
-        """The sorted names of the folders, pictures and other links in a folder below the root.
+        """The sorted names of the folders, images and other links in a folder below the root.
 
         Hidden ones are left out. Raises UserError if the folder can't be opened.
         """
@@ -138,13 +138,12 @@ class _Listing:
                 self._changed = True
         except OSError as error:
             raise UserError(
-                f"{path}: can't be opened ({error.strerror}), expected a readable folder of "
-                "pictures"
+                f"{path}: can't be opened ({error.strerror}), expected a readable folder of images"
             ) from None
         if now - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS:
             self._used[folder] = kept
-        folders, pictures, links = (names.split("/") if names else [] for names in kept[1:])
-        return folders, pictures, links
+        folders, images, links = (names.split("/") if names else [] for names in kept[1:])
+        return folders, images, links
 
     def save(self) -> None:
         """Keeps what was listed. No cache is no harm: errors in writing it are passed over."""
@@ -167,7 +166,7 @@ class _Listing:
 
 
 def _list(path: str) -> _Entries:
-    folders, pictures, links = [], [], []
+    folders, images, links = [], [], []
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -177,15 +176,15 @@ def _list(path: str) -> _Entries:
             elif not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
                 continue  # Opening a named pipe would wait for ever.
             elif entry.name.lower().endswith(EXTENSIONS):
-                pictures.append(entry.name)
+                images.append(entry.name)
             elif entry.is_symlink():
                 links.append(entry.name)
-    return sorted(folders), sorted(pictures), sorted(links)
+    return sorted(folders), sorted(images), sorted(links)
 
 
 def _classes(listing: _Listing) -> tuple[list[str], int]:
-    """The sorted names of the folders in a folder, and how many pictures lie beside them."""
-    folders, pictures, links = listing.entries("")
+    """The sorted names of the folders in a folder, and how many images lie beside them."""
+    folders, images, links = listing.entries("")
     for link in links:
         path = os.path.join(listing.root, link)
         try:
@@ -203,16 +202,16 @@ def _classes(listing: _Listing) -> tuple[list[str], int]:
                     "expected the folder of a class; remove it"
                 )
             folders.append(link)
-    return sorted(folders), len(pictures)
+    return sorted(folders), len(images)
 
 
-def _pictures(listing: _Listing, folder: str) -> list[str]:
-    """Paths of the pictures below a class folder, with "/" on every system."""
+def _images(listing: _Listing, folder: str) -> list[str]:
+    """Paths of the images below a class folder, with "/" on every system."""
     # Links to folders are followed to a class, not below it: they may lead in a circle.
-    folders, pictures, _ = listing.entries(folder)
-    found = [f"{folder}/{name}" for name in pictures]
+    folders, images, _ = listing.entries(folder)
+    found = [f"{folder}/{name}" for name in images]
     for name in folders:
-        found += _pictures(listing, f"{folder}/{name}")
+        found += _images(listing, f"{folder}/{name}")
     return found
 
 
@@ -226,7 +225,7 @@ def _stratified(whole: Source, seed: int, *, test: bool) -> Source:
         for key in whole.keys
     ]
     held_out = np.zeros(len(whole), bool)
-    # With several labels a picture there are no classes to share out.
+    # With several labels an image there are no classes to share out.
     label_ids = np.zeros(len(whole)) if whole.multi_label else whole.label_ids
     for label in range(1 if whole.multi_label else len(whole.labels)):
         members = np.flatnonzero(label_ids == label)

@@ -14,15 +14,15 @@ from vit_jax.errors import UserError
 def from_huggingface(
     dataset: Any, *, image: str = "image", label: str = "label", name: str = "dataset"
 ) -> Source:
-    """A source of the pictures of a `datasets.Dataset` (one split, not a DatasetDict).
+    """A source of the images of a `datasets.Dataset` (one split, not a DatasetDict).
 
     Args:
       dataset: with a column of type Image and one of type ClassLabel, or of lists of ClassLabel:
-        then a picture may have several labels.
+        then an image may have several labels.
       image, label: names of these columns.
       name: what errors call the source.
 
-    Raises UserError if it has no such columns, or pictures without a label.
+    Raises UserError if it has no such columns, or images without a label.
     """
     return _part(_whole(dataset, image, label, name), range(len(dataset)))
 
@@ -61,11 +61,11 @@ def _whole(dataset: Any, image: str, label: str, name: str) -> Source:
 
 
 def _part(whole: Source, part: range) -> Source:
-    """Some of the pictures, which need labels: those of a competition's test aren't told."""
+    """Some of the images, which need labels: those of a competition's test aren't told."""
     assert whole.label_ids is not None
     missing = int((whole.label_ids[part] < 0).sum())
     if missing and not whole.multi_label:
-        raise UserError(f"{whole.name}: {missing:,} pictures have no label; leave them out")
+        raise UserError(f"{whole.name}: {missing:,} images have no label; leave them out")
     return whole.take(part)
 
 
@@ -96,9 +96,9 @@ def saved_splits(path: str, seed: int) -> Splits:
 
 
 def _content(dataset: Any, image: str, name: str, key: int) -> bytes:
-    from vit_jax.data import pictures  # loads OpenCV
+    from vit_jax.data import images  # loads OpenCV
 
     stored = dataset[int(key)][image]
     if stored is None:
-        raise UserError(f"{name}[{key}]: no picture; remove the row")
-    return stored["bytes"] or pictures.content(stored["path"])
+        raise UserError(f"{name}[{key}]: no image; remove the row")
+    return stored["bytes"] or images.content(stored["path"])

@@ -24,7 +24,7 @@ class Header(NamedTuple):
 def read_header(data: bytes) -> Header:
     """Reads the segments up to the first scan."""
     position, frame, scan, kind, special = 2, 0, 0, 0, False
-    # Between two pictures nothing of Python is in the processor's cache: few operations count.
+    # Between two images nothing of Python is in the processor's cache: few operations count.
     while position + 3 < len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF:  # padding

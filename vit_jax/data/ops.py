@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NewType
 import cv2
 import numpy as np
 
-from vit_jax.data import pictures
+from vit_jax.data import images
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]  # (height, width); written 224 or (224, 192)
 Pixels = NewType("Pixels", int)
 Apply = Callable[..., np.ndarray]  # (image, rng), and rounded=True where `Step` says so
-Choose = Callable[[tuple[int, int], np.random.Generator], pictures.Part]
+Choose = Callable[[tuple[int, int], np.random.Generator], images.Part]
 
 KEPT: Size = (-1, -1)
 
@@ -35,7 +35,7 @@ class Step:
     Attributes:
       apply: (image (h, w, c), rng) -> image, float32 or still uint8.
       part: ((h, w) of its input, rng) -> the part that `apply` gets; by default that is all of it.
-      size: (h, w) of its result; None if that depends on the picture; by default that of its input.
+      size: (h, w) of its result; None if that depends on the image; by default that of its input.
       random: whether it draws from `rng`.
       levels: whether it works on whole grey levels, 0 to 255.
       moves: whether it moves pixels, no more.
@@ -64,7 +64,7 @@ def op(function: Callable[..., Step]) -> Callable[..., Step]:
 
 @op
 def decode() -> Step:
-    """Does nothing, for pictures arrive decoded; may stand first, as other libraries want it."""
+    """Does nothing, for images arrive decoded; may stand first, as other libraries want it."""
     return Step(lambda image, _: image)
 
 
@@ -72,17 +72,17 @@ def decode() -> Step:
 def inception_crop(
     size: Size, area_min: float = 0.05, area_max: float = 1.0, antialias: bool = False
 ) -> Step:
-    """A random part of the picture, resized to `size` without keeping its aspect.
+    """A random part of the image, resized to `size` without keeping its aspect.
 
-    The part covers between `area_min` and `area_max` of the picture and is 0.75 to 1.33 times as
+    The part covers between `area_min` and `area_max` of the image and is 0.75 to 1.33 times as
     wide as high. As `tf.image.sample_distorted_bounding_box` does: the aspect is uniform, then the
-    height among all that fit; after 100 vain attempts the whole picture is taken.
+    height among all that fit; after 100 vain attempts the whole image is taken.
     Source: Szegedy et al. 2015 (arXiv:1409.4842), section 6.
     """
     if not 0 < area_min <= area_max <= 1:
         raise UserError("expected 0 < area_min <= area_max <= 1")
 
-    def part(shape: tuple[int, int], rng: np.random.Generator) -> pictures.Part:
+    def part(shape: tuple[int, int], rng: np.random.Generator) -> images.Part:
         return random_box(shape, rng, area_min, area_max)
 
     return replace(resize(size, antialias), part=part, random=True)
@@ -90,8 +90,8 @@ def inception_crop(
 
 def random_box(
     shape: tuple[int, int], rng: np.random.Generator, area_min: float, area_max: float
-) -> pictures.Part:
-    """The part that `inception_crop` takes of an (h, w) picture."""
+) -> images.Part:
+    """The part that `inception_crop` takes of an (h, w) image."""
     full_height, full_width = shape
     smallest, largest = (a * full_height * full_width for a in (area_min, area_max))
     for _ in range(100):
@@ -121,7 +121,7 @@ def flip() -> Step:
 
 @op
 def resize(size: Size, antialias: bool = False) -> Step:
-    """The whole picture resized to `size`; its aspect isn't kept.
+    """The whole image resized to `size`; its aspect isn't kept.
 
     Bilinear with half-pixel centres, as `tf.image.resize`. With `antialias`, what is made smaller
     is averaged under a triangle as wide as the reduction; without, pixels between are passed over.
@@ -138,10 +138,10 @@ def resize_small(size: Pixels, antialias: bool = False) -> Step:
         height, width = image.shape[:2]
         scale = size / min(height, width)
         result = round(height * scale), round(width * scale)
-        if result[0] * result[1] > pictures.MAX_PIXELS:
+        if result[0] * result[1] > images.MAX_PIXELS:
             raise UserError(
                 f"resize_small: {height} x {width} pixels would become {result[0]:,} x "
-                f"{result[1]:,}, expected {pictures.MAX_PIXELS:,} at most; remove the picture"
+                f"{result[1]:,}, expected {images.MAX_PIXELS:,} at most; remove the image"
             )
         return _resized(image, rng, result, antialias, rounded)
 
@@ -158,13 +158,13 @@ def _resized(
     """float32, or uint8 if `rounded`."""
     height, width, channels = image.shape
     if not antialias or (height <= size[0] and width <= size[1]):
-        return pictures.resize(image, size, rounded=rounded)
+        return images.resize(image, size, rounded=rounded)
     # First the rows, then the columns, each a product with a matrix that is nearly all zeros.
     rows = _triangles(height, size[0]) @ image.reshape(height, -1)
     columns = rows.reshape(size[0], width, channels).swapaxes(0, 1).reshape(width, -1)
     result = _triangles(width, size[1]) @ columns
     resized = result.reshape(size[1], size[0], channels).swapaxes(0, 1)
-    return pictures.whole_levels(resized) if rounded else resized
+    return images.whole_levels(resized) if rounded else resized
 
 
 def _triangles(before: int, after: int) -> "csr_array":
@@ -189,7 +189,7 @@ def _triangles(before: int, after: int) -> "csr_array":
 
 @op
 def central_crop(size: Size) -> Step:
-    """The middle of the picture, which must be as large as `size` at least."""
+    """The middle of the image, which must be as large as `size` at least."""
 
     def apply(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
         height, width = _room("central_crop", image, size)
@@ -200,7 +200,7 @@ def central_crop(size: Size) -> Step:
 
 @op
 def random_crop(size: Size) -> Step:
-    """A part of `size` from anywhere in the picture, which must be as large at least."""
+    """A part of `size` from anywhere in the image, which must be as large at least."""
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         top, left = rng.integers(0, _room("random_crop", image, size), endpoint=True)
@@ -210,11 +210,11 @@ def random_crop(size: Size) -> Step:
 
 
 def _room(name: str, image: np.ndarray, size: Size) -> Size:
-    """How much higher and wider than `size` the picture is."""
+    """How much higher and wider than `size` the image is."""
     room = image.shape[0] - size[0], image.shape[1] - size[1]
     if min(room) < 0:
         raise UserError(
-            f"{name}: the picture is {image.shape[0]} x {image.shape[1]}, expected "
+            f"{name}: the image is {image.shape[0]} x {image.shape[1]}, expected "
             f"{size[0]} x {size[1]} or larger; put resize_small({max(size)}) before it"
         )
     return room
@@ -226,7 +226,7 @@ def _cut(image: np.ndarray, top: int, left: int, size: Size) -> np.ndarray:
 
 @op
 def random_shift(pixels: Pixels) -> Step:
-    """Moves the picture by up to `pixels` each way; the gap is 0: black, if before value_range."""
+    """Moves the image by up to `pixels` each way; the gap is 0: black, if before value_range."""
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         height, width = image.shape[:2]

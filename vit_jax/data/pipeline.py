@@ -51,15 +51,15 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields batches without end, the first being that of step `start_step`.
 
-    Every epoch has an order of its own and holds each picture once; epochs follow each other
-    without a gap, within a batch if need be. The picture at row i of step t and its augmentation
+    Every epoch has an order of its own and holds each image once; epochs follow each other
+    without a gap, within a batch if need be. The image at row i of step t and its augmentation
     depend on (seed, t, i) and the source alone: not on `start_step`, `shard`, `threads`,
     `workers` or `prefetch`. Starting late costs nothing.
 
     Args:
-      source: the pictures.
+      source: the images.
       preprocess: applied to each; its results must have one size.
-      batch_size: rows of a batch, over all hosts; may exceed the number of pictures.
+      batch_size: rows of a batch, over all hosts; may exceed the number of images.
       seed: 0 to 2**32 - 1.
       start_step: counted from 0.
       shard: (host, number of hosts); host h gets the h-th contiguous part of each batch.
@@ -67,17 +67,17 @@ def train_batches(
       workers: processes that do it in place of threads; 0 for threads, -1 to choose, see
         `choose_readers`, whose result may stand here, too (then `threads` says nothing).
       prefetch: batches read ahead, each by all threads or processes; memory grows with it.
-      corrupt: "error" stops at an unreadable picture; "skip" logs it once and takes the next
+      corrupt: "error" stops at an unreadable image; "skip" logs it once and takes the next
         readable one of the source in its place.
 
     Yields:
       {"image": (rows, h, w, c) of the preprocessing's type, "label": int32 (rows,)}, rows =
-      batch_size / hosts. Where a picture may have several labels, "label" is float32 (rows,
+      batch_size / hosts. Where an image may have several labels, "label" is float32 (rows,
       classes) of 0 and 1. The arrays are yours for as long as you refer to them, to a view of
       them, or to a JAX array that shares their memory; then the memory is filled anew.
 
     Raises:
-      UserError: wrong arguments, an unreadable picture (see `corrupt`), pictures of several sizes,
+      UserError: wrong arguments, an unreadable image (see `corrupt`), images of several sizes,
         or a worker process that was killed. Close the iterator (`contextlib.closing`) to stop
         threads and processes at once.
     """
@@ -103,16 +103,16 @@ def eval_batches(
     prefetch: int = 2,
     corrupt: str = "error",
 ) -> Iterator[Batch]:
-    """Yields every picture once, in order; the last batch is padded.
+    """Yields every image once, in order; the last batch is padded.
 
     Args: as `train_batches`. With several hosts all of them get the same number of batches. With
-      `corrupt="skip"` an unreadable picture is logged and its mask is False. `workers` -1 means
-      threads for fewer than 4,096 pictures: they would be read before processes have started.
+      `corrupt="skip"` an unreadable image is logged and its mask is False. `workers` -1 means
+      threads for fewer than 4,096 images: they would be read before processes have started.
 
     Yields:
       {"image": float32 (rows, h, w, c), "label": int32 (rows,), "mask": bool (rows,), "index":
       int32 (rows,)}, "label" as `train_batches`. Where mask is False image and label are 0 and must
-      not be counted; index is the picture's place in the source, -1 for padding.
+      not be counted; index is the image's place in the source, -1 for padding.
 
     Raises:
       UserError: as `train_batches`, or a preprocessing that is random.
@@ -134,13 +134,13 @@ def eval_batches(
 
 
 def _in_order(positions: range, count: int) -> np.ndarray:
-    """The pictures at some positions, -1 behind the last, int64."""
+    """The images at some positions, -1 behind the last, int64."""
     indices = np.arange(positions.start, positions.stop)
     return np.where(indices < count, indices, -1)
 
 
 def _shuffled(positions: range, count: int, seed: int) -> np.ndarray:
-    """The pictures at some positions of the endless stream of shuffled epochs, int64."""
+    """The images at some positions of the endless stream of shuffled epochs, int64."""
     epochs, places = np.divmod(np.arange(positions.start, positions.stop), count)
     return np.concatenate(
         [
@@ -153,7 +153,7 @@ def _shuffled(positions: range, count: int, seed: int) -> np.ndarray:
 
 
 def _places_of_many(places: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """A permutation of many pictures without a table of it; of few it is slow, for it permutes
+    """A permutation of many images without a table of it; of few it is slow, for it permutes
     2**16 numbers at least and passes over what is too large."""
     from grain.experimental import index_shuffle  # Takes a second.
 
@@ -180,7 +180,7 @@ class _Batches:
     The part is contiguous: a row's place in the global batch is the same for any number of hosts.
 
     Attributes:
-      choose: positions of the stream that all hosts share -> the pictures there, int (n,).
+      choose: positions of the stream that all hosts share -> the images there, int (n,).
       keys: what of a batch is wanted.
       batch_size: rows of a whole batch; first, rows: where this host's part begins, and its length.
       start_step, steps: the batches that there are.
@@ -200,7 +200,7 @@ class _Batches:
         return range(begin, begin + self.rows)
 
     def layout(self) -> tuple[Layout, Skipped]:
-        """What a batch holds, for which one picture is read."""
+        """What a batch holds, for which one image is read."""
         source = self.reader.source
         index = max(int(self.choose(self.positions(0))[0]), 0)
         shape, dtype, skipped = self.reader.look(index)

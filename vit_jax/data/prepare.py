@@ -30,17 +30,17 @@ def prepare_tfds(
 ) -> dict[str, int]:
     """Writes all splits that aren't empty into a folder, all at once or not at all.
 
-    Pictures that are files stay what they are, byte by byte (each is decoded once to see that it
-    can be); pixels become PNG. Classes, splits and the order of the pictures are kept.
+    Images that are files stay what they are, byte by byte (each is decoded once to see that it
+    can be); pixels become PNG. Classes, splits and the order of the images are kept.
 
     Args:
       dataset, seed, data_dir, manual_dir: see `open_splits`.
       destination: the folder to make. `open_source(destination, split)` opens it, and so does
         `tfds.builder_from_directory`.
-      corrupt: "error" stops at a picture that can't be read, "skip" warns and leaves it out.
+      corrupt: "error" stops at an image that can't be read, "skip" warns and leaves it out.
 
     Returns:
-      how many pictures each split has.
+      how many images each split has.
 
     Raises UserError if the destination is there already or can't be written, or the source can't be
     read.
@@ -92,7 +92,7 @@ def _distinct(splits: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _dataset_name(target: str) -> str:
     """A name that TFDS takes, after the folder's."""
     name = re.sub(r"\W+", "_", os.path.basename(target), flags=re.ASCII).strip("_").lower()
-    return name if name[:1].isalpha() else f"pictures_{name}".rstrip("_")
+    return name if name[:1].isalpha() else f"images_{name}".rstrip("_")
 
 
 def _builder(sources: dict[str, Source], name: str, data_dir: str, corrupt: str) -> Any:
@@ -115,7 +115,7 @@ def _builder(sources: dict[str, Source], name: str, data_dir: str, corrupt: str)
         def _info(self):
             return tfds.core.DatasetInfo(
                 builder=self,
-                description=f"Labelled pictures, from {one.name}.",
+                description=f"Labelled images, from {one.name}.",
                 features=tfds.features.FeaturesDict(features),
                 supervised_keys=("image", label),
                 disable_shuffling=True,  # The order of the source is kept.
@@ -136,7 +136,7 @@ def _builder(sources: dict[str, Source], name: str, data_dir: str, corrupt: str)
                 if (first := next(rest, None))
             }
             if not found:
-                raise UserError(f"{one.name}: no picture that can be read; add some")
+                raise UserError(f"{one.name}: no image that can be read; add some")
             return found
 
         def _generate_examples(self, source):

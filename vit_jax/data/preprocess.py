@@ -1,7 +1,7 @@
 """Preprocessing as a short text: "inception_crop(224)|flip|value_range(-1, 1)".
 
 The text is what a configuration holds, what is recorded beside trained weights, and what makes new
-pictures look like the training ones. It is parsed strictly and never evaluated as code. The
+images look like the training ones. It is parsed strictly and never evaluated as code. The
 operations stand in `ops` and `augment`.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data import augment  # noqa: F401 (it has operations, too)
+from vit_jax.data.images import Part, whole_levels
 from vit_jax.data.ops import KEPT, OPS, Size, Step
-from vit_jax.data.pictures import Part, whole_levels
 from vit_jax.errors import UserError
 
 MAX_PIXELS = 16384  # a longer side is a slip of the keyboard
@@ -47,7 +47,7 @@ class Preprocess:
 
     @property
     def output_size(self) -> Size | None:
-        """(h, w) of every result, or None if it depends on the picture."""
+        """(h, w) of every result, or None if it depends on the image."""
         size = None
         for step in self.steps:
             size = size if step.size == KEPT else step.size
@@ -77,12 +77,12 @@ class Preprocess:
         return Preprocess(spec, tuple(steps), "uint8"), value_range
 
     def undo_range(self, image: np.ndarray) -> np.ndarray:
-        """The uint8 picture that value_range made a result of, to be looked at."""
+        """The uint8 image that value_range made a result of, to be looked at."""
         low, high = self.value_range
         return np.clip(np.rint((image - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
     def part(self, shape: tuple[int, int], rng: np.random.Generator | None) -> Part:
-        """The part of an (h, w) picture that the first operation takes, drawn from `rng`."""
+        """The part of an (h, w) image that the first operation takes, drawn from `rng`."""
         first = self.steps[0].part if self.steps else None  # `to_levels` may leave none.
         return first(shape, rng) if first and rng else (0, 0, *shape)
 
@@ -100,7 +100,7 @@ class Preprocess:
           array (h', w', c') of `dtype`.
 
         Raises:
-          UserError: an operation can't be applied to this picture.
+          UserError: an operation can't be applied to this image.
         """
         if rng is None:
             if self.random:
@@ -148,7 +148,7 @@ def parse(spec: str, *, train: bool = True) -> Preprocess:
                 f"{text} {where} works on values of 0 to 255: put it before value_range"
             )
         if text == "decode" and texts:
-            raise UserError(f"decode {where}: pictures arrive decoded, it can only stand first")
+            raise UserError(f"decode {where}: images arrive decoded, it can only stand first")
         steps.append(step)
         texts.append(text)
         position += len(part) + 1

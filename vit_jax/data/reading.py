@@ -1,4 +1,4 @@
-"""Single pictures of a source: read, preprocessed, and left out if they can't be read."""
+"""Single images of a source: read, preprocessed, and left out if they can't be read."""
 
 import functools
 import threading
@@ -12,8 +12,8 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-Skipped = list[tuple[int, str]]  # Index of an unreadable picture, and what is wrong with it.
-Opened = tuple[Callable[[], np.ndarray], Any]  # What decodes a picture, and its label.
+Skipped = list[tuple[int, str]]  # Index of an unreadable image, and what is wrong with it.
+Opened = tuple[Callable[[], np.ndarray], Any]  # What decodes an image, and its label.
 Example = tuple[np.ndarray, Any, int]  # Image, label, index in the source.
 
 _ZEROS = (0, 0, 0, 0)
@@ -21,9 +21,9 @@ _own = threading.local()
 
 
 def generators() -> list[np.random.Generator]:
-    """This thread's, to be restarted for each picture: to make one takes long.
+    """This thread's, to be restarted for each image: to make one takes long.
 
-    As many as pictures that are opened before the first is decoded, which leaves nothing of
+    As many as images that are opened before the first is decoded, which leaves nothing of
     Python in the processor's cache: alternating takes longer. More would take more memory.
     """
     if not hasattr(_own, "generators"):
@@ -39,14 +39,14 @@ def restart(rng: np.random.Generator, seed: int, position: int) -> None:
 
 
 class Reader:
-    """Reads and preprocesses pictures and knows which ones can't be read.
+    """Reads and preprocesses images and knows which ones can't be read.
 
     May be used by several threads, and be copied to other processes.
 
     Args:
-      source: the pictures. preprocess: what is done to each.
+      source: the images. preprocess: what is done to each.
       corrupt: "error" or "skip".
-      seed: of what is drawn for the pictures of training, where an unreadable one is replaced by
+      seed: of what is drawn for the images of training, where an unreadable one is replaced by
         the next that can be read; None in an evaluation, where its row stays blank.
     """
 
@@ -58,28 +58,28 @@ class Reader:
         self._skip = corrupt == "skip"
         self._seed = seed
         self._unreadable: set[int] = set()
-        self._example = -1  # The picture whose size all have to have.
+        self._example = -1  # The image whose size all have to have.
 
     def look(self, index: int) -> tuple[tuple[int, ...], np.dtype, Skipped]:
-        """Shape and dtype of what the picture at `index` becomes, or the next one that can be read;
+        """Shape and dtype of what the image at `index` becomes, or the next one that can be read;
         the size that `fill` expects of all."""
         skipped: Skipped = []
         image, _, self._example = self._readable(index, generators()[0], 0, skipped)
         return image.shape, image.dtype, skipped
 
     def fill(self, batch: Batch, rows: Sequence[int], position: int) -> Skipped:
-        """Reads some rows of a batch, of the pictures at the indices in batch["index"].
+        """Reads some rows of a batch, of the images at the indices in batch["index"].
 
         Args:
           batch: "image" (n, h, w, c), "label" int32 (n,) or float32 (n, classes), "mask" bool (n,)
-            and "index" int32 (n,), -1 for no picture. All of these rows is written.
+            and "index" int32 (n,), -1 for no image. All of these rows is written.
           rows: those to read.
           position: of row 0 in the stream of examples; with the seed it decides what is drawn.
 
         Returns:
           what can't be read and was news.
 
-        Raises UserError for a picture that can't be read or preprocessed, or is of another size.
+        Raises UserError for an image that can't be read or preprocessed, or is of another size.
         """
         images, labels, mask, indices = (batch[k] for k in ("image", "label", "mask", "index"))
         skipped: Skipped = []
@@ -108,7 +108,7 @@ class Reader:
     def _readable(
         self, index: int, rng: np.random.Generator, position: int, skipped: Skipped
     ) -> Example:
-        """The picture at `index` or the next one that can be read."""
+        """The image at `index` or the next one that can be read."""
         for offset in range(len(self.source)):
             # Drawn from or not: the next one is augmented as if it had been the first.
             restart(rng, self._seed or 0, position)
@@ -117,10 +117,10 @@ class Reader:
             found = opened and self._finish(place, rng, opened, skipped)
             if found:
                 return found
-        raise UserError(f"{self.source.name}: none of its {len(self.source)} pictures can be read")
+        raise UserError(f"{self.source.name}: none of its {len(self.source)} images can be read")
 
     def _open(self, index: int, rng: np.random.Generator | None, skipped: Skipped) -> Opened | None:
-        """What is left to do for the pixels of a picture, and its label; None if it is left out."""
+        """What is left to do for the pixels of an image, and its label; None if it is left out."""
         if index in self._unreadable or index < 0:
             return None
         try:
@@ -134,7 +134,7 @@ class Reader:
     def _finish(
         self, index: int, rng: np.random.Generator | None, opened: Opened, skipped: Skipped
     ) -> Example | None:
-        """The preprocessed picture; None if it is left out."""
+        """The preprocessed image; None if it is left out."""
         try:
             pixels = opened[0]()
         except UserError as error:
@@ -155,7 +155,7 @@ class Reader:
         self, expected: tuple[int, ...], shape: tuple[int, ...], index: int
     ) -> UserError:
         return UserError(
-            f"preprocessing {self._preprocess.spec!r} gives pictures of several sizes, "
+            f"preprocessing {self._preprocess.spec!r} gives images of several sizes, "
             f"{expected} for {self.source.describe(self._example)} and {shape} for "
             f"{self.source.describe(index)}; expected one size: add resize(...) or a crop"
         )

@@ -1,4 +1,4 @@
-"""A page of pictures: what the preprocessing makes of them."""
+"""A page of images: what the preprocessing makes of them."""
 
 import os
 import warnings
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Mix = Callable[[np.ndarray, int], tuple[np.ndarray, float]]
 
-TITLE_CHARS = 24  # what fits above a picture
-TINY = 96  # pictures of fewer pixels a side are magnified as they are, without smoothing
+TITLE_CHARS = 24  # what fits above an image
+TINY = 96  # images of fewer pixels a side are magnified as they are, without smoothing
 
 
 def draw_page(
@@ -31,20 +31,20 @@ def draw_page(
     seed: int = 0,
     mix: Mix | None = None,
 ) -> None:
-    """Draws a PNG with a row for each of some pictures: as it is, then preprocessed again and
+    """Draws a PNG with a row for each of some images: as it is, then preprocessed again and
     again.
 
     Args:
       path: the file to write; its folder is made if it isn't there.
-      source: of which `count` pictures are chosen at random.
+      source: of which `count` images are chosen at random.
       preprocess: what is done to them; the range of values is undone.
       draws: how often each is preprocessed; once, if nothing is random.
       seed: decides the choice and everything random.
-      mix: (float32 (count, h, w, c), draw) -> those pictures mixed, each with the one before, and
+      mix: (float32 (count, h, w, c), draw) -> those images mixed, each with the one before, and
         the share in [0, 1] that is its own.
 
     Raises:
-      UserError: a picture can't be read or preprocessed, or the file not be written.
+      UserError: an image can't be read or preprocessed, or the file not be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def draw_page(
 
 
 def _draw(ax: "Axes", image: np.ndarray, title: str) -> None:
-    from vit_jax.data.pictures import shrink
+    from vit_jax.data.images import shrink
 
     pixels = shrink(image, 512)  # matplotlib makes floats of all that it gets
     pixels = pixels[..., 0] if image.shape[2] == 1 else pixels

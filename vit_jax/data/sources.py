@@ -1,4 +1,4 @@
-"""Where labelled pictures come from: names, folders, tables, prepared data sets, arrays.
+"""Where labelled images come from: names, folders, tables, prepared data sets, arrays.
 
 To add a kind of source, write a function that gives `{split name: function that opens it}`, and
 call it in `open_splits`.
@@ -21,22 +21,22 @@ from vit_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled pictures, read one by one; `source[i]` may be called by many threads at once.
+    """Labelled images, read one by one; `source[i]` may be called by many threads at once.
 
     Attributes:
       name: what the user called the data set.
       labels: class names; a label is an index into them.
-      channels: colour channels of every picture.
-      keys: one a picture, naming it independently of where the data set lies; an array where
+      channels: colour channels of every image.
+      keys: one an image, naming it independently of where the data set lies; an array where
         there may be millions.
-      label_ids: int32 array (n,); where a picture may have several labels (n, k), filled up with
-        -1. None where labels are stored with the pictures and only reading them tells.
-      read_key: key -> uint8 picture (h, w, channels), or the content of a picture file; where
+      label_ids: int32 array (n,); where an image may have several labels (n, k), filled up with
+        -1. None where labels are stored with the images and only reading them tells.
+      read_key: key -> uint8 image (h, w, channels), or the content of an image file; where
         `label_ids` is None, a pair of that and the label or labels. Raises UserError if it can't
         be read.
-      describe_key: key -> what a person calls the picture, e.g. its path.
-      multi_label: whether a picture may have several labels, or none.
-      identity: tells these pictures from others with the same keys and labels.
+      describe_key: key -> what a person calls the image, e.g. its path.
+      multi_label: whether an image may have several labels, or none.
+      identity: tells these images from others with the same keys and labels.
     """
 
     name: str
@@ -55,17 +55,17 @@ class Source:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": uint8 (h, w, channels), "label": int}; UserError if it can't be read.
 
-        With `multi_label` the label is float32 (classes,), 1 for each class of the picture.
+        With `multi_label` the label is float32 (classes,), 1 for each class of the image.
         """
         return self.example(index)
 
     def example(self, index: int, part: Callable | None = None) -> dict[str, Any]:
-        """The same, with just a part of the image; see `pictures.decode`."""
+        """The same, with just a part of the image; see `images.decode`."""
         stored, label = self.stored(index)
         return {"image": self.decode(stored, index, part), "label": self.label(label)}
 
     def stored(self, index: int) -> tuple[bytes | np.ndarray, Any]:
-        """The picture as it is kept, the content of a file or pixels, and its label or labels."""
+        """The image as it is kept, the content of a file or pixels, and its label or labels."""
         if self.label_ids is None:
             return self.read_key(self.keys[index])
         return self.read_key(self.keys[index]), self.label_ids[index]
@@ -79,12 +79,12 @@ class Source:
     def opened(
         self, stored: bytes | np.ndarray, index: int, part: Callable | None = None
     ) -> Callable[[], np.ndarray]:
-        """What is left to do of `decode`; see `pictures.opened`."""
+        """What is left to do of `decode`; see `images.opened`."""
         if isinstance(stored, bytes):
-            from vit_jax.data import pictures  # loads OpenCV
+            from vit_jax.data import images  # loads OpenCV
 
             name = self.describe(index)
-            return pictures.opened(stored, channels=self.channels, name=name, part=part)
+            return images.opened(stored, channels=self.channels, name=name, part=part)
         if part:
             top, left, height, width = part(stored.shape[:2])
             stored = stored[top : top + height, left : left + width]
@@ -95,11 +95,11 @@ class Source:
         return self._multi_hot(stored) if self.multi_label else int(stored)
 
     def describe(self, index: int) -> str:
-        """Names picture `index` for a person: a path, or "digits[12]"."""
+        """Names image `index` for a person: a path, or "digits[12]"."""
         return self.describe_key(self.keys[index])
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Source":
-        """The pictures at `indices`, in that order."""
+        """The images at `indices`, in that order."""
         chosen = np.asarray(indices, np.int64)
         keys: Any = self.keys
         if isinstance(keys, range | np.ndarray):  # a number takes a quarter of Python's room so
@@ -126,7 +126,7 @@ def open_source(
     Args:
       dataset: see `open_splits`.
       split: "train", "test", "train[:98%]", "train[100:200]", "even_splits(train, 4)[0]",
-        "train+test", ... Percentages are rounded to the nearest picture, so "train[:98%]" and
+        "train+test", ... Percentages are rounded to the nearest image, so "train[:98%]" and
         "train[98%:]" share none and miss none.
       seed, data_dir, manual_dir: see `open_splits`.
 
@@ -214,14 +214,14 @@ def unknown_dataset(dataset: str, names: Sequence[str]) -> UserError:
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return UserError(
         f"unknown dataset {dataset!r}: there is no such folder or file, and neither 'digits' nor "
-        f"TFDS has that name; give the path of a folder of pictures, a .csv, .jsonl or .npz{hint}"
+        f"TFDS has that name; give the path of a folder of images, a .csv, .jsonl or .npz{hint}"
     )
 
 
 def data_fingerprint(source: Source) -> str:
-    """16 hex digits that change with the class names, the pictures' names, order or labels.
+    """16 hex digits that change with the class names, the images' names, order or labels.
 
-    Nothing is read, so a picture with another content under the same name goes unnoticed.
+    Nothing is read, so an image with another content under the same name goes unnoticed.
     """
     digest = hashlib.sha256()
     for text in itertools.chain(source.labels, [""], map(str, source.keys)):
@@ -264,7 +264,7 @@ def _open_part(
         is_folder = os.path.isdir(os.path.expanduser(dataset))
         missing = f"the folder {os.path.join(dataset, part[1])}" if is_folder else "them"
         raise UserError(
-            f"{dataset} has no {part[1]!r} pictures, only {known}: add {missing}, or choose splits "
+            f"{dataset} has no {part[1]!r} images, only {known}: add {missing}, or choose splits "
             f"of what is there, like '{first}[:80%]' to train on and '{first}[80%:]' to test on"
         )
     if part is None or part[1] not in splits or place >= count:
@@ -282,11 +282,11 @@ def _open_part(
     share, more = divmod(len(indices), count)
     begin = place * share + min(place, more)
     indices = indices[begin : begin + share + (place < more)]
-    # Of a folder with a picture or two a class there is nothing to hold out, nor to miss.
+    # Of a folder with an image or two a class there is nothing to hold out, nor to miss.
     if not indices and ("+" not in split or len(whole)):
         raise UserError(
-            f"split {text.strip()!r} is empty: {part[1]!r} has {len(whole)} pictures; "
-            "choose a larger part, or add pictures"
+            f"split {text.strip()!r} is empty: {part[1]!r} has {len(whole)} images; "
+            "choose a larger part, or add images"
         )
     return whole.take(indices) if len(indices) < len(whole) else whole
 

@@ -1,6 +1,6 @@
-"""Tables of pictures: FILE.csv or FILE.jsonl, or DIR/train.csv beside DIR/test.csv.
+"""Tables of images: FILE.csv or FILE.jsonl, or DIR/train.csv beside DIR/test.csv.
 
-A row is a picture: `path`, relative to the table's folder; `label`, or several as "cat;dog"; and
+A row is an image: `path`, relative to the table's folder; `label`, or several as "cat;dog"; and
 perhaps the `split` that it belongs to.
 """
 
@@ -30,12 +30,12 @@ class _Row(NamedTuple):
 
 
 def table_splits(dataset: str, seed: int) -> Splits:
-    """The parts of a table of pictures, or of the tables in a folder.
+    """The parts of a table of images, or of the tables in a folder.
 
     Classes are the sorted labels of the training rows. The parts are those of the `split` column,
     or the files train.csv and test.csv; with neither a fifth is held out, as of a folder.
 
-    Raises UserError naming the first line that is wrong: a picture that isn't there, no label, a
+    Raises UserError naming the first line that is wrong: an image that isn't there, no label, a
     class that training lacks.
     """
     path = os.path.expanduser(dataset)
@@ -49,13 +49,13 @@ def table_splits(dataset: str, seed: int) -> Splits:
         root, parts = os.path.dirname(path), _by_split(dataset, _read_table(path))
     rows = [row for part in parts.values() for row in part[0]]
     multi_label = any(multi for _, multi in parts.values())
-    _check_pictures(root, rows)
+    _check_images(root, rows)
     first = parts.get("train") or next(iter(parts.values()))
     labels = tuple(sorted({label for row in first[0] for label in row.labels}))
     if len(labels) < 2 and not multi_label:
         raise UserError(
             f"{dataset}: {len(labels)} class{'' if len(labels) == 1 else 'es'} {labels}, expected "
-            "two or more; add pictures of others"
+            "two or more; add images of others"
         )
     width = max(len(row.labels) for row in rows)
     sources = {
@@ -81,9 +81,9 @@ def _packed(names: list[str]) -> np.ndarray:
 
 
 def _content(root: str, key: str) -> bytes:
-    from vit_jax.data import pictures  # loads OpenCV
+    from vit_jax.data import images  # loads OpenCV
 
-    return pictures.content(os.path.join(root, key))
+    return images.content(os.path.join(root, key))
 
 
 def _by_split(dataset: str, table: tuple[list[_Row], bool]) -> dict[str, tuple[list[_Row], bool]]:
@@ -103,7 +103,7 @@ def _by_split(dataset: str, table: tuple[list[_Row], bool]) -> dict[str, tuple[l
 
 
 def _read_table(path: str) -> tuple[list[_Row], bool]:
-    """The rows of a file, and whether it is one of several labels a picture."""
+    """The rows of a file, and whether it is one of several labels an image."""
     name = os.path.basename(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -117,10 +117,10 @@ def _read_table(path: str) -> tuple[list[_Row], bool]:
     except (OSError, UnicodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{path}: can't be read ({reason}), expected a table of pictures in UTF-8"
+            f"{path}: can't be read ({reason}), expected a table of images in UTF-8"
         ) from None
     if not rows:
-        raise UserError(f"{path}: no pictures, expected a line for each; add some")
+        raise UserError(f"{path}: no images, expected a line for each; add some")
     for row in rows:
         if not (row.labels or multi):
             raise UserError(f"{row.where}: no label for {row.path}; write one or remove the line")
@@ -157,7 +157,7 @@ def _row(where: str, record: Any) -> tuple[_Row, bool]:
     """A row, and whether it is written as one of several labels."""
     if not isinstance(record, dict) or not isinstance(record.get("path"), str):
         raise UserError(
-            f"{where}: no path, expected a picture's path and its label, as "
+            f"{where}: no path, expected an image's path and its label, as "
             'a.jpg,cat or {"path": "a.jpg", "label": "cat"}'
         )
     label = record.get("labels", record.get("label"))
@@ -169,15 +169,15 @@ def _row(where: str, record: Any) -> tuple[_Row, bool]:
     split = record.get("split") or ""
     path = record["path"].strip()
     if not path:
-        raise UserError(f"{where}: no path, expected that of a picture")
+        raise UserError(f"{where}: no path, expected that of an image")
     return _Row(where, path, tuple(labels), str(split).strip()), several
 
 
 # Checking.
 
 
-def _check_pictures(root: str, rows: list[_Row]) -> None:
-    """Looks into each folder once, which is quicker than at each picture."""
+def _check_images(root: str, rows: list[_Row]) -> None:
+    """Looks into each folder once, which is quicker than at each image."""
     folders: dict[str, list[_Row]] = defaultdict(list)
     for row in rows:
         folders[os.path.dirname(row.path)].append(row)
@@ -207,7 +207,7 @@ def _label_ids(rows: list[_Row], labels: tuple[str, ...], width: int | None) -> 
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UserError(
                     f"{row.where}: class {label!r} is not among the training classes; correct it "
-                    f"or add training pictures{hint}"
+                    f"or add training images{hint}"
                 )
             target[place] = index[label]
     return ids if width else ids[:, 0]

@@ -1,6 +1,6 @@
 """TensorFlow Datasets, read without TensorFlow: by name or from the folder of a prepared one.
 
-Pictures are left encoded and decoded by us, and labels are read with them: opening a data set reads
+Images are left encoded and decoded by us, and labels are read with them: opening a data set reads
 none of its examples.
 """
 
@@ -112,12 +112,12 @@ def _splits(dataset: str, builder: Any) -> Splits:
     names = [name for name, split in info.splits.items() if split.num_examples]
     if not names:
         raise UserError(f"{dataset}: {builder.data_dir} holds no examples; prepare it again")
-    picture, label = _columns(dataset, info)
+    image, label = _columns(dataset, info)
     classes = getattr(info.features[label], "feature", info.features[label])  # of a sequence
     labels = tuple(classes.names or map(str, range(classes.num_classes)))
     multi_label = classes is not info.features[label]
-    examples = _Examples(dataset, builder, names, picture, label, multi_label)
-    channels = info.features[picture].shape[-1]
+    examples = _Examples(dataset, builder, names, image, label, multi_label)
+    channels = info.features[image].shape[-1]
 
     def open_one(place: int) -> Source:
         examples.check(place)
@@ -142,7 +142,7 @@ def _identity(info: Any) -> str:
 
 
 def _columns(dataset: str, info: Any) -> tuple[str, str]:
-    """The names of the picture and of its label or labels among the features."""
+    """The names of the image and of its label or labels among the features."""
     import tensorflow_datasets as tfds
 
     features = dict(info.features.items())
@@ -152,14 +152,14 @@ def _columns(dataset: str, info: Any) -> tuple[str, str]:
         return isinstance(getattr(feature, "feature", feature), tfds.features.ClassLabel)
 
     pair = info.supervised_keys or ()
-    pictures = [n for n in (*pair[:1], "image") if isinstance(features.get(n), tfds.features.Image)]
+    images = [n for n in (*pair[:1], "image") if isinstance(features.get(n), tfds.features.Image)]
     labels = [n for n in (*pair[1:2], "label", "labels") if isinstance(n, str) and is_classes(n)]
-    if not pictures or not labels:
+    if not images or not labels:
         raise UserError(
             f"{dataset}: holds {', '.join(features)}, expected an 'image' and a 'label' or "
-            "'labels' that are classes; this data set isn't one of labelled pictures"
+            "'labels' that are classes; this data set isn't one of labelled images"
         )
-    return pictures[0], labels[0]
+    return images[0], labels[0]
 
 
 class _Examples:
@@ -170,7 +170,7 @@ class _Examples:
         dataset: str,
         builder: Any,
         names: Sequence[str],
-        picture: str,
+        image: str,
         label: str,
         multi_label: bool,
     ):
@@ -178,12 +178,12 @@ class _Examples:
 
         info = builder.info
         self._dataset, self._names = dataset, names
-        self._picture, self._label, self._multi_label = picture, label, multi_label
+        self._image, self._label, self._multi_label = image, label, multi_label
         # What else there is, e.g. a mask, isn't parsed.
         self._features = tfds.features.FeaturesDict(
-            {name: info.features[name] for name in (picture, label)}
+            {name: info.features[name] for name in (image, label)}
         )
-        self._decoders = {picture: tfds.decode.SkipDecoding()}
+        self._decoders = {image: tfds.decode.SkipDecoding()}
         lengths = [info.splits[name].num_examples for name in names]
         self.starts: list[int] = np.cumsum([0, *lengths]).tolist()
         self._builder = builder
@@ -214,7 +214,7 @@ class _Examples:
                     )
 
     def read(self, key: int) -> tuple[bytes, Any]:
-        """The picture's file and its label, or an array of them."""
+        """The image's file and its label, or an array of them."""
         place = bisect_right(self.starts, key) - 1
         try:
             record = self._open(place)[int(key) - self.starts[place]]
@@ -224,7 +224,7 @@ class _Examples:
         label = example[self._label]
         if not self._multi_label and label < 0:  # How TFDS marks a test set that keeps its secrets.
             raise UserError(f"{self.describe(key)}: has no label; choose another split")
-        return bytes(example[self._picture]), label
+        return bytes(example[self._image]), label
 
     def describe(self, key: int) -> str:
         """As "cifar10 test[12]"."""

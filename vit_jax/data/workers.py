@@ -2,7 +2,7 @@
 
 The processes are started as programs, so that nothing of this one has to be fit to be forked or
 run again, and import OpenCV and NumPy only. They take their tasks, a few rows of a batch, from one
-pipe; each writes its pictures into the rows themselves, in memory that all of them share. They end
+pipe; each writes its images into the rows themselves, in memory that all of them share. They end
 when that pipe does, however the process that started them ended.
 """
 
@@ -36,9 +36,9 @@ AUTOMATIC = -1
 THREADS_INSTEAD = "--config.workers=0 reads it by threads"
 # Of so few cores, threads leave none idle, and start at once.
 _CORES_FOR_THREADS = 2
-LEAST_FOR_PROCESSES = 4096  # Pictures of an evaluation: fewer are read while processes would start.
+LEAST_FOR_PROCESSES = 4096  # Images of an evaluation: fewer are read while processes would start.
 _MOST_THREADS = 16  # More would only take turns for the interpreter's lock.
-_MOST_COPIED = 2 << 30  # Bytes of pictures in memory that are copied unasked.
+_MOST_COPIED = 2 << 30  # Bytes of images in memory that are copied unasked.
 
 # Buffer, first row, row behind the last, position of row 0. Of a size that divides a page, the unit
 # in which pipes are written and read, so that a task is never cut in two.
@@ -94,7 +94,7 @@ def choose_readers(
             raise UserError(f"{error}; {THREADS_INSTEAD}") from None
         return Readers(0, number, str(error))
     if workers == AUTOMATIC and copied > _MOST_COPIED:
-        told = f"{copied / 2**30:.1f} GB of pictures in memory aren't copied for processes unasked"
+        told = f"{copied / 2**30:.1f} GB of images in memory aren't copied for processes unasked"
         return Readers(0, number, told)
     if workers == AUTOMATIC:
         return Readers(cores, number, automatic=True)
@@ -102,7 +102,7 @@ def choose_readers(
 
 
 def _copied(source: Source) -> int:
-    """Bytes of pictures in memory that are copied, once, if processes read a source.
+    """Bytes of images in memory that are copied, once, if processes read a source.
 
     Raises UserError if they can't.
     """
@@ -206,7 +206,7 @@ class Processes:
             if error is not None:
                 raise UserError(error)
             if unexpected is not None:
-                raise RuntimeError(f"in a process that reads pictures:\n{unexpected}")
+                raise RuntimeError(f"in a process that reads images:\n{unexpected}")
         return [skipped for answer in answers for skipped in answer[2]]
 
     def _receive(self) -> None:
@@ -246,7 +246,7 @@ def _death(status: int) -> str:
     if status < 0:
         how = f"was killed by {signal.Signals(-status).name}"
     hint = ", as the system does where memory runs out" if status == -signal.SIGKILL else ""
-    return f"a process that reads pictures {how}{hint}"
+    return f"a process that reads images {how}{hint}"
 
 
 def not_given(name: str, reason: object) -> UserError:

@@ -46,7 +46,7 @@ def example_losses(
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How good a network is on a set of pictures.
+    """How good a network is on a set of images.
 
     Attributes:
       count: examples that were counted; skipped: those that could not be read and were left out.
@@ -146,7 +146,7 @@ def evaluate(
       eval_step: see `make_eval_step`.
       params: the weights.
       batches: "image", "label" and "index" of equal length, and "mask", which is False for padding
-        and for pictures that could not be read.
+        and for images that could not be read.
       num_classes: number of classes of the head.
 
     Returns:
@@ -175,7 +175,7 @@ def evaluate(
     rows = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]} if kept else {}
     count = len(rows["truth"]) if rows else 0
     if count == 0:
-        raise UserError("no picture to evaluate: none was given, or none of them can be read")
+        raise UserError("no image to evaluate: none was given, or none of them can be read")
     confusion = np.zeros((num_classes, num_classes), np.int64)
     known = rows["truth"] >= 0
     np.add.at(confusion, (rows["truth"][known], rows["prediction"][known]), 1)

@@ -41,7 +41,7 @@ def panels(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Callable[["Axes"],
         "loss": lambda ax: _draw_loss(ax, train, test),
         "accuracy": lambda ax: _draw_accuracy(ax, top1),
         "learning rate": lambda ax: _draw_single(ax, rates, "Learning rate", "{:.2g}"),
-        "throughput": lambda ax: _draw_single(ax, speeds, "Training: pictures a second", "{:,.0f}"),
+        "throughput": lambda ax: _draw_single(ax, speeds, "Training: images a second", "{:,.0f}"),
     }
     there = dict(zip(drawn, (train or test, top1, rates, speeds), strict=True))
 
@@ -178,7 +178,7 @@ def draw_reliability(figure: "FigureBase", calibration: Calibration) -> None:
     lower.bar(
         left, calibration.count / max(calibration.count.sum(), 1), width, align="edge", color=RATE
     )
-    lower.set(xlabel="confidence", ylabel="pictures")
+    lower.set(xlabel="confidence", ylabel="images")
     for ax in (upper, lower):
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")

@@ -1,4 +1,4 @@
-"""A report of a training run: what it shows, and one picture (report.png) that shows it."""
+"""A report of a training run: what it shows, and one image (report.png) that shows it."""
 
 import dataclasses
 import math
@@ -30,21 +30,21 @@ from vit_jax.parallel import device_kinds
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-MAX_MISTAKES = 24  # pictures on a page
-PIXELS = 320  # of a picture's longer side, to be looked at
-MAX_PICTURES, COLUMNS = 12, 6  # of report.png
-CAPTION_CHARS = 26  # what fits above a picture
+MAX_MISTAKES = 24  # images on a page
+PIXELS = 320  # of an image's longer side, to be looked at
+MAX_IMAGES, COLUMNS = 12, 6  # of report.png
+CAPTION_CHARS = 26  # what fits above an image
 SETTINGS_LINES, SETTINGS_CHARS = 24, 58  # with room for a note below
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A test picture and what the network says of it.
+    """A test image and what the network says of it.
 
     Attributes:
       image: uint8 (h, w, 1 or 3), at most PIXELS a side.
-      name: of the picture, e.g. its path.
+      name: of the image, e.g. its path.
       truth: the name of its class, or of several.
       prediction, probability: of the likeliest class.
       right: whether that is true.
@@ -66,11 +66,11 @@ class Report:
       title: headline, such as the model and the data set.
       metrics: records of metrics.jsonl; see `plots.panels`.
       labels: the class names.
-      scores: on the test pictures, or None if there are no weights to evaluate.
+      scores: on the test images, or None if there are no weights to evaluate.
       examples: see `choose_examples`.
       config: the fields of the configuration by their full names; defaults: likewise.
       environment: see `environment`.
-      multi_label: whether a picture may have several classes.
+      multi_label: whether an image may have several classes.
       note: what else is to be said.
     """
 
@@ -105,18 +105,18 @@ def environment() -> dict[str, str]:
 
 def choose_examples(scores: Scores, source: Source) -> list[Example]:
     """The most confident mistakes, first of all, and successes from all over the set to fill up
-    a picture.
+    an image.
 
     Args:
       scores: of a network with the classes of the source.
-      source: of the pictures that were scored. Of a picture without a class nothing is a mistake.
+      source: of the images that were scored. Of an image without a class nothing is a mistake.
     """
-    from vit_jax.data.pictures import shrink
+    from vit_jax.data.images import shrink
 
     wrong = np.flatnonzero((scores.truth != scores.prediction) & (scores.truth >= 0))
     right = np.flatnonzero(scores.truth == scores.prediction)
     wrong = wrong[np.argsort(-scores.probability[wrong], kind="stable")][:MAX_MISTAKES]
-    count = min(MAX_PICTURES - min(len(wrong), MAX_PICTURES // 2), len(right))
+    count = min(MAX_IMAGES - min(len(wrong), MAX_IMAGES // 2), len(right))
     chosen = [*wrong, *right[np.linspace(0, len(right) - 1, count).astype(int)]]
     examples = []
     for i in chosen:
@@ -137,7 +137,7 @@ def choose_examples(scores: Scores, source: Source) -> list[Example]:
 
 
 def write_report(report: Report, path: str | os.PathLike) -> None:
-    """Writes a report as a page or a picture, as the name's ending says, whole or not at all.
+    """Writes a report as a page or an image, as the name's ending says, whole or not at all.
 
     Raises UserError for another ending, or if the file can't be written.
     """
@@ -153,13 +153,13 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
 
 def draw_report(report: Report) -> "Figure":
     """The report as one figure: curves and confusion matrix; calibration, classes and settings;
-    some pictures."""
+    some images."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [" ".join(str(label).split()) for label in report.labels]
-    wrong = [e for e in report.examples if not e.right][: MAX_PICTURES // 2]
-    examples = [*wrong, *(e for e in report.examples if e.right)][:MAX_PICTURES]
+    wrong = [e for e in report.examples if not e.right][: MAX_IMAGES // 2]
+    examples = [*wrong, *(e for e in report.examples if e.right)][:MAX_IMAGES]
     rows = math.ceil(len(examples) / COLUMNS)
 
     heights = [7.0, 4.2, *([2.5 * rows] if rows else [])]
@@ -179,7 +179,7 @@ def draw_report(report: Report) -> "Figure":
     _draw_curves(curves, report.metrics)
     _write_settings(settings, report)
     if rows:
-        _draw_pictures(parts[2], examples, rows)
+        _draw_images(parts[2], examples, rows)
     return figure
 
 
@@ -212,7 +212,7 @@ def _write_settings(figure: "SubFigure", report: Report) -> None:
     drawn.set(parse_math=False, in_layout=False)
 
 
-def _draw_pictures(figure: "SubFigure", examples: Sequence[Example], rows: int) -> None:
+def _draw_images(figure: "SubFigure", examples: Sequence[Example], rows: int) -> None:
     axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for ax in axes[len(examples) :]:
         ax.axis("off")
@@ -228,7 +228,7 @@ def _draw_pictures(figure: "SubFigure", examples: Sequence[Example], rows: int) 
 
 
 def _caption(example: Example) -> str:
-    """What the model says of a picture, in one line or, where the names are long, two."""
+    """What the model says of an image, in one line or, where the names are long, two."""
     said, truth = (" ".join(name.split()) for name in (example.prediction, example.truth))
     sure = f" ({example.probability:.0%})"
     line = f"{said}{sure}" if example.right else f"{said}{sure}, not {truth}"

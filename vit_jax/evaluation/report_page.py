@@ -14,7 +14,7 @@ from vit_jax.evaluation.report import Example, Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TABLE_CLASSES = 20  # with more, the confusion matrix is a picture whose cells can be asked
+TABLE_CLASSES = 20  # with more, the confusion matrix is an image whose cells can be asked
 CONFUSIONS = 20  # how many pairs of classes are listed
 
 _STYLE = """
@@ -30,7 +30,7 @@ dl.tiles dd { margin: 0; font-size: 1.3rem; font-weight: 600 } dl.tiles dt { col
 .cells { position: relative; cursor: crosshair; border: 1px solid var(--line) }
 .cells img { width: 100%; max-width: none; image-rendering: pixelated }
 .cells i { position: absolute; outline: 2px solid var(--bad); display: none; pointer-events: none }
-output { display: block; min-height: 1.5em } .pictures img { max-height: 14rem; object-fit: contain;
+output { display: block; min-height: 1.5em } .images img { max-height: 14rem; object-fit: contain;
   width: 100%; background: var(--soft) } td.text { text-align: left }
 summary { cursor: pointer; margin: .6rem 0 } .settings td { overflow-wrap: anywhere }
 .settings th { font-weight: normal; color: var(--dim) }
@@ -48,7 +48,7 @@ if (cells) {
     row = Math.min(Math.max(r, 0), k - 1), column = Math.min(Math.max(c, 0), k - 1);
     Object.assign(mark.style, { display: "block", width: 100 / k + "%", height: 100 / k + "%",
       left: 100 * column / k + "%", top: 100 * row / k + "%" });
-    said.textContent = `${counts[row][column] || 0} of ${total(row)} pictures of ${names[row]} `
+    said.textContent = `${counts[row][column] || 0} of ${total(row)} images of ${names[row]} `
       + `are said to be ${names[column]}.`;
   };
   const point = event => {
@@ -87,7 +87,7 @@ def _summary(scores: Scores) -> str:
         "top-5 accuracy": f"{scores.top5:.1%}",
         "loss in nats": f"{scores.loss:.4f}",
         "calibration error": f"{scores.calibration.error:.1%}",
-        "test pictures": f"{scores.count:,}",
+        "test images": f"{scores.count:,}",
         "unreadable, left out": f"{scores.skipped:,}" if scores.skipped else "",
     }
     rows = (f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in tiles.items() if v)
@@ -118,17 +118,17 @@ def _confusion(report: Report, counts: np.ndarray) -> str:
     labels = report.labels
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     several = (
-        " Of a picture's several classes the likeliest counts as the true one."
+        " Of an image's several classes the likeliest counts as the true one."
         if report.multi_label
         else ""
     )
     few = len(labels) <= TABLE_CLASSES
-    matrix, column = (_table_matrix, "30rem") if few else (_picture_matrix, "100%")
+    matrix, column = (_table_matrix, "30rem") if few else (_image_matrix, "100%")
     off = np.where(np.eye(len(labels), dtype=bool), 0, counts)
     worst = np.argsort(-off, axis=None, kind="stable")[:CONFUSIONS]
     pairs = [divmod(int(i), len(labels)) for i in worst if off.flat[i]]
     rows = [(labels[r], labels[c], int(counts[r, c]), float(share[r, c])) for r, c in pairs]
-    heads = ("true class", "predicted", "pictures", "share")
+    heads = ("true class", "predicted", "images", "share")
     listed = page.table(heads, rows, name="Most frequent confusions") if rows else "<p>None.</p>"
     return (
         f'<div class="grid" style="--column: {column}"><section><h2>Confusion matrix</h2>'
@@ -156,8 +156,8 @@ def _table_matrix(counts: np.ndarray, share: np.ndarray, labels: Sequence[str]) 
     )
 
 
-def _picture_matrix(counts: np.ndarray, share: np.ndarray, labels: Sequence[str]) -> str:
-    # Those that occur: of 1,000 classes and few pictures, each cell can still be seen.
+def _image_matrix(counts: np.ndarray, share: np.ndarray, labels: Sequence[str]) -> str:
+    # Those that occur: of 1,000 classes and few images, each cell can still be seen.
     there = np.flatnonzero(counts.sum(axis=0) + counts.sum(axis=1))
     counts, share = counts[np.ix_(there, there)], share[np.ix_(there, there)]
     k = len(there)
@@ -169,7 +169,7 @@ def _picture_matrix(counts: np.ndarray, share: np.ndarray, labels: Sequence[str]
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="Confusion matrix">'
         f'<div class="cells" style="min-width: {k}px" tabindex="0" role="group" '
-        f'aria-label="{alt}">{page.picture(pixels, alt)}<i></i></div></div>'
+        f'aria-label="{alt}">{page.image(pixels, alt)}<i></i></div></div>'
         '<output aria-live="polite">Point at a cell, or move over them by the arrow keys.</output>'
         + page.data("confusion", {"names": [labels[i] for i in there.tolist()], "counts": rows})
     )
@@ -184,11 +184,11 @@ def _classes(scores: Scores, labels: Sequence[str]) -> str:
             rows.append((label, counts[i], *shares))
         else:
             empty += 1
-    rest = f" {empty:,} classes have no picture and were never predicted." if empty else ""
-    heads = ("class", "pictures", "recall", "precision")
+    rest = f" {empty:,} classes have no image and were never predicted." if empty else ""
+    heads = ("class", "images", "recall", "precision")
     return (
         "<h2>Classes</h2><p class=dim>Recall (the accuracy of a class) is the share of its "
-        "pictures that are found, precision the share of its predictions that are right."
+        "images that are found, precision the share of its predictions that are right."
         f"{rest}</p>{page.table(heads, rows, name='Classes', sortable=True)}"
     )
 
@@ -203,7 +203,7 @@ def _calibration(scores: Scores) -> str:
         calibration.accuracy.tolist(),
         strict=True,
     )
-    heads = ("bin", "pictures", "confidence", "right")
+    heads = ("bin", "images", "confidence", "right")
     table = page.table(heads, [row for row in values if row[1]], name="Calibration")
     alt = f"Reliability diagram; expected calibration error {calibration.error:.1%}"
     figure = _figure(3.6)
@@ -211,7 +211,7 @@ def _calibration(scores: Scores) -> str:
     return (
         f"<h2>Calibration</h2><p class=dim>How often predictions are right, by how sure they are: "
         f"{BINS} bins of equal width. On the dashed line the network is as good as it says. The "
-        "expected calibration error is the mean distance from it, over all pictures "
+        "expected calibration error is the mean distance from it, over all images "
         f"(arXiv:1706.04599).</p><div class=grid><figure>{page.drawing(figure, alt)}</figure>"
         f"<div>{table}</div></div>"
     )
@@ -221,7 +221,7 @@ def _mistakes(scores: Scores, mistakes: Sequence[Example]) -> str:
     if not mistakes:
         return "<h2>Mistakes</h2><p>None.</p>"
     cards = [
-        f"<figure>{page.picture(e.image, e.name, photo=True)}<figcaption>"
+        f"<figure>{page.image(e.image, e.name, photo=True)}<figcaption>"
         f'<strong class="bad">{page.escape(e.prediction)}</strong> {e.probability:.1%}, '
         f'truly <strong class="good">{page.escape(e.truth)}</strong><br>{page.escape(e.name)}'
         "</figcaption></figure>"
@@ -232,7 +232,7 @@ def _mistakes(scores: Scores, mistakes: Sequence[Example]) -> str:
         f"the {len(cards)} most confident of {total:,}" if total > len(cards) else f"all {total:,}"
     )
     return (
-        f'<h2>Mistakes: {which}</h2><div class="grid pictures" style="--column: 8.5rem">'
+        f'<h2>Mistakes: {which}</h2><div class="grid images" style="--column: 8.5rem">'
         f"{''.join(cards)}</div>"
     )
 

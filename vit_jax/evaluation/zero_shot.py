@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose name lies nearest to the picture.
+"""Zero-shot classification: the class whose name lies nearest to the image.
 
 See LiT (arXiv:2111.07991); the prompts are those of CLIP (arXiv:2103.00020, section 3.1.4).
 """
@@ -20,13 +20,13 @@ from vit_jax.parallel import divisible, make_mesh, replicated
 
 TEMPLATES = ("a photo of a {}.",)
 
-_BATCH = 32  # Pictures that `classify` puts through the network at once.
+_BATCH = 32  # Images that `classify` puts through the network at once.
 
 
 class TwoTowers(Protocol):
     """What is asked of LiT weights.
 
-    `embed_images` takes preprocessed pictures, float32 (n, h, w, 3); it and `embed_texts` give
+    `embed_images` takes preprocessed images, float32 (n, h, w, 3); it and `embed_texts` give
     float32 (n, d) of length 1.
     """
 
@@ -83,7 +83,7 @@ def zero_shot(
     batch_size: int = 64,
     corrupt: str = "error",
 ) -> Scores:
-    """Scores of two towers on labelled pictures that they were never trained to classify.
+    """Scores of two towers on labelled images that they were never trained to classify.
 
     Args:
       vit: LiT weights, see `vit_jax.load`.
@@ -91,17 +91,17 @@ def zero_shot(
       labels: what to call the classes of the source, in its order; None for the source's own
         names, with "_" read as a space.
       templates: see `class_embeddings`.
-      batch_size: pictures at once, over all devices; rounded up to a multiple of their number.
-      corrupt: "error" stops at a picture that can't be read, "skip" warns and leaves it out.
+      batch_size: images at once, over all devices; rounded up to a multiple of their number.
+      corrupt: "error" stops at an image that can't be read, "skip" warns and leaves it out.
 
     Returns:
-      Scores; its loss is the cross-entropy of softmax(t * text . picture).
+      Scores; its loss is the cross-entropy of softmax(t * text . image).
 
     Raises UserError if the names don't fit the source.
     """
     if source.multi_label:
         raise UserError(
-            f"pictures of {source.name} may have several labels, expected one: zero-shot "
+            f"images of {source.name} may have several labels, expected one: zero-shot "
             "descriptions are compared with each other"
         )
     if labels is None:
@@ -128,34 +128,34 @@ def zero_shot(
 
 def classify(
     vit: TwoTowers,
-    pictures: Sequence[str | os.PathLike | np.ndarray],
+    images: Sequence[str | os.PathLike | np.ndarray],
     labels: Sequence[str],
     *,
     templates: Sequence[str] = ("{}",),
     top: int = 5,
 ) -> list[list[tuple[str, float]]]:
-    """Says which of the descriptions fits a picture best.
+    """Says which of the descriptions fits an image best.
 
     Args:
       vit: LiT weights, see `vit_jax.load`.
-      pictures: paths, or uint8 arrays (h, w, 3 or 1) of any size.
+      images: paths, or uint8 arrays (h, w, 3 or 1) of any size.
       labels: descriptions, e.g. "a cat"; or names of classes, with `templates` to go around them.
       templates: see `class_embeddings`; by default the labels stand for themselves.
       top: how many labels to name.
 
     Returns:
-      for each picture the `top` most probable (label, probability), best first.
+      for each image the `top` most probable (label, probability), best first.
 
-    Raises UserError if a picture can't be read.
+    Raises UserError if an image can't be read.
     """
-    if isinstance(pictures, str | os.PathLike | np.ndarray):
-        raise UserError("classify takes a list of pictures: write classify(vit, [picture], labels)")
+    if isinstance(images, str | os.PathLike | np.ndarray):
+        raise UserError("classify takes a list of images: write classify(vit, [image], labels)")
     preprocess = _preprocess(vit)
     classes = class_embeddings(vit.embed_texts, labels, templates)
     temperature = np.exp(np.asarray(vit.params["t"]))
     answers: list[list[tuple[str, float]]] = []
-    for start in range(0, len(pictures), _BATCH):
-        batch = [preprocess(_open(p)) for p in pictures[start : start + _BATCH]]
+    for start in range(0, len(images), _BATCH):
+        batch = [preprocess(_open(p)) for p in images[start : start + _BATCH]]
         logits = temperature * vit.embed_images(np.stack(batch)) @ classes.T
         for row in scipy.special.softmax(logits, axis=1):
             best = np.argsort(-row, kind="stable")[:top]
@@ -183,15 +183,15 @@ def _preprocess(vit: TwoTowers) -> data.Preprocess:
     return data.parse(f"rgb|{vit.preprocess}")  # The towers know colours only.
 
 
-def _open(picture: str | os.PathLike | np.ndarray) -> np.ndarray:
-    if not isinstance(picture, np.ndarray):
-        return data.read(picture)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3):
+def _open(image: str | os.PathLike | np.ndarray) -> np.ndarray:
+    if not isinstance(image, np.ndarray):
+        return data.read(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise UserError(
-            f"the picture has shape {picture.shape} and type {picture.dtype}, "
+            f"the image has shape {image.shape} and type {image.dtype}, "
             "expected (h, w, 3) or (h, w, 1) of uint8"
         )
-    return picture
+    return image
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

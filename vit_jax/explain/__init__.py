@@ -1,6 +1,6 @@
-"""What a Vision Transformer looks at: attention, relevance, features, and pictures of them.
+"""What a Vision Transformer looks at: attention, relevance, features, and images of them.
 
-Each function takes what `vit_jax.load` gives, those of pictures also pictures as `predict` takes
+Each function takes what `vit_jax.load` gives, those of images also images as `predict` takes
 them or preprocessed arrays, and returns an array. Its twin `plot_...` takes the same and returns a
 matplotlib figure.
 """

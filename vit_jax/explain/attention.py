@@ -1,30 +1,30 @@
-"""Attention as numbers. Shapes: n pictures, t tokens (the class token first, if there is one)."""
+"""Attention as numbers. Shapes: n images, t tokens (the class token first, if there is one)."""
 
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.explain.images import Images, views
 from vit_jax.explain.network import Seen, Tower, observe, on_grid, open_tower, reading
-from vit_jax.explain.pictures import Pictures, views
 from vit_jax.pretrained import Pretrained
 
 
-def attention_maps(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+def attention_maps(vit: Pretrained, images: Images) -> np.ndarray:
     """Whom each token attends to, in each head of each block.
 
     Args:
       vit: see `vit_jax.load`.
-      pictures: see `explain.pictures.views`.
+      images: see `explain.images.views`.
 
     Returns:
       float32 (n, blocks, heads, t, t): a row for each token that asks; rows sum to 1.
 
-    Raises UserError if the network has no attention, or a picture can't be used.
+    Raises UserError if the network has no attention, or an image can't be used.
     """
     tower = open_tower(vit)
-    return np.stack([observe(tower, view.pixels).attention for view in views(vit, pictures)])
+    return np.stack([observe(tower, view.pixels).attention for view in views(vit, images)])
 
 
-def map_attention(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+def map_attention(vit: Pretrained, images: Images) -> np.ndarray:
     """Where each head of the attention pooling looks (arXiv:2106.04560).
 
     Returns:
@@ -38,11 +38,11 @@ def map_attention(vit: Pretrained, pictures: Pictures) -> np.ndarray:
             f"{tower.spec.description} has no attention pooling (its classifier is "
             f"{tower.spec.classifier!r}): look at the rollout instead"
         )
-    maps = [observe(tower, view.pixels).pooling for view in views(vit, pictures)]
+    maps = [observe(tower, view.pixels).pooling for view in views(vit, images)]
     return on_grid(tower, np.stack(maps))
 
 
-def rollout(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+def rollout(vit: Pretrained, images: Images) -> np.ndarray:
     """How much of each patch reaches the head, if attention passes tokens on (arXiv:2005.00928).
 
     The heads of a block are averaged to A; half of a token stays where it is, so that a block is
@@ -56,12 +56,12 @@ def rollout(vit: Pretrained, pictures: Pictures) -> np.ndarray:
     Raises UserError as `attention_maps`.
     """
     tower = open_tower(vit)
-    maps = [rollout_map(tower, observe(tower, view.pixels)) for view in views(vit, pictures)]
+    maps = [rollout_map(tower, observe(tower, view.pixels)) for view in views(vit, images)]
     return np.stack(maps)
 
 
 def rollout_map(tower: Tower, seen: Seen) -> np.ndarray:
-    """float32 (rows, columns): `rollout` of one picture."""
+    """float32 (rows, columns): `rollout` of one image."""
     row = reading(tower, seen).astype(np.float64)
     for heads in seen.attention[::-1]:  # From the head down: a row is cheaper than a matrix.
         block = heads.mean(axis=0, dtype=np.float64) + np.eye(len(row))
@@ -77,7 +77,7 @@ def head_maps(tower: Tower, seen: Seen, block: int = -1) -> np.ndarray:
     return on_grid(tower, reading(tower, seen) @ seen.attention[block])
 
 
-def attention_distance(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+def attention_distance(vit: Pretrained, images: Images) -> np.ndarray:
     """How far each head looks (Figure 7 of arXiv:2010.11929).
 
     The distance between the centres of two patches in pixels of the network's input, weighed by how
@@ -94,7 +94,7 @@ def attention_distance(vit: Pretrained, pictures: Pictures) -> np.ndarray:
     places = np.argwhere(np.ones(grid)) * tower.model.stride
     distance = np.linalg.norm(places[:, None] - places, axis=-1)
     result = []
-    for view in views(vit, pictures):
+    for view in views(vit, images):
         weights = observe(tower, view.pixels).attention[..., first:, first:]
         far = (weights * distance).sum(axis=-1) / weights.sum(axis=-1).clip(1e-12)
         result.append(far.mean(axis=-1))

@@ -3,35 +3,35 @@
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.explain.images import Images, views
 from vit_jax.explain.network import observe, on_grid, open_tower
-from vit_jax.explain.pictures import Pictures, views
 from vit_jax.models.vit import sincos_positions
 from vit_jax.pretrained import Pretrained
 
 
-def token_norms(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+def token_norms(vit: Pretrained, images: Images) -> np.ndarray:
     """The length of each patch's token after each block.
 
     A few very long ones on plain background are no longer about their patch (arXiv:2309.16588).
 
     Args:
       vit: see `vit_jax.load`.
-      pictures: see `explain.pictures.views`.
+      images: see `explain.images.views`.
 
     Returns:
       float32 (n, blocks, rows, columns).
 
-    Raises UserError if the network is no Vision Transformer, or a picture can't be used.
+    Raises UserError if the network is no Vision Transformer, or an image can't be used.
     """
     tower = open_tower(vit)
-    blocks = [observe(tower, view.pixels).blocks for view in views(vit, pictures)]
+    blocks = [observe(tower, view.pixels).blocks for view in views(vit, images)]
     return on_grid(tower, np.linalg.norm(np.stack(blocks), axis=-1))
 
 
-def feature_pca(vit: Pretrained, pictures: Pictures) -> np.ndarray:
+def feature_pca(vit: Pretrained, images: Images) -> np.ndarray:
     """The encoder's patch tokens as colours: alike are those whose features are.
 
-    Red, green and blue are the first three principal components over the patches of all pictures,
+    Red, green and blue are the first three principal components over the patches of all images,
     each stretched so that its middle 98 % fill [0, 1].
 
     Returns:
@@ -40,7 +40,7 @@ def feature_pca(vit: Pretrained, pictures: Pictures) -> np.ndarray:
     Raises UserError as `token_norms`.
     """
     tower = open_tower(vit)
-    tokens = np.stack([observe(tower, view.pixels).tokens for view in views(vit, pictures)])
+    tokens = np.stack([observe(tower, view.pixels).tokens for view in views(vit, images)])
     patches = tokens[:, tower.first_patch :].reshape(-1, tokens.shape[-1])
     centred = patches - patches.mean(axis=0)
     components = _components(centred, 3)

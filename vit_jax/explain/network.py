@@ -1,4 +1,4 @@
-"""The network opened up: what its parts say of a picture."""
+"""The network opened up: what its parts say of an image."""
 
 import functools
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class Tower(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the network makes of one picture, float32; t tokens, the class token first.
+    """What the network makes of one image, float32; t tokens, the class token first.
 
     Attributes:
       answer: (k,) logits, without a head its input.
@@ -64,14 +64,14 @@ def open_tower(vit: Pretrained) -> Tower:
 
 
 def observe(tower: Tower, pixels: np.ndarray) -> Seen:
-    """Runs the network on one preprocessed picture, float32 (h, w, c).
+    """Runs the network on one preprocessed image, float32 (h, w, c).
 
-    Raises UserError if the picture hasn't the network's size.
+    Raises UserError if the image hasn't the network's size.
     """
     expected = (*tower.spec.image_size, tower.spec.channels)
     if pixels.shape != expected:
         raise UserError(
-            f"a picture has shape {pixels.shape} after preprocessing, expected {expected}: "
+            f"an image has shape {pixels.shape} after preprocessing, expected {expected}: "
             "preprocess it, or load the weights with image_size=(h, w)"
         )
     return Seen(*jax.device_get(_observe(tower.model, tower.params, pixels)))
@@ -95,7 +95,7 @@ def stacked_weights(
 
     Args:
       model: the network.
-      collection: "intermediates" or "perturbations" of one picture.
+      collection: "intermediates" or "perturbations" of one image.
     """
 
     def of(module: Any) -> jax.Array:

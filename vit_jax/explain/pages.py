@@ -14,7 +14,7 @@ from vit_jax.explain.network import Tower, open_tower
 from vit_jax.explain.plots import (
     TITLE_CHARS,
     aspect,
-    draw_picture,
+    draw_image,
     draw_positions,
     new_figure,
     overlay,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = 5  # of a figure: picture, classes, rollout and two of relevance; then the heads
+COLUMNS = 5  # of a figure: image, classes, rollout and two of relevance; then the heads
 MAX_PIXELS = (1 << 16) - 1  # that matplotlib draws
 
 NOTES = {
@@ -47,7 +47,7 @@ NOTES = {
 
 
 def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
-    """The explanations as one figure: a few rows for each picture, then the position embeddings.
+    """The explanations as one figure: a few rows for each image, then the position embeddings.
 
     Raises UserError if it is higher than a PNG may be.
     """
@@ -62,7 +62,7 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
     figure = new_figure(13, sum(heights))
     if (pixels := figure.bbox.height) > MAX_PIXELS:
         raise UserError(
-            f"{len(explained)} pictures make a page of {pixels:,.0f} pixels, and a PNG may be "
+            f"{len(explained)} images make a page of {pixels:,.0f} pixels, and a PNG may be "
             f"{MAX_PIXELS:,} high: give fewer, or write a name in .html"
         )
     figure.suptitle(_title(vit), fontsize=13, parse_math=False)
@@ -71,13 +71,13 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
         axes = part.subplots(len(inches), COLUMNS, squeeze=False, height_ratios=inches)
         for ax in axes.ravel():
             ax.axis("off")
-        draw_picture(axes[0, 0], e.view, Path(e.name).name)
+        draw_image(axes[0, 0], e.view, Path(e.name).name)
         _draw_classes(axes[0, 1], e.classes)
-        draw_picture(axes[0, 2], e.view, "attention rollout", e.rollout)
+        draw_image(axes[0, 2], e.view, "attention rollout", e.rollout)
         for ax, (name, values) in zip(axes.ravel()[3:], e.relevance, strict=False):
-            draw_picture(ax, e.view, f"relevance: {name}", values)
+            draw_image(ax, e.view, f"relevance: {name}", values)
         for ax, (name, values) in zip(axes[first:].ravel(), e.heads, strict=False):
-            draw_picture(ax, e.view, name, values)
+            draw_image(ax, e.view, name, values)
     left, right = parts[-1].subplots(1, 2)
     draw_positions(left, similarity)
     right.axis("off")
@@ -98,8 +98,8 @@ def _draw_classes(ax: "Axes", classes: Sequence[tuple[str, float]]) -> None:
 def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
     """The explanations as one file of HTML, which needs no network.
 
-    On each picture one may point at a patch and see what it attends to, in every block and head
-    whose weights fit the page: of all its pictures `viewer.MAX_BYTES`, first the mean over heads
+    On each image one may point at a patch and see what it attends to, in every block and head
+    whose weights fit the page: of all its images `viewer.MAX_BYTES`, first the mean over heads
     of each block, then the heads of the last blocks. They are rounded to 1/255 of a row's maximum.
     """
     tower = open_tower(vit)
@@ -128,7 +128,7 @@ _STYLE = """
 
 _VIEWER = """
 <h3>What each patch attends to</h3>
-<div class="viewer" data-picture="{i}">
+<div class="viewer" data-image="{i}">
 <canvas tabindex="0" role="application" aria-label="Attention on {name}"
 aria-describedby="said{i}"></canvas>
 <div>
@@ -144,14 +144,14 @@ up.</p>
 
 
 def _section(tower: Tower, i: int, e: Explanation) -> str:
-    """The HTML of one picture."""
+    """The HTML of one image."""
     name = Path(e.name).name
 
     def figure(title: str, values: np.ndarray) -> str:
-        image = page.picture(overlay(e.view, values), f"{title} of {name}", photo=True)
-        return f"<figure>{image}<figcaption>{page.escape(title)}</figcaption></figure>"
+        element = page.image(overlay(e.view, values), f"{title} of {name}", photo=True)
+        return f"<figure>{element}<figcaption>{page.escape(title)}</figcaption></figure>"
 
-    picture = page.picture(overlay(e.view), name, photo=True)
+    image = page.image(overlay(e.view), name, photo=True)
     maps = [figure("attention rollout", e.rollout)]
     maps += [figure(f"relevance: {label}", values) for label, values in e.relevance]
     heads = [figure(title, values) for title, values in e.heads]
@@ -161,7 +161,7 @@ def _section(tower: Tower, i: int, e: Explanation) -> str:
     return "\n".join(
         [
             f'<section><h2>{page.escape(name)}</h2><div class="grid maps" style="--column: 13rem">',
-            f'<figure id="picture{i}">{picture}</figure>',
+            f'<figure id="image{i}">{image}</figure>',
             classes if e.classes else "",
             *maps,
             '</div><h3>Heads</h3><div class="grid maps" style="--column: 9rem">',
@@ -182,7 +182,7 @@ def _about(tower: Tower) -> str:
     """What is true of all maps."""
     (height, width), (rows, columns) = tower.spec.image_size, tower.spec.grid_size
     return (
-        f"A picture goes in as {height}x{width} pixels, {rows}x{columns} patches. In each map the "
+        f"An image goes in as {height}x{width} pixels, {rows}x{columns} patches. In each map the "
         "brightest patch counts most and the darkest least, so that maps can't be compared."
     )
 

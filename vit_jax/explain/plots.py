@@ -1,4 +1,4 @@
-"""Pictures of explanations. Each `plot_` function takes what its twin takes, and returns a
+"""Images of explanations. Each `plot_` function takes what its twin takes, and returns a
 matplotlib figure, made without pyplot: no window, no state left behind."""
 
 import math
@@ -20,36 +20,36 @@ from vit_jax.explain.features import (
     position_similarity,
     token_norms,
 )
+from vit_jax.explain.images import SIDE, Images, View, small, views
 from vit_jax.explain.network import observe, open_tower
-from vit_jax.explain.pictures import SIDE, Pictures, View, small, views
 from vit_jax.explain.relevance import class_name, relevance
 from vit_jax.page import elide
 from vit_jax.pretrained import Pretrained
 
-TITLE_CHARS = 36  # that fit above a picture
+TITLE_CHARS = 36  # that fit above an image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def plot_rollout(vit: Pretrained, pictures: Pictures) -> "Figure":
-    """`rollout` over each picture: a row of the picture and the overlay for each."""
-    maps = rollout(vit, pictures)
-    return _rows(vit, pictures, [[("attention rollout", m)] for m in maps])
+def plot_rollout(vit: Pretrained, images: Images) -> "Figure":
+    """`rollout` over each image: a row of the image and the overlay for each."""
+    maps = rollout(vit, images)
+    return _rows(vit, images, [[("attention rollout", m)] for m in maps])
 
 
 def plot_relevance(
-    vit: Pretrained, pictures: Pictures, classes: Sequence[int | str] | None = None
+    vit: Pretrained, images: Images, classes: Sequence[int | str] | None = None
 ) -> "Figure":
-    """`relevance` over each picture, an overlay a class, each with its own scale."""
-    maps = relevance(vit, pictures, classes)
+    """`relevance` over each image, an overlay a class, each with its own scale."""
+    maps = relevance(vit, images, classes)
     names = [class_name(vit, c) for c in classes or ()]
     titles = [f"for {name}" for name in names or ["the most probable class"]]
-    return _rows(vit, pictures, [list(zip(titles, m, strict=True)) for m in maps])
+    return _rows(vit, images, [list(zip(titles, m, strict=True)) for m in maps])
 
 
-def plot_attention_maps(vit: Pretrained, pictures: Pictures, block: int = -1) -> "Figure":
+def plot_attention_maps(vit: Pretrained, images: Images, block: int = -1) -> "Figure":
     """What the token that the head reads attends to, an overlay for each head of a block.
 
     Without class token that is all tokens, averaged as the head reads them.
@@ -61,32 +61,32 @@ def plot_attention_maps(vit: Pretrained, pictures: Pictures, block: int = -1) ->
     if not -count <= block < count:
         raise UserError(f"block is {block}, expected 0 to {count - 1}")
     titled = []
-    for view in views(vit, pictures):
+    for view in views(vit, images):
         maps = head_maps(tower, observe(tower, view.pixels), block)
         titled.append([(f"block {block % count + 1}, head {i + 1}", m) for i, m in enumerate(maps)])
-    return _rows(vit, pictures, titled)
+    return _rows(vit, images, titled)
 
 
-def plot_map_attention(vit: Pretrained, pictures: Pictures) -> "Figure":
-    """`map_attention` over each picture, an overlay for each head."""
-    maps = map_attention(vit, pictures)
-    return _rows(vit, pictures, [[(f"head {i + 1}", m) for i, m in enumerate(ms)] for ms in maps])
+def plot_map_attention(vit: Pretrained, images: Images) -> "Figure":
+    """`map_attention` over each image, an overlay for each head."""
+    maps = map_attention(vit, images)
+    return _rows(vit, images, [[(f"head {i + 1}", m) for i, m in enumerate(ms)] for ms in maps])
 
 
-def plot_token_norms(vit: Pretrained, pictures: Pictures) -> "Figure":
-    """`token_norms` over each picture, an overlay for each block."""
-    maps = token_norms(vit, pictures)
+def plot_token_norms(vit: Pretrained, images: Images) -> "Figure":
+    """`token_norms` over each image, an overlay for each block."""
+    maps = token_norms(vit, images)
     titled = [
         [(f"block {i + 1}: up to {m.max():.3g}", m) for i, m in enumerate(blocks)]
         for blocks in maps
     ]
-    return _rows(vit, pictures, titled)
+    return _rows(vit, images, titled)
 
 
-def plot_feature_pca(vit: Pretrained, pictures: Pictures) -> "Figure":
-    """`feature_pca` beside each picture."""
-    maps = feature_pca(vit, pictures)
-    return _rows(vit, pictures, [[("features", m)] for m in maps])
+def plot_feature_pca(vit: Pretrained, images: Images) -> "Figure":
+    """`feature_pca` beside each image."""
+    maps = feature_pca(vit, images)
+    return _rows(vit, images, [[("features", m)] for m in maps])
 
 
 def plot_position_similarity(vit: Pretrained) -> "Figure":
@@ -107,7 +107,7 @@ def draw_positions(ax: "Axes", similarity: np.ndarray) -> None:
     """Draws `position_similarity`."""
     rows, columns = similarity.shape[:2]
     gap = max(rows, columns) // 12 + 1
-    # One picture of maps with gaps between them is quicker than hundreds of axes.
+    # One image of maps with gaps between them is quicker than hundreds of axes.
     padded = np.pad(similarity, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
     tiles = padded.swapaxes(1, 2).reshape(rows * (rows + gap), columns * (columns + gap))
     shown = ax.imshow(tiles[:-gap, :-gap], cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
@@ -140,11 +140,11 @@ def plot_embedding_filters(vit: Pretrained, count: int = 28) -> "Figure":
     return figure
 
 
-def plot_attention_distance(vit: Pretrained, pictures: Pictures) -> "Figure":
-    """`attention_distance` averaged over pictures: a point for each head, by depth."""
+def plot_attention_distance(vit: Pretrained, images: Images) -> "Figure":
+    """`attention_distance` averaged over images: a point for each head, by depth."""
     from matplotlib.ticker import MaxNLocator
 
-    distance = attention_distance(vit, pictures).mean(axis=0)
+    distance = attention_distance(vit, images).mean(axis=0)
     figure = new_figure(6.4, 4)
     ax = figure.subplots()
     depth = np.arange(1, len(distance) + 1)
@@ -158,21 +158,21 @@ def plot_attention_distance(vit: Pretrained, pictures: Pictures) -> "Figure":
 
 
 def overlay(view: View, values: np.ndarray | None = None) -> np.ndarray:
-    """The picture with a map over the part that the network saw; the rest is darker.
+    """The image with a map over the part that the network saw; the rest is darker.
 
     Args:
-      view: the picture.
+      view: the image.
       values: (rows, columns) shown as heat from the minimum to the maximum; or (rows, columns, 3)
-        in [0, 1], colours in place of the picture; or None for the picture alone.
+        in [0, 1], colours in place of the image; or None for the image alone.
 
     Returns:
-      uint8 (h, w, 3) in the picture's own aspect.
+      uint8 (h, w, 3) in the image's own aspect.
     """
     from matplotlib import colormaps
 
-    from vit_jax.data.pictures import resize
+    from vit_jax.data.images import resize
 
-    image = shown_picture(view)
+    image = shown_image(view)
     if values is None:
         return image
     grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
@@ -192,8 +192,8 @@ def overlay(view: View, values: np.ndarray | None = None) -> np.ndarray:
     return np.rint(result).clip(0, 255).astype(np.uint8)
 
 
-def shown_picture(view: View) -> np.ndarray:
-    """The picture in a size to be looked at, uint8 (h, w, 3)."""
+def shown_image(view: View) -> np.ndarray:
+    """The image in a size to be looked at, uint8 (h, w, 3)."""
     image = small(view).image
     image = image if image.shape[2] == 3 else image[..., :1].repeat(3, axis=2)
     times = max(SIDE // 2 // max(image.shape[:2]), 1)  # A tiny one is magnified as it is.
@@ -201,7 +201,7 @@ def shown_picture(view: View) -> np.ndarray:
 
 
 def shares(view: View) -> tuple[float, float, float, float]:
-    """(top, left, height, width) of what the network saw, in shares of the picture's sides."""
+    """(top, left, height, width) of what the network saw, in shares of the image's sides."""
     (top, left, height, width), (h, w, _) = view.box, view.image.shape
     top, left = max(top, 0.0), max(left, 0.0)
     return top / h, left / w, min(height / h, 1.0), min(width / w, 1.0)
@@ -219,11 +219,11 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def _rows(
     vit: Pretrained,
-    pictures: Pictures,
+    images: Images,
     maps: Sequence[Sequence[tuple[str, np.ndarray]]],
 ) -> "Figure":
-    """A row for each picture: itself, then its titled maps over it, wrapped after six."""
-    shown = list(zip(views(vit, pictures), maps, strict=True))
+    """A row for each image: itself, then its titled maps over it, wrapped after six."""
+    shown = list(zip(views(vit, images), maps, strict=True))
     columns = min(1 + len(maps[0]), 6)
     lines = math.ceil((1 + len(maps[0])) / columns)
     figure = new_figure(2.3 * columns, sum(lines * 2.3 * aspect(view) + 0.3 for view, _ in shown))
@@ -233,18 +233,18 @@ def _rows(
         axes = part.subplots(lines, columns, squeeze=False).ravel()
         for ax in axes:
             ax.axis("off")
-        draw_picture(axes[0], view, "")
+        draw_image(axes[0], view, "")
         for ax, (title, values) in zip(axes[1:], titled, strict=False):
-            draw_picture(ax, view, title, values)
+            draw_image(ax, view, title, values)
     return figure
 
 
 def aspect(view: View) -> float:
-    """Height by width that a picture is given room for."""
+    """Height by width that an image is given room for."""
     return min(max(view.image.shape[0] / view.image.shape[1], 0.3), 1.6)
 
 
-def draw_picture(ax: "Axes", view: View, title: str, values: np.ndarray | None = None) -> None:
+def draw_image(ax: "Axes", view: View, title: str, values: np.ndarray | None = None) -> None:
     """Draws `overlay`."""
     ax.imshow(overlay(view, values), interpolation="antialiased")
     ax.set_title(elide(title, TITLE_CHARS), fontsize=8, parse_math=False)

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.explain.images import Images, views
 from vit_jax.explain.network import Tower, observe, on_grid, open_tower, stacked_weights
-from vit_jax.explain.pictures import Pictures, views
 from vit_jax.models import POOLED, VisionTransformer
 from vit_jax.pretrained import Pretrained, PretrainedLiT
 
 
 def relevance(
-    vit: Pretrained, pictures: Pictures, classes: Sequence[int | str] | None = None
+    vit: Pretrained, images: Images, classes: Sequence[int | str] | None = None
 ) -> np.ndarray:
     """Which patches speak for a class, by the method of Chefer et al. (arXiv:2103.15679).
 
@@ -31,21 +31,21 @@ def relevance(
 
     Args:
       vit: see `vit_jax.load`.
-      pictures: see `explain.pictures.views`.
+      images: see `explain.images.views`.
       classes: k classes by name or index; of LiT weights k texts, and y is the cosine of the
-        angle between picture and text. None for the most probable class of each picture.
+        angle between image and text. None for the most probable class of each image.
 
     Returns:
       float32 (n, k, rows, columns), at least 0; the scale has no meaning of its own.
 
-    Raises UserError if the network gives no classes or has not these, or a picture can't be used.
+    Raises UserError if the network gives no classes or has not these, or an image can't be used.
     """
     tower = open_tower(vit)
     if classes is None and isinstance(vit, PretrainedLiT):
         raise UserError("LiT weights classify by words: say which texts are to be explained")
     targets = None if classes is None else class_vectors(vit, classes)
     result = []
-    for view in views(vit, pictures):
+    for view in views(vit, images):
         shown = targets
         if shown is None:
             shown = class_vectors(vit, [int(observe(tower, view.pixels).answer.argmax())])
@@ -54,7 +54,7 @@ def relevance(
 
 
 def gives_classes(vit: Pretrained) -> bool:
-    """Whether the network answers for a picture as a whole, and of classes or of texts."""
+    """Whether the network answers for an image as a whole, and of classes or of texts."""
     lit = isinstance(vit, PretrainedLiT)
     return lit or (vit.spec.num_classes is not None and vit.spec.classifier in POOLED)
 
@@ -112,7 +112,7 @@ def first_name(label: str) -> str:
 def relevance_map(
     vit: Pretrained, tower: Tower, pixels: np.ndarray, target: np.ndarray
 ) -> np.ndarray:
-    """float32 (rows, columns): relevance of one picture for one of `class_vectors`."""
+    """float32 (rows, columns): relevance of one image for one of `class_vectors`."""
     unit = isinstance(vit, PretrainedLiT)
     return on_grid(tower, np.asarray(_relevance(tower.model, unit, tower.params, pixels, target)))
 

@@ -1,4 +1,4 @@
-"""All that one page says of a picture, computed at once."""
+"""All that one page says of an image, computed at once."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,8 @@ import numpy as np
 import scipy.special
 
 from vit_jax.explain.attention import head_maps, rollout_map
+from vit_jax.explain.images import View, small, views
 from vit_jax.explain.network import observe, on_grid, open_tower
-from vit_jax.explain.pictures import View, small, views
 from vit_jax.explain.relevance import class_name, class_vectors, gives_classes, relevance_map
 from vit_jax.explain.viewer import MAX_BYTES, Levels, levels
 from vit_jax.pretrained import Pretrained, PretrainedLiT
@@ -18,12 +18,12 @@ TitledMaps = list[tuple[str, np.ndarray]]  # Maps are float32 (rows, columns).
 
 
 class Explanation(NamedTuple):
-    """Why the network said what it said of a picture, in no more bytes than a page needs.
+    """Why the network said what it said of an image, in no more bytes than a page needs.
 
     Attributes:
       name: the file's.
-      view: the picture, no larger than it is drawn.
-      attention: of as many blocks and heads as a page of all the pictures has room for.
+      view: the image, no larger than it is drawn.
+      attention: of as many blocks and heads as a page of all the images has room for.
       classes: (label, probability), the most probable first; empty if the network gives none.
       rollout: see `explain.rollout`, (rows, columns).
       relevance: see `explain.relevance`, of the two most probable classes or those asked for.
@@ -42,26 +42,26 @@ class Explanation(NamedTuple):
 
 def explanations(
     vit: Pretrained,
-    pictures: Sequence[str | os.PathLike],
+    images: Sequence[str | os.PathLike],
     classes: Sequence[int | str] | None = None,
     *,
     top: int = 5,
 ) -> Iterator[Explanation]:
-    """Explains picture files one after the other.
+    """Explains image files one after the other.
 
     Args:
       vit: see `vit_jax.load`.
-      pictures: paths.
+      images: paths.
       classes: whose relevance is wanted, see `explain.relevance`; by default the two most probable
         ones. LiT weights know no classes but these texts.
       top: how many classes to name.
 
-    Raises UserError if the network has no attention or not these classes, or a picture can't be
+    Raises UserError if the network has no attention or not these classes, or an image can't be
     read.
     """
     tower = open_tower(vit)
     last = tower.spec.num_layers
-    for name, view in zip(pictures, views(vit, pictures), strict=True):
+    for name, view in zip(images, views(vit, images), strict=True):
         seen = observe(tower, view.pixels)
         ranked = _ranked(vit, seen.answer, classes)
         shown = classes or [c for c, _ in ranked[:2]]
@@ -73,7 +73,7 @@ def explanations(
         yield Explanation(
             os.fsencode(name).decode(errors="backslashreplace"),  # It need not be text.
             small(view),
-            levels(seen.attention, MAX_BYTES // len(pictures)),
+            levels(seen.attention, MAX_BYTES // len(images)),
             [(vit.label(c) if isinstance(c, int) else c, p) for c, p in ranked[:top]],
             rollout_map(tower, seen),
             [

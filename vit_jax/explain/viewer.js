@@ -1,9 +1,9 @@
-// Pictures on which one patch after the other says what it attends to; the page's data are those of
-// `viewer.Levels`, and where on the picture the grid lies.
+// Images on which one patch after the other says what it attends to; the page's data are those of
+// `viewer.Levels`, and where on the image the grid lies.
 for (const viewer of document.querySelectorAll(".viewer")) {
-  const number = viewer.dataset.picture;
+  const number = viewer.dataset.image;
   const known = JSON.parse(document.getElementById("attention" + number).textContent);
-  const image = document.querySelector(`#picture${number} img`);
+  const image = document.querySelector(`#image${number} img`);
   const canvas = viewer.querySelector("canvas"), said = viewer.querySelector("[role=status]");
   const blockSlider = viewer.querySelector(".block"), headSlider = viewer.querySelector(".head");
   const weights = Uint8Array.from(atob(known.weights), c => c.charCodeAt(0));

@@ -45,7 +45,7 @@ class BlockLoop:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): leaves a branch out for a picture with probability
+    """Stochastic depth (arXiv:1603.09382): leaves a branch out for an image with probability
     `rate`, which may be traced, and divides by 1 - rate if not. (n, t, d) -> (n, t, d)."""
 
     @nn.compact

@@ -42,7 +42,7 @@ LIT_VARIANTS: dict[str, dict[str, Any]] = {
 class LiT(nn.Module):
     """An image tower `img`, a text tower `txt` and a log-temperature `t`.
 
-    The probability of text j among several for picture i is the softmax over j of
+    The probability of text j among several for image i is the softmax over j of
     out["t"] * zimg[i] . ztxt[j].
 
     Attributes:
@@ -87,7 +87,7 @@ class LiT(nn.Module):
     def __call__(
         self, images: jax.Array | None = None, tokens: jax.Array | None = None
     ) -> tuple[jax.Array | None, jax.Array | None, Mapping[str, jax.Array]]:
-        """Embeds pictures, texts, or both.
+        """Embeds images, texts, or both.
 
         Args:
           images: (n, h, w, c) float in [-1, 1], or None.

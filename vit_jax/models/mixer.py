@@ -1,6 +1,6 @@
 """MLP-Mixer (Tolstikhin et al., arXiv:2105.01601), as pure Flax Linen modules.
 
-The names of the sub-modules are those of the official checkpoints. Shapes: n pictures, t tokens,
+The names of the sub-modules are those of the official checkpoints. Shapes: n images, t tokens,
 d = hidden_size.
 """
 
@@ -59,7 +59,7 @@ class MixerBlock(nn.Module):
 
 
 class MlpMixer(nn.Module):
-    """An MLP-Mixer. Its weights fit one number of tokens, that is one size of picture.
+    """An MLP-Mixer. Its weights fit one number of tokens, that is one size of image.
 
     Attributes:
       num_classes: width of the head; None leaves the head out and returns its input.
@@ -92,14 +92,14 @@ class MlpMixer(nn.Module):
         return self.patch_size
 
     def grid_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The (rows, columns) of patches in a picture of (height, width) pixels."""
+        """The (rows, columns) of patches in an image of (height, width) pixels."""
         return (-(-image_size[0] // self.patch_size[0]), -(-image_size[1] // self.patch_size[1]))
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
     ) -> jax.Array | tuple[jax.Array, Mapping[str, jax.Array]]:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
           images: (n, h, w, c) float, for the official weights in [-1, 1].
@@ -111,7 +111,7 @@ class MlpMixer(nn.Module):
           return_features a pair (logits, features): "stem" (n, rows, columns, d), "MixerBlock_0",
           ... (n, t, d), "pre_head_layer_norm" (n, t, d), and "pre_logits" the head's input.
 
-        Raises UserError if the fields or the pictures make no sense, or stored weights are for
+        Raises UserError if the fields or the images make no sense, or stored weights are for
         another number of tokens.
         """
         check_images(images)
@@ -162,6 +162,6 @@ class MlpMixer(nn.Module):
             stored = params["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"].shape[0]
             if stored != tokens:
                 raise UserError(
-                    f"these Mixer weights are for {stored} tokens, the pictures make {tokens}: the "
-                    "number of tokens of a Mixer is fixed; resize the pictures, or train anew"
+                    f"these Mixer weights are for {stored} tokens, the images make {tokens}: the "
+                    "number of tokens of a Mixer is fixed; resize the images, or train anew"
                 )

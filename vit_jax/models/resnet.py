@@ -26,7 +26,7 @@ def resnet_stride(blocks: Sequence[int]) -> int:
 
 
 def resnet_output_size(size: int, blocks: Sequence[int]) -> int:
-    """Height or width of the features of a picture of `size` pixels: halved, rounding up."""
+    """Height or width of the features of an image of `size` pixels: halved, rounding up."""
     return -(-size // resnet_stride(blocks))
 
 
@@ -112,7 +112,7 @@ def resnet_features(x: jax.Array, blocks: Sequence[int], dtype: Any) -> jax.Arra
     """Root and stages, for a module that wants them among its own sub-modules.
 
     Args:
-      x: (n, h, w, c) pictures.
+      x: (n, h, w, c) images.
       blocks: units a stage; empty for the root alone.
       dtype: what is computed in.
 

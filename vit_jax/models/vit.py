@@ -1,7 +1,7 @@
 """The Vision Transformer (Dosovitskiy et al., arXiv:2010.11929), as pure Flax Linen modules.
 
 The names of the sub-modules are those of the official checkpoints: flattening the parameters with
-"/" gives exactly their keys. Equation numbers refer to the paper. Shapes: n pictures, t tokens,
+"/" gives exactly their keys. Equation numbers refer to the paper. Shapes: n images, t tokens,
 d = hidden_size.
 """
 
@@ -21,7 +21,7 @@ from vit_jax.models.kernels import Kernels, dot_product_attention
 from vit_jax.models.resnet import resnet_features, resnet_output_size, resnet_stride
 
 CLASSIFIERS = ("token", "gap", "map", "unpooled", "token_unpooled")
-POOLED = ("token", "gap", "map")  # Those that give one vector, so one answer, a picture.
+POOLED = ("token", "gap", "map")  # Those that give one vector, so one answer, an image.
 POSITION_EMBEDDINGS = ("learned", "sincos2d")
 
 # The published weights were trained with it.
@@ -88,7 +88,7 @@ class MlpBlock(nn.Module):
 class EncoderBlock(nn.Module):
     """One pre-LayerNorm encoder block (equations 2 and 3). (n, t, d) -> (n, t, d).
 
-    With probability `drop_path_rate` each of the two residual branches is left out for a picture
+    With probability `drop_path_rate` each of the two residual branches is left out for an image
     while training (stochastic depth, arXiv:1603.09382). If `length` is given, the tokens after so
     many are padding: nobody attends to them.
     """
@@ -205,7 +205,7 @@ def layer_norm(module: Any, name: str, epsilon: float = LAYER_NORM_EPSILON) -> n
 
 
 def check_images(images: jax.Array) -> None:
-    """Raises UserError if pictures have not four axes, or are integers: those are raw pixels."""
+    """Raises UserError if images have not four axes, or are integers: those are raw pixels."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(
             f"images are {images.dtype}, expected floats, for the official weights in [-1, 1]: "
@@ -214,7 +214,7 @@ def check_images(images: jax.Array) -> None:
     if images.ndim != 4:
         raise UserError(
             f"images have shape {images.shape}, expected (n, height, width, channels): "
-            "add the missing axis, e.g. images[None] for one picture"
+            "add the missing axis, e.g. images[None] for one image"
         )
 
 
@@ -232,7 +232,7 @@ def check_rates(**rates: float) -> None:
 
 
 class VisionTransformer(nn.Module):
-    """A Vision Transformer for pictures of any size, shape and number of channels.
+    """A Vision Transformer for images of any size, shape and number of channels.
 
     Attributes:
       num_classes: width of the head; None leaves the head out and returns its input.
@@ -247,7 +247,7 @@ class VisionTransformer(nn.Module):
       dropout_rate, attention_dropout_rate, stochastic_depth_rate: active only with train=True,
         which then needs an rng named "dropout".
       resnet: None, or the number of units in each stage of a ResNet whose features are cut into
-        patches instead of the pictures themselves (a hybrid); empty for the ResNet's root alone.
+        patches instead of the images themselves (a hybrid); empty for the ResNet's root alone.
       position_embedding: "learned" or "sincos2d" (fixed, see `sincos_positions`).
       dtype: what is computed in, float32 or bfloat16. Parameters, statistics of the LayerNorms,
         attention softmax and the returned logits are float32 in any case.
@@ -280,9 +280,9 @@ class VisionTransformer(nn.Module):
         return self.patch_size[0] * pixels, self.patch_size[1] * pixels
 
     def grid_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The (rows, columns) of patches in a picture of (height, width) pixels.
+        """The (rows, columns) of patches in an image of (height, width) pixels.
 
-        Raises UserError if the picture is smaller than one patch.
+        Raises UserError if the image is smaller than one patch.
         """
         height, width = image_size
         if self.resnet is not None:
@@ -290,7 +290,7 @@ class VisionTransformer(nn.Module):
         rows, columns = height // self.patch_size[0], width // self.patch_size[1]
         if rows < 1 or columns < 1:
             raise UserError(
-                "the picture of {}x{} pixels is smaller than one patch of {}x{}: "
+                "the image of {}x{} pixels is smaller than one patch of {}x{}: "
                 "use a larger image size".format(*image_size, *self.stride)
             )
         return rows, columns
@@ -309,7 +309,7 @@ class VisionTransformer(nn.Module):
     def __call__(
         self, images: jax.Array, *, train: bool = False, return_features: bool = False
     ) -> jax.Array | tuple[jax.Array, Mapping[str, jax.Array]]:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
           images: (n, h, w, c) float, for the official weights in [-1, 1].
@@ -323,7 +323,7 @@ class VisionTransformer(nn.Module):
           the output of each block, "encoder_norm" (n, t, d), and "pre_logits" the head's input; of
           a hybrid also "resnet" (n, h', w', c').
 
-        Raises UserError if the fields or the pictures make no sense.
+        Raises UserError if the fields or the images make no sense.
         """
         self._check(images)
         n, h, w, _ = images.shape

@@ -119,25 +119,25 @@ def default_config() -> ConfigDict:
     config.pretrained_dir = ""
     config.dtype = "float32"  # What is computed in; weights and sums stay float32.
 
-    # On what: a folder of pictures, a table, a TFDS name, ...: see docs/data.md.
+    # On what: a folder of images, a table, a TFDS name, ...: see docs/data.md.
     config.dataset = "digits"
     config.tfds_data_dir = ""  # Where TFDS keeps its data sets; empty for ~/tensorflow_datasets.
     config.tfds_manual_dir = ""  # Where it finds archives that had to be downloaded by hand.
     config.corrupt = (
-        "error"  # A picture that can't be read: stop ("error"), or warn and go on ("skip").
+        "error"  # An image that can't be read: stop ("error"), or warn and go on ("skip").
     )
     config.splits = ConfigDict()
     config.splits.train = "train"  # E.g. "train[:98%]".
     config.splits.test = "test"
 
-    # What is done to a picture, e.g. "inception_crop(224)|flip|value_range(-1, 1)"; empty for what
+    # What is done to an image, e.g. "inception_crop(224)|flip|value_range(-1, 1)"; empty for what
     # `crop`, `resize` and `augment` mean. A split in `pp.train` or `pp.test`, where the original
     # has them, is taken as one.
     config.pp = ConfigDict()
     config.pp.train = ""
     config.pp.eval = ""
     config.pp.crop = 224  # Height and width of what the model sees, in pixels.
-    # 0: evaluation resizes the whole picture to `crop`, as the original. Else the size in pixels of
+    # 0: evaluation resizes the whole image to `crop`, as the original. Else the size in pixels of
     # the shorter side, from whose centre `crop` is cut.
     config.pp.resize = 0
     # RandAugment and mixup by a name of AugReg's: none, light1, light2, medium1, medium2, strong1,
@@ -146,7 +146,7 @@ def default_config() -> ConfigDict:
     config.mixup = 0.0  # The parameter of its Beta distribution; 0 leaves it to `augment`.
     config.cutmix = 0.0
 
-    # How long and how much at once. `batch` counts the pictures of a step over all devices.
+    # How long and how much at once. `batch` counts the images of a step over all devices.
     config.total_steps = 10_000
     config.batch = 512
     config.batch_eval = 512
@@ -199,11 +199,11 @@ def default_config() -> ConfigDict:
 
     # How the data get to the device.
     config.prefetch = 2  # Batches made ready ahead of the step.
-    # Who decodes pictures: so many processes, or threads where `workers` is 0. -1 for a process a
+    # Who decodes images: so many processes, or threads where `workers` is 0. -1 for a process a
     # core where there are more than two and `threads` doesn't ask for threads.
     config.workers = -1
     config.threads = 0  # 0 for one a core.
-    # As what training's pictures cross to the device: "uint8" rounds to whole grey levels, which
+    # As what training's images cross to the device: "uint8" rounds to whole grey levels, which
     # are normalised there; "float32" keeps fractions, as evaluation and the original do.
     config.image_dtype = "uint8"
 

@@ -97,15 +97,15 @@ class Usage:
     """How fast the devices of a run are, and how full.
 
     Args:
-      model, picture_shape: the network, and (h, w, channels) of its pictures.
+      model, image_shape: the network, and (h, w, channels) of its images.
     """
 
-    def __init__(self, model: Any, picture_shape: tuple[int, int, int]):
+    def __init__(self, model: Any, image_shape: tuple[int, int, int]):
         self._devices = jax.device_count()
         chips = [find_chip(device.device_kind) for device in jax.devices()]
         self._share_of_peak = 0.0  # That an image a second makes.
         if None not in chips:
-            *size, channels = picture_shape
+            *size, channels = image_shape
             operations = training_flops(model, (size[0], size[1]), channels=channels)
             self._share_of_peak = operations / (1e12 * sum(chip.tflops for chip in chips if chip))
 

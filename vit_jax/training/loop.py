@@ -115,7 +115,7 @@ class Loop:
         self._start_batches()
         self._profile = stack.enter_context(Profile(self._config.profile, trace_folder(workdir)))
         self._stop = SharedStop(own_stop, work.mesh)
-        self._usage = Usage(work.vit.model, work.task.picture_shape)
+        self._usage = Usage(work.vit.model, work.task.image_shape)
         stack.callback(gc.unfreeze)
 
     @property
@@ -239,7 +239,7 @@ class Loop:
         self._restart_clock()
 
     def _evaluate(self) -> Scores | None:
-        """Scores on the test pictures; None if the run is to end before all were seen."""
+        """Scores on the test images; None if the run is to end before all were seen."""
         task, sharding = self._work.task, split(self._work.mesh)
 
         def until_stopped() -> Iterator[Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: batches whose pictures are made of two, inside the compiled step."""
+"""Mixup and CutMix: batches whose images are made of two, inside the compiled step."""
 
 from collections.abc import Mapping
 
@@ -13,9 +13,9 @@ _STREAM = 0x6D6978
 def mix(
     batch: Mapping[str, jax.Array], key: jax.Array, classes: int, *, mixup: float, cutmix: float
 ) -> dict[str, jax.Array]:
-    """Mixes each picture with the one before it in the batch, the first with the last.
+    """Mixes each image with the one before it in the batch, the first with the last.
 
-    All pictures of a batch are mixed alike, with one share a of their own, b ~ Beta(p, p):
+    All images of a batch are mixed alike, with one share a of their own, b ~ Beta(p, p):
 
     - mixup, p = `mixup`: a * own + (1 - a) * other, a = max(b, 1 - b). Source: Zhang et al. 2018
       (arXiv:1710.09412); the one share a batch of at least a half, and the partner, are
@@ -45,7 +45,7 @@ def mix(
 def _weights(
     key: jax.Array, size: tuple[int, ...], mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The weight of the own picture at each pixel, (h, w, 1), and on the whole, a scalar."""
+    """The weight of the own image at each pixel, (h, w, 1), and on the whole, a scalar."""
     choose, draw, centre = jax.random.split(key, 3)
     weights, shares = [], []
     if mixup:
@@ -68,10 +68,10 @@ def _weights(
     return jnp.where(first, weights[0], weights[1]), jnp.where(first, shares[0], shares[1])
 
 
-def mix_pictures(
+def mix_images(
     images: np.ndarray, step: int, *, seed: int, mixup: float
 ) -> tuple[np.ndarray, float]:
-    """A batch of pictures mixed as at a step of training, and the share of each that is its own."""
+    """A batch of images mixed as at a step of training, and the share of each that is its own."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     batch = {"image": jnp.asarray(images), "label": jnp.arange(2)}
     mixed = mix(batch, key, 2, mixup=mixup, cutmix=0.0)

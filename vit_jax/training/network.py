@@ -27,7 +27,7 @@ from vit_jax.training.config import weights_source
 def make_network(
     config: ConfigDict,
     *,
-    picture_shape: tuple[int, int, int],
+    image_shape: tuple[int, int, int],
     labels: tuple[str, ...],
     preprocess: str,
 ) -> Pretrained:
@@ -35,13 +35,13 @@ def make_network(
 
     Args:
       config: see `default_config`.
-      picture_shape: (h, w, channels) of a preprocessed picture.
+      image_shape: (h, w, channels) of a preprocessed image.
       labels: names of the classes.
-      preprocess: how evaluation makes pictures ready, to be noted with the weights.
+      preprocess: how evaluation makes images ready, to be noted with the weights.
 
-    Raises UserError if there is no such model or file, or it doesn't fit the pictures.
+    Raises UserError if there is no such model or file, or it doesn't fit the images.
     """
-    height, width, channels = picture_shape
+    height, width, channels = image_shape
     name, fields = _named(config)
     path = weights_source(config)
     if path is None:
@@ -50,7 +50,7 @@ def make_network(
                 "nothing to start from: give --weights (config.model_or_filename) a file or a "
                 "name such as augreg/Ti_16, or, to train from scratch, config.model.name a model"
             )
-        return _from_scratch(config, picture_shape, labels, preprocess)
+        return _from_scratch(config, image_shape, labels, preprocess)
     vit = load(
         path,
         num_classes=len(labels),
@@ -72,7 +72,7 @@ def make_network(
     if vit.spec.channels != channels:
         operation = "rgb" if vit.spec.channels == 3 else "gray"
         raise UserError(
-            f"the weights in {path} take pictures of {vit.spec.channels} channels, these have "
+            f"the weights in {path} take images of {vit.spec.channels} channels, these have "
             f"{channels}: add {operation} to config.pp.train and config.pp.eval"
         )
     return dataclasses.replace(vit, labels=labels, preprocess=preprocess)
@@ -113,18 +113,18 @@ def _named(config: ConfigDict) -> tuple[str, dict[str, Any]]:
 
 def _from_scratch(
     config: ConfigDict,
-    picture_shape: tuple[int, int, int],
+    image_shape: tuple[int, int, int],
     labels: tuple[str, ...],
     preprocess: str,
 ) -> Pretrained:
     model = named_model(config, len(labels))
-    images = jnp.zeros((1, *picture_shape))
+    images = jnp.zeros((1, *image_shape))
     with jax.default_device(_host()):  # One device may have no room for the whole of a network.
         params = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed), images)["params"])
     spec = read_spec(
         flatten_dict(params, sep="/"),
         classifier=getattr(model, "classifier", None),
-        image_size=picture_shape[:2],
+        image_size=image_shape[:2],
     )
     params = jax.tree.map(np.asarray, params)
     return Pretrained(model=model, params=params, spec=spec, labels=labels, preprocess=preprocess)

@@ -21,7 +21,7 @@ class Result:
     Attributes:
       step: updates done. finished: whether these are all; if not, the same call goes on from here.
       summary: what to tell a person.
-      test: the last figures on the test pictures, {"test/loss", "test/top1", "test/top5"}; empty if
+      test: the last figures on the test images, {"test/loss", "test/top1", "test/top5"}; empty if
         there were none.
     """
 

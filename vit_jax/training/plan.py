@@ -39,7 +39,7 @@ SAVINGS: tuple[dict[str, Any], ...] = (
     {"sharding": "fsdp", "scan_layers": True, "remat": "dots"},
     {"sharding": "fsdp", "scan_layers": True, "remat": "full"},
 )
-FEW = 8  # Pictures at once on a device; with fewer, it is hardly made use of.
+FEW = 8  # Images at once on a device; with fewer, it is hardly made use of.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
     """What a run needs.
 
     Attributes:
-      picture_shape: (h, w, channels) of what the network sees.
+      image_shape: (h, w, channels) of what the network sees.
       flops_per_step: of the network's own operations, see `training_flops`.
       training, evaluation: memory of each device.
       accum_steps, batch_eval: of the configuration.
@@ -82,7 +82,7 @@ class Plan:
     """
 
     parameters: int
-    picture_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]
     classes: int
     devices: int
     batch: int
@@ -114,16 +114,16 @@ def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None
     """
     make_mesh(config)  # Says whether the devices divide the batch.
     task = _task(config, classes)
-    shape = task.picture_shape
+    shape = task.image_shape
     if config.model.name:
         model: Any = named_model(config, len(task.labels))
     else:
         spec = eval_spec(config)
-        model = make_network(config, picture_shape=shape, labels=task.labels, preprocess=spec).model
+        model = make_network(config, image_shape=shape, labels=task.labels, preprocess=spec).model
     kernels, _ = choose_kernels(model, shape[:2], jax.devices(), config.attention)
     model = model.clone(kernels=kernels)
-    picture = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), picture)["params"]
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
     @functools.cache
     def needs(phase: Callable[..., Memory], **fields: Any) -> Memory:
@@ -134,7 +134,7 @@ def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None
     batch_eval = divisible(config.batch_eval)
     found = Plan(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        picture_shape=shape,
+        image_shape=shape,
         classes=len(task.labels),
         devices=jax.device_count(),
         batch=config.batch,
@@ -223,7 +223,7 @@ def _plan_on(devices: int, config: str, options: dict[str, Any]) -> Plan:
 
 
 def _task(config: ConfigDict, classes: int | None) -> Task:
-    """The task with the data set if that is at hand, else with a stand-in of RGB pictures."""
+    """The task with the data set if that is at hand, else with a stand-in of RGB images."""
     name = config.dataset
     if data.is_known(name) or os.path.exists(os.path.expanduser(name)):
         source = data.open_source(name, config.splits.train, seed=config.seed)
@@ -234,13 +234,13 @@ def _task(config: ConfigDict, classes: int | None) -> Task:
         )
     else:
 
-        def no_picture(_: Any) -> Any:
+        def no_image(_: Any) -> Any:
             raise UserError(
-                f"the size of the pictures of {name!r} is not known: give config.pp.train and "
+                f"the size of the images of {name!r} is not known: give config.pp.train and "
                 "config.pp.eval an operation that sets it, such as resize(224)"
             )
 
-        source = data.Source(name, (), 3, range(1), np.zeros(1, np.int32), no_picture, str)
+        source = data.Source(name, (), 3, range(1), np.zeros(1, np.int32), no_image, str)
     if classes is not None:
         source = dataclasses.replace(source, labels=tuple(map(str, range(classes))))
     return open_task(config, (source, source))
@@ -253,7 +253,7 @@ def _batch(task: Task, ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDt
     if task.train.multi_label:
         label = ((size, len(task.labels)), jnp.float32)
     return {
-        "image": jax.ShapeDtypeStruct((size, *task.picture_shape), dtype),
+        "image": jax.ShapeDtypeStruct((size, *task.image_shape), dtype),
         "label": jax.ShapeDtypeStruct(*label),
     }
 

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from vit_jax import data
 from vit_jax.checkpoints import open_arrays, read_spec, to_tree
+from vit_jax.evaluation.images import evaluate_images
 from vit_jax.evaluation.metrics import Scores
-from vit_jax.evaluation.pictures import evaluate_pictures
 from vit_jax.evaluation.report import Report, choose_examples, environment
 from vit_jax.pretrained import WEIGHTS, Pretrained, load
 from vit_jax.training.config import flatten
@@ -33,10 +33,10 @@ def make_report(
       workdir: with the metrics.
       config: of the run.
       network: what it is called.
-      scores: of it on the pictures `test`; without both there are curves only.
+      scores: of it on the images `test`; without both there are curves only.
       note: what else is to be said.
 
-    Raises UserError if there are no metrics, or a picture can't be read.
+    Raises UserError if there are no metrics, or an image can't be read.
     """
     dataset = config.dataset
     if os.path.isabs(dataset):
@@ -57,10 +57,10 @@ def make_report(
 
 
 def review(workdir: str | os.PathLike, *, batch_size: int = 64) -> Report:
-    """A report of the run in a workdir, whose weights are evaluated on its own test pictures: the
+    """A report of the run in a workdir, whose weights are evaluated on its own test images: the
     last weights, those of the last checkpoint if it has not finished, or none if it has not saved.
 
-    Raises UserError if it is no workdir, or something in it or the pictures can't be read.
+    Raises UserError if it is no workdir, or something in it or the images can't be read.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
@@ -83,7 +83,7 @@ def review(workdir: str | os.PathLike, *, batch_size: int = 64) -> Report:
     else:
         vit = _saved(workdir / CHECKPOINTS / str(saved), config, test.labels)
         note = f"{unfinished}this is what step {saved:,} saved."
-    scores = evaluate_pictures(
+    scores = evaluate_images(
         vit, test, batch_size=batch_size, corrupt=config.corrupt, loss=config.loss
     )
     return make_report(workdir, config, vit.spec.description, scores, test, note)

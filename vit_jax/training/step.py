@@ -44,20 +44,20 @@ def make_train_step(
     """Compiles one update of the weights over all devices of a mesh.
 
     Args:
-      model: a network that maps (n, h, w, c) pictures to (n, classes) logits.
+      model: a network that maps (n, h, w, c) images to (n, classes) logits.
       tx: see `make_optimizer`.
       mesh: see `make_mesh`, by default of all devices. The batch is split over it, the state
         lies where `shardings` says. Each weight that is split is gathered where it is used, once
         forwards and once backwards, and its gradient is at once split again.
       compile: "jit", or "pmap" for `jax.pmap` over the devices of the only process, each of which
         has the whole state. If there are several, each draws its own dropout and mixes the
-        pictures of its own part of the batch.
+        images of its own part of the batch.
       accum_steps: the batch is computed in this many slices one after the other, which saves
-        memory. It has to divide the number of pictures a device.
+        memory. It has to divide the number of images a device.
       loss: "softmax" or "sigmoid" cross-entropy.
       label_smoothing: share of a label that is spread evenly over all classes.
       mixup, cutmix: see `mix`; 0 for none.
-      value_range: what 0 and 255 of uint8 pictures become.
+      value_range: what 0 and 255 of uint8 images become.
       skip_bad: whether a step that `judge` calls bad leaves weights and optimizer as they are.
       spike: see `judge`.
       ema_decay: of the average of the weights, if the state has one.
@@ -112,7 +112,7 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """With an axis of `pmap`, of the part of the batch that is on this device."""
         key = state.dropout_key()
-        if mixup or cutmix:  # Mixed pictures are floats, so they are normalised before.
+        if mixup or cutmix:  # Mixed images are floats, so they are normalised before.
             batch = dict(batch, image=normalised(batch["image"]))
             classes = jax.eval_shape(logits_of, state.params, batch["image"]).shape[-1]
             batch = mix(batch, key, classes, mixup=mixup, cutmix=cutmix)
@@ -157,7 +157,7 @@ def make_train_step(
     def check(batch: Batch) -> None:
         if len(batch["image"]) % pieces:
             raise UserError(
-                f"the batch holds {len(batch['image'])} pictures, expected a multiple of {pieces}: "
+                f"the batch holds {len(batch['image'])} images, expected a multiple of {pieces}: "
                 f"{mesh.size} devices x {accum_steps} accum_steps"
             )
 
@@ -220,7 +220,7 @@ def _accumulate(
         return value_and_grad(params, batch["image"], batch["label"], key)
 
     def cut(x: jax.Array) -> jax.Array:
-        # (n, ...) -> (slices, n / slices, ...): every so many pictures belong to one slice, so that
+        # (n, ...) -> (slices, n / slices, ...): every so many images belong to one slice, so that
         # none changes its device, and the slices are the same on any number of devices.
         return x.reshape(-1, slices, *x.shape[1:]).swapaxes(0, 1)
 

@@ -1,4 +1,4 @@
-"""The pictures of a run, and how training and evaluation make them ready."""
+"""The images of a run, and how training and evaluation make them ready."""
 
 import dataclasses
 import functools
@@ -15,19 +15,19 @@ from vit_jax.parallel import divisible, shard
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Pictures to train on and to test on, and what is done to them."""
+    """Images to train on and to test on, and what is done to them."""
 
     config: ConfigDict
     train: data.Source
     test: data.Source
     train_ops: data.Preprocess
     eval_ops: data.Preprocess
-    value_range: tuple[float, float]  # What 0 and 255 of uint8 training pictures become.
+    value_range: tuple[float, float]  # What 0 and 255 of uint8 training images become.
     cores: int | None = None  # This process's share, if it isn't all that it was given.
 
     @functools.cached_property
     def readers(self) -> tuple[data.Readers, data.Readers]:
-        """Who reads the pictures of training, and of an evaluation.
+        """Who reads the images of training, and of an evaluation.
 
         Raises UserError if processes are wanted that can't be had.
         """
@@ -43,15 +43,15 @@ class Task:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What tells these pictures from others, see `data.data_fingerprint`."""
+        """What tells these images from others, see `data.data_fingerprint`."""
         return {
             "train": data.data_fingerprint(self.train),
             "test": data.data_fingerprint(self.test),
         }
 
     @property
-    def picture_shape(self) -> tuple[int, int, int]:
-        """(h, w, channels) of a picture made ready."""
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, channels) of an image made ready."""
         return _shape(self.eval_ops, self.train)
 
     def train_batches(self, start_step: int) -> Iterator[Mapping[str, np.ndarray]]:
@@ -70,7 +70,7 @@ class Task:
         )
 
     def eval_batches(self) -> Iterator[Mapping[str, np.ndarray]]:
-        """The test pictures once: also "mask" bool (n,) and "index" int32 (n,)."""
+        """The test images once: also "mask" bool (n,) and "index" int32 (n,)."""
         return data.eval_batches(
             self.test,
             self.eval_ops,
@@ -112,19 +112,19 @@ def open_task(
         )
     if train_source.multi_label and config.loss == "softmax":
         raise UserError(
-            f"config.loss is softmax, which knows one class a picture, but pictures of "
+            f"config.loss is softmax, which knows one class an image, but images of "
             f"{config.dataset} may have several: use --config.loss=sigmoid"
         )
     shapes = _shape(train_ops, train_source), _shape(eval_ops, train_source)
     if shapes[0] != shapes[1]:
         raise UserError(
-            f"training makes pictures of shape {shapes[0]} and evaluation of {shapes[1]}: "
+            f"training makes images of shape {shapes[0]} and evaluation of {shapes[1]}: "
             "give config.pp.train and config.pp.eval the same size"
         )
     if train_ops.value_range != eval_ops.value_range:
         ranges = ("{:g} to {:g}".format(*ops.value_range) for ops in (train_ops, eval_ops))
         raise UserError(
-            "training makes pictures of values from {} and evaluation of values from {}: give "
+            "training makes images of values from {} and evaluation of values from {}: give "
             "config.pp.train and config.pp.eval the same value_range".format(*ranges)
         )
     value_range = (-1.0, 1.0)
@@ -134,14 +134,14 @@ def open_task(
 
 
 def train_spec(config: ConfigDict) -> str:
-    """What training does to a picture."""
+    """What training does to an image."""
     augment, _ = data.AUGREG[config.augment]
     parts = [f"inception_crop({config.pp.crop})", "flip", augment, "value_range(-1, 1)"]
     return config.pp.train or "|".join(filter(None, parts))
 
 
 def eval_spec(config: ConfigDict) -> str:
-    """What evaluation does to a picture.
+    """What evaluation does to an image.
 
     Raises UserError if it is to be cut larger than it was resized.
     """
@@ -166,6 +166,6 @@ def _shape(ops: data.Preprocess, source: data.Source) -> tuple[int, int, int]:
     # Not smaller than a crop wants it, nor of a worse aspect.
     size = np.max([step.size or (1, 1) for step in ops.steps], axis=0).clip(1)
     blank = np.zeros((*size, source.channels), np.uint8)
-    if ops.output_size is None:  # The pictures keep their size: look at one.
+    if ops.output_size is None:  # The images keep their size: look at one.
         blank = source[0]["image"]
     return ops(blank, np.random.default_rng(0)).shape

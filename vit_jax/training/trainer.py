@@ -1,4 +1,4 @@
-"""A training run, from the first picture to the report."""
+"""A training run, from the first image to the report."""
 
 import contextlib
 import dataclasses
@@ -60,7 +60,7 @@ def run(
     Args:
       config: fields of `default_config`; what is not given has its default.
       workdir: the folder of this run, made if it isn't there.
-      sources: pictures to train on and to test on, e.g. of `data.from_arrays`, in place of what
+      sources: images to train on and to test on, e.g. of `data.from_arrays`, in place of what
         `config.dataset` names.
 
     Raises UserError for a bad configuration, bad data, a workdir in use, a loss that is not finite,
@@ -131,11 +131,11 @@ def _prepare(
         task = open_task(config, sources, cores)
         vit = make_network(
             config,
-            picture_shape=task.picture_shape,
+            image_shape=task.image_shape,
             labels=task.labels,
             preprocess=task.eval_ops.spec,
         )
-        kernels, why = kernels_of(config, vit.model, task.picture_shape[:2], mesh)
+        kernels, why = kernels_of(config, vit.model, task.image_shape[:2], mesh)
         introduction = _introduction(config, vit, task)
         fingerprints = task.fingerprints
     check_same(_what_matters(config, fingerprints) | {"attention": why.partition(":")[0]})
@@ -185,7 +185,7 @@ def _what_matters(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[s
         code.update(file.read_bytes())
     versions = {"the code of vit_jax": code.hexdigest()[:12]}
     versions |= {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    return fields | versions | {f"the {k} pictures": v for k, v in fingerprints.items()}
+    return fields | versions | {f"the {k} images": v for k, v in fingerprints.items()}
 
 
 def kernels_of(
@@ -239,7 +239,7 @@ def _introduction(config: ConfigDict, vit: Pretrained, task: Task) -> str:
     return (
         f"{vit.spec.description}, {parameters / 1e6:.2f} M parameters, "
         f"{'from scratch' if weights is None else f'from {weights}'}, {len(task.labels)} classes, "
-        f"{len(task.train):,} pictures to train on and {len(task.test):,} to test on, "
+        f"{len(task.train):,} images to train on and {len(task.test):,} to test on, "
         f"read by {task.readers[0]}, {device_kinds()}"
         + "".join(f"; no effect has {field}" for field in without_effect(config))
     )

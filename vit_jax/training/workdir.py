@@ -18,8 +18,8 @@ from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
 CONFIG = "config.json"  # What makes a folder a run's.
-GIVEN = " (given in Python)"  # Ends the name of pictures that no name opens again.
-PICTURES = "data.json"  # Fingerprints of the pictures, by what they are for.
+GIVEN = " (given in Python)"  # Ends the name of images that no name opens again.
+IMAGES = "data.json"  # Fingerprints of the images, by what they are for.
 LOCK = "lock"  # Held while a run goes on; names its process and host.
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -100,11 +100,11 @@ def _locked(workdir: Path) -> Iterator[None]:
 
 
 def check_named(workdir: str | os.PathLike, config: ConfigDict) -> None:
-    """Raises UserError if the pictures of a run have no name by which to open them again."""
+    """Raises UserError if the images of a run have no name by which to open them again."""
     if config.dataset.endswith(GIVEN):
         raise UserError(
-            f"{workdir}: its pictures were given in Python and can't be opened again: the run "
-            f"itself writes {PAGE} at its end; or give vit-jax evaluate a folder of pictures"
+            f"{workdir}: its images were given in Python and can't be opened again: the run "
+            f"itself writes {PAGE} at its end; or give vit-jax evaluate a folder of images"
         )
 
 
@@ -134,38 +134,38 @@ def _check(workdir: Path, config: ConfigDict) -> None:
 
 
 def claim_workdir(workdir: Path, config: ConfigDict, fingerprints: Mapping[str, str]) -> None:
-    """Writes down whose folder this is and on which pictures, or checks that these are the same.
+    """Writes down whose folder this is and on which images, or checks that these are the same.
 
     Not before a run is about to begin: a mistake found earlier must not bar the folder to the same
     command without the mistake.
 
     Args:
       workdir, config: see `open_workdir`.
-      fingerprints: of the pictures, {"train": ..., "test": ...}.
+      fingerprints: of the images, {"train": ..., "test": ...}.
 
-    Raises UserError if the files can't be written, or the pictures are not those of the run's
+    Raises UserError if the files can't be written, or the images are not those of the run's
     beginning: it could not go on as if it had not stopped.
     """
     begun = (workdir / CONFIG).exists()
     if begun:
         try:
-            before = json.loads((workdir / PICTURES).read_text())
+            before = json.loads((workdir / IMAGES).read_text())
             changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
         except (OSError, ValueError, AttributeError):
             _log.warning(
-                "%s is lost or damaged and is written anew: whether these are the pictures that "
+                "%s is lost or damaged and is written anew: whether these are the images that "
                 "the run began with can't be checked",
-                workdir / PICTURES,
+                workdir / IMAGES,
             )
         else:
             if changed:
                 raise UserError(
-                    f"the {' and '.join(changed)} pictures of {config.dataset} have changed since "
+                    f"the {' and '.join(changed)} images of {config.dataset} have changed since "
                     f"the run in {workdir} began: put them back as they were, or choose another "
                     "workdir"
                 )
             return
-    with atomic_file(workdir / PICTURES) as out:
+    with atomic_file(workdir / IMAGES) as out:
         out.write(json.dumps(dict(fingerprints), indent=1).encode() + b"\n")
     if not begun:  # Last: it is what makes a folder a run's.
         with atomic_file(workdir / CONFIG) as out:

@@ -1,4 +1,4 @@
-"""Evaluating weights on labelled pictures."""
+"""Evaluating weights on labelled images."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from vit_jax.parallel import divisible, make_mesh, replicated
 from vit_jax.pretrained import Pretrained
 
 
-def evaluate_pictures(
+def evaluate_images(
     vit: Pretrained,
     source: data.Source,
     *,
@@ -24,23 +24,23 @@ def evaluate_pictures(
     corrupt: str = "error",
     loss: str = "softmax",
 ) -> Scores:
-    """Scores of a network on labelled pictures, made ready as the weights' notes say.
+    """Scores of a network on labelled images, made ready as the weights' notes say.
 
     Classes are matched as `class_indices` says.
 
     Args:
       vit: see `vit_jax.load`.
       source: see `data.open_source`.
-      batch_size: pictures at once, over all devices; rounded up to a multiple of their number.
-      corrupt: "error" stops at a picture that can't be read, "skip" warns and leaves it out.
-      loss: "softmax" or "sigmoid"; always "sigmoid" where a picture may have several labels.
+      batch_size: images at once, over all devices; rounded up to a multiple of their number.
+      corrupt: "error" stops at an image that can't be read, "skip" warns and leaves it out.
+      loss: "softmax" or "sigmoid"; always "sigmoid" where an image may have several labels.
 
     Raises UserError if the classes don't fit.
     """
     classes = class_indices(vit, source)
     colours = {1: "gray", 3: "rgb"}.get(vit.spec.channels)
     if colours is None:
-        raise UserError(f"these weights take {vit.spec.channels} channels, which no picture has")
+        raise UserError(f"these weights take {vit.spec.channels} channels, which no image has")
     batches = data.eval_batches(
         source,
         data.parse(f"{colours}|{vit.preprocess}"),
@@ -128,7 +128,7 @@ def _keys(word: str, position: int) -> list[tuple[str, str]]:
 def write_predictions(
     path: str | os.PathLike, source: data.Source, vit: Pretrained, scores: Scores
 ) -> None:
-    """Writes a CSV file with one row a picture: picture, label, prediction, probability,
+    """Writes a CSV file with one row an image: image, label, prediction, probability,
     correct."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

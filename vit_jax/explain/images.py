@@ -1,4 +1,4 @@
-"""Pictures to be explained, and where on them the network's patches lie."""
+"""Images to be explained, and where on them the network's patches lie."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,14 @@ from vit_jax.data.ops import KEPT
 from vit_jax.errors import UserError
 from vit_jax.pretrained import Pretrained
 
-SIDE = 400  # pixels on the longer side of a picture that is drawn
+SIDE = 400  # pixels on the longer side of an image that is drawn
 
-Pictures = np.ndarray | Sequence[str | os.PathLike | np.ndarray]
+Images = np.ndarray | Sequence[str | os.PathLike | np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One picture and what the network sees of it.
+    """One image and what the network sees of it.
 
     Attributes:
       image: uint8 (h, w, c), as it is to be shown.
@@ -31,40 +31,40 @@ class View:
     box: tuple[float, float, float, float]
 
 
-def views(vit: Pretrained, pictures: Pictures) -> Iterator[View]:
-    """Opens pictures one after the other, so that one is in memory at a time.
+def views(vit: Pretrained, images: Images) -> Iterator[View]:
+    """Opens images one after the other, so that one is in memory at a time.
 
-    Preprocessing may squeeze a picture or cut it. It is shown whole and in its own aspect, with the
+    Preprocessing may squeeze an image or cut it. It is shown whole and in its own aspect, with the
     grid put over the part that the network saw.
 
     Args:
       vit: see `vit_jax.load`.
-      pictures: paths or uint8 arrays (h, w, c) of any size; or one float array (n, h, w, c) of
-        preprocessed pictures, which are shown as they are, without the range of values.
+      images: paths or uint8 arrays (h, w, c) of any size; or one float array (n, h, w, c) of
+        preprocessed images, which are shown as they are, without the range of values.
 
-    Raises UserError if a picture can't be read, or has another shape than the network takes.
+    Raises UserError if an image can't be read, or has another shape than the network takes.
     """
     preprocess = data.parse(vit.preprocess)
-    if not len(pictures):
-        raise UserError("there are no pictures to explain: give one at least")
-    if isinstance(pictures, np.ndarray) and pictures.ndim == 4 and pictures.dtype.kind == "f":
-        for pixels in pictures:
+    if not len(images):
+        raise UserError("there are no images to explain: give one at least")
+    if isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype.kind == "f":
+        for pixels in images:
             image = preprocess.undo_range(pixels)
             yield View(image, pixels.astype(np.float32), _grid_box(vit, (0, 0, *image.shape[:2])))
         return
-    if isinstance(pictures, str | os.PathLike | np.ndarray):
+    if isinstance(images, str | os.PathLike | np.ndarray):
         raise UserError(
-            "expected a list of pictures, e.g. [picture], or an array of preprocessed ones, "
+            "expected a list of images, e.g. [image], or an array of preprocessed ones, "
             "float (n, h, w, c)"
         )
-    for picture in pictures:
-        image = vit.read(picture)
-        yield View(image, preprocess(image), _grid_box(vit, _kept(preprocess, image.shape)))
+    for image in images:
+        pixels = vit.read(image)
+        yield View(pixels, preprocess(pixels), _grid_box(vit, _kept(preprocess, pixels.shape)))
 
 
 def small(view: View) -> View:
-    """The same with the picture no larger than it is drawn."""
-    from vit_jax.data.pictures import shrink
+    """The same with the image no larger than it is drawn."""
+    from vit_jax.data.images import shrink
 
     image = shrink(view.image, SIDE)
     scale = np.tile(np.divide(image.shape[:2], view.image.shape[:2]), 2)
@@ -72,9 +72,9 @@ def small(view: View) -> View:
 
 
 def _kept(preprocess: data.Preprocess, shape: tuple[int, ...]) -> tuple[float, ...]:
-    """(top, left, height, width) of the part of an (h, w, c) picture that is in the result.
+    """(top, left, height, width) of the part of an (h, w, c) image that is in the result.
 
-    The steps that move pixels are let loose on a picture whose values are the pixels' places.
+    The steps that move pixels are let loose on an image whose values are the pixels' places.
     """
     places = np.moveaxis(np.mgrid[: shape[0], : shape[1]], 0, -1).astype(np.float32)
     rng = np.random.default_rng(0)

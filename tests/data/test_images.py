@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from vit_jax.data import parse, pictures
+from vit_jax.data import images, parse
 from vit_jax.errors import UserError
 
 
-def smooth_picture(height=40, width=60):
+def smooth_image(height=40, width=60):
     noise = np.random.default_rng(0).uniform(0, 255, (height, width, 3)).astype(np.float32)
     blurred = cv2.GaussianBlur(noise, (9, 9), 3)
     scaled = (blurred - blurred.min()) / np.ptp(blurred) * 255
     return Image.fromarray(scaled.astype(np.uint8))
 
 
-PICTURE = smooth_picture()
-ALPHA = PICTURE.copy()
-ALPHA.putalpha(Image.linear_gradient("L").resize(PICTURE.size))
+IMAGE = smooth_image()
+ALPHA = IMAGE.copy()
+ALPHA.putalpha(Image.linear_gradient("L").resize(IMAGE.size))
 
 
 def encoded(image, kind, **options):
@@ -40,31 +40,31 @@ def with_pil(data, mode):
 
 
 FILES = {
-    "jpeg": encoded(PICTURE, "JPEG", quality=95),
-    "progressive jpeg": encoded(PICTURE, "JPEG", progressive=True),
-    "grey jpeg": encoded(PICTURE.convert("L"), "JPEG"),
-    "cmyk jpeg": encoded(PICTURE.convert("CMYK"), "JPEG"),
-    "png": encoded(PICTURE, "PNG"),
-    "grey png": encoded(PICTURE.convert("L"), "PNG"),
-    "black and white png": encoded(PICTURE.convert("1"), "PNG"),
-    "palette png": encoded(PICTURE.quantize(64), "PNG"),
-    "palette png, one colour transparent": encoded(PICTURE.quantize(64), "PNG", transparency=3),
+    "jpeg": encoded(IMAGE, "JPEG", quality=95),
+    "progressive jpeg": encoded(IMAGE, "JPEG", progressive=True),
+    "grey jpeg": encoded(IMAGE.convert("L"), "JPEG"),
+    "cmyk jpeg": encoded(IMAGE.convert("CMYK"), "JPEG"),
+    "png": encoded(IMAGE, "PNG"),
+    "grey png": encoded(IMAGE.convert("L"), "PNG"),
+    "black and white png": encoded(IMAGE.convert("1"), "PNG"),
+    "palette png": encoded(IMAGE.quantize(64), "PNG"),
+    "palette png, one colour transparent": encoded(IMAGE.quantize(64), "PNG", transparency=3),
     "rgba png": encoded(ALPHA, "PNG"),
     "grey png with alpha": encoded(ALPHA.convert("LA"), "PNG"),
-    "webp": encoded(PICTURE, "WEBP"),
+    "webp": encoded(IMAGE, "WEBP"),
     "lossless webp with alpha": encoded(ALPHA, "WEBP", lossless=True, exact=True),
-    "bmp": encoded(PICTURE, "BMP"),
-    "palette bmp": encoded(PICTURE.quantize(64), "BMP"),
-    "gif": encoded(PICTURE.quantize(64), "GIF"),
+    "bmp": encoded(IMAGE, "BMP"),
+    "palette bmp": encoded(IMAGE.quantize(64), "BMP"),
+    "gif": encoded(IMAGE.quantize(64), "GIF"),
     "animated gif": encoded(
-        PICTURE.quantize(64), "GIF", save_all=True, append_images=[PICTURE.rotate(180).quantize(64)]
+        IMAGE.quantize(64), "GIF", save_all=True, append_images=[IMAGE.rotate(180).quantize(64)]
     ),
 }
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_every_kind_of_file_decodes_as_with_pil(kind):
-    image = pictures.decode(FILES[kind])
+    image = images.decode(FILES[kind])
     expected = with_pil(FILES[kind], "RGB")
     assert image.dtype == np.uint8
     assert image.shape == expected.shape
@@ -73,7 +73,7 @@ def test_every_kind_of_file_decodes_as_with_pil(kind):
 
 @pytest.mark.parametrize("kind", FILES)
 def test_every_kind_of_file_decodes_to_one_channel(kind):
-    image = pictures.decode(FILES[kind], channels=1)
+    image = images.decode(FILES[kind], channels=1)
     expected = with_pil(FILES[kind], "L")
     assert image.shape == (*expected.shape, 1)
     # JPEG stores luma itself; PIL computes it anew from the rounded RGB.
@@ -85,8 +85,8 @@ def test_every_kind_of_file_decodes_to_one_channel(kind):
 def test_exif_orientation_is_applied(kind, orientation):
     exif = Image.Exif()
     exif[0x112] = orientation
-    data = encoded(PICTURE, kind, exif=exif)
-    image = pictures.decode(data)
+    data = encoded(IMAGE, kind, exif=exif)
+    image = images.decode(data)
     assert np.abs(image.astype(int) - with_pil(data, "RGB")).max() <= 1
     assert image.shape == ((40, 60, 3) if orientation <= 4 else (60, 40, 3))
 
@@ -95,29 +95,29 @@ def test_exif_orientation_is_applied(kind, orientation):
 def test_16_bit_values_keep_their_high_byte(channels):
     values = np.random.default_rng(0).integers(0, 2**16, (20, 30, channels), dtype=np.uint16)
     data = cv2.imencode(".png", values[..., ::-1])[1].tobytes()
-    np.testing.assert_array_equal(pictures.decode(data, channels=channels), values >> 8)
+    np.testing.assert_array_equal(images.decode(data, channels=channels), values >> 8)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_truncated_files_are_errors_and_not_half_a_picture(kind, kept, capfd):
-    data = encoded(PICTURE.quantize(64) if kind == "GIF" else PICTURE, kind)
+def test_truncated_files_are_errors_and_not_half_a_image(kind, kept, capfd):
+    data = encoded(IMAGE.quantize(64) if kind == "GIF" else IMAGE, kind)
     with pytest.raises(
         UserError, match=r"^a/b\.jpg: truncated or damaged .*(JPEG|PNG|WebP|BMP|GIF)"
     ):
-        pictures.decode(data[: int(len(data) * kept)], name="a/b.jpg")
+        images.decode(data[: int(len(data) * kept)], name="a/b.jpg")
     assert capfd.readouterr().err == ""
 
 
 def test_a_jpeg_filled_up_with_zeros_is_truncated():
     data = FILES["jpeg"]
     with pytest.raises(UserError, match="truncated"):
-        pictures.decode(data[: len(data) // 2] + bytes(len(data) // 2))
+        images.decode(data[: len(data) // 2] + bytes(len(data) // 2))
 
 
 def test_bytes_after_the_end_do_no_harm():
     np.testing.assert_array_equal(
-        pictures.decode(FILES["jpeg"] + b"\0\0tail"), pictures.decode(FILES["jpeg"])
+        images.decode(FILES["jpeg"] + b"\0\0tail"), images.decode(FILES["jpeg"])
     )
 
 
@@ -137,35 +137,33 @@ def png_chunk(name, content, check=None):
     ],
 )
 def test_what_a_png_says_beside_its_pixels_is_passed_over_in_silence(chunk, capfd):
-    data = encoded(PICTURE, "PNG")
-    np.testing.assert_array_equal(
-        pictures.decode(data[:33] + chunk + data[33:]), pictures.decode(data)
-    )
+    data = encoded(IMAGE, "PNG")
+    np.testing.assert_array_equal(images.decode(data[:33] + chunk + data[33:]), images.decode(data))
     assert capfd.readouterr().err == ""
 
 
 def test_a_png_with_a_wrong_byte_is_damaged(capfd):
-    data = bytearray(encoded(PICTURE, "PNG"))
+    data = bytearray(encoded(IMAGE, "PNG"))
     data[data.index(b"IDAT") + 30] ^= 1
     with pytest.raises(UserError, match="damaged PNG"):
-        pictures.decode(bytes(data))
+        images.decode(bytes(data))
     assert capfd.readouterr().err == ""
 
 
-@given(st.binary(max_size=200), st.sampled_from([b"", *pictures._SIGNATURES]))
+@given(st.binary(max_size=200), st.sampled_from([b"", *images._SIGNATURES]))
 @settings(max_examples=100, deadline=None)
 def test_arbitrary_bytes_give_one_line_errors(data, start):
     with pytest.raises(UserError) as error:
-        pictures.decode(start + data, name="x")
+        images.decode(start + data, name="x")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG2000", "PPM"])
 def test_other_kinds_are_refused_though_opencv_knows_them(kind):
-    data = encoded(PICTURE, kind)
+    data = encoded(IMAGE, kind)
     assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) is not None
-    with pytest.raises(UserError, match=r"not a picture .* expected JPEG, PNG"):
-        pictures.decode(data)
+    with pytest.raises(UserError, match=r"not an image .* expected JPEG, PNG"):
+        images.decode(data)
 
 
 def test_unreadable_files_are_named_with_the_reason(tmp_path):
@@ -173,11 +171,11 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path):
     (tmp_path / "text.jpg").write_text("hello, I am a text")
     for name, reason in [
         ("empty.jpg", "empty file"),
-        ("text.jpg", "not a picture"),
+        ("text.jpg", "not an image"),
         ("missing.jpg", "No such file"),
     ]:
         with pytest.raises(UserError, match=f"{name}.*{reason}"):
-            pictures.read(tmp_path / name)
+            images.read(tmp_path / name)
 
 
 def zip_bomb(side=60_000):
@@ -196,7 +194,7 @@ def zip_bomb(side=60_000):
 
 
 def enlarged(kind):
-    """A file whose header announces a picture far larger than what follows."""
+    """A file whose header announces an image far larger than what follows."""
     data = bytearray(FILES.get(kind, b""))
     if kind == "png":
         data[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
@@ -224,9 +222,9 @@ def test_a_zip_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(zip_bomb())
     assert (tmp_path / "bomb.png").stat().st_size < 600_000
     monkeypatch.setattr(cv2, "imdecode", lambda *args: pytest.fail("it was decoded"))
-    message = r"bomb\.png: a PNG picture of 60,000 x 60,000 pixels, expected 178,956,970 at most"
+    message = r"bomb\.png: a PNG image of 60,000 x 60,000 pixels, expected 178,956,970 at most"
     with pytest.raises(UserError, match=message):
-        pictures.read(tmp_path / "bomb.png")
+        images.read(tmp_path / "bomb.png")
 
 
 @pytest.mark.parametrize(
@@ -243,17 +241,17 @@ def test_a_zip_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
 )
 def test_every_kind_of_file_has_to_announce_a_bearable_size(kind, monkeypatch):
     monkeypatch.setattr(cv2, "imdecode", lambda *args: pytest.fail("it was decoded"))
-    with pytest.raises(UserError, match=r"^picture: a \w+ picture of [\d,]+ x [\d,]+ pixels, exp"):
-        pictures.decode(enlarged(kind))
+    with pytest.raises(UserError, match=r"^image: a \w+ image of [\d,]+ x [\d,]+ pixels, exp"):
+        images.decode(enlarged(kind))
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_the_announced_size_is_the_size(kind, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 40 * 60)
-    assert pictures.decode(FILES[kind]).shape == (40, 60, 3)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 40 * 60 - 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 60)
+    assert images.decode(FILES[kind]).shape == (40, 60, 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 60 - 1)
     with pytest.raises(UserError, match="of 60 x 40 pixels, expected 2,399 at most"):
-        pictures.decode(FILES[kind])
+        images.decode(FILES[kind])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 20), (20, 20_000)])
@@ -261,8 +259,8 @@ def test_the_announced_size_is_the_size(kind, monkeypatch):
 @pytest.mark.parametrize(
     "spec", ["inception_crop(32)|flip", "resize(32)", "resize_small(32)|central_crop(32)"]
 )
-def test_specks_and_strips_are_pictures_too(size, kind, spec):
-    image = pictures.decode(encoded(Image.new("RGB", size, (200, 100, 50)), kind))
+def test_specks_and_strips_are_images_too(size, kind, spec):
+    image = images.decode(encoded(Image.new("RGB", size, (200, 100, 50)), kind))
     assert image.shape == (size[1], size[0], 3)
     seen = parse(spec)(image, np.random.default_rng(0))
     assert seen.shape == (32, 32, 3)
@@ -273,7 +271,7 @@ def test_real_photographs_decode_as_with_pil(shared):
     files = sorted((shared / "images" / "imagenet_samples").iterdir())[::10]
     for file in files:
         expected = np.asarray(Image.open(file).convert("RGB"))
-        assert np.abs(pictures.read(file).astype(int) - expected).max() <= 1
+        assert np.abs(images.read(file).astype(int) - expected).max() <= 1
 
 
 def bilinear(image, height, width):
@@ -302,7 +300,7 @@ def test_resizing_is_bilinear_with_half_pixel_centres(height, width, high, wide,
         high, wide = max(height // 2, 1), max(width // 2, 1)
     rng = np.random.default_rng(height * width)
     image = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
-    resized = pictures.resize(image, (high, wide))
+    resized = images.resize(image, (high, wide))
     assert resized.dtype == np.float32
     np.testing.assert_allclose(resized, bilinear(image, high, wide), rtol=0, atol=1e-3)
 
@@ -310,7 +308,7 @@ def test_resizing_is_bilinear_with_half_pixel_centres(height, width, high, wide,
 def test_resizing_a_photograph_strongly_stays_exact():
     image = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
     np.testing.assert_allclose(
-        pictures.resize(image, (224, 224)), bilinear(image, 224, 224), rtol=0, atol=1e-3
+        images.resize(image, (224, 224)), bilinear(image, 224, 224), rtol=0, atol=1e-3
     )
 
 
@@ -318,16 +316,16 @@ def test_decoding_warns_about_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for data in FILES.values():
-            pictures.decode(data)
+            images.decode(data)
 
 
 JPEGS = {
     **{name: data for name, data in FILES.items() if "jpeg" in name},
-    **{f"4:{s}": encoded(PICTURE, "JPEG", subsampling=f"4:{s}") for s in ("4:4", "2:2", "2:0")},
-    "with restarts": encoded(PICTURE, "JPEG", restart_marker_rows=1),
-    "with a profile": encoded(PICTURE, "JPEG", icc_profile=b"profile" * 100),
+    **{f"4:{s}": encoded(IMAGE, "JPEG", subsampling=f"4:{s}") for s in ("4:4", "2:2", "2:0")},
+    "with restarts": encoded(IMAGE, "JPEG", restart_marker_rows=1),
+    "with a profile": encoded(IMAGE, "JPEG", icc_profile=b"profile" * 100),
     "turned": encoded(
-        PICTURE,
+        IMAGE,
         "JPEG",
         exif=struct.pack("<6s4sIHHHIIHI", b"Exif\0\0", b"II*\0", 8, 1, 0x112, 3, 1, 6, 0, 0),
     ),
@@ -339,28 +337,28 @@ JPEGS = {
 @pytest.mark.parametrize("kind", JPEGS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_part_is_cut_from_the_whole_and_nothing_is_said(kind, channels, capfd):
-    whole = pictures.decode(JPEGS[kind], channels=channels)
+    whole = images.decode(JPEGS[kind], channels=channels)
     for bottom in range(1, len(whole) + 1):
         box = (bottom // 3, 5, bottom - bottom // 3, 20)
         choose = Mock(return_value=box)
-        part = pictures.decode(JPEGS[kind], channels=channels, part=choose)
+        part = images.decode(JPEGS[kind], channels=channels, part=choose)
         np.testing.assert_array_equal(part, whole[box[0] : bottom, 5:25])
         choose.assert_called_once_with(whole.shape[:2])
     assert capfd.readouterr() == ("", "")
 
 
 def test_rows_below_a_part_are_not_decoded(monkeypatch):
-    data = encoded(smooth_picture(400, 300), "JPEG")
+    data = encoded(smooth_image(400, 300), "JPEG")
     heights, imdecode = [], cv2.imdecode
     monkeypatch.setattr(cv2, "imdecode", lambda *a: heights.append(len(i := imdecode(*a))) or i)
-    pictures.decode(data, part=lambda size: (10, 20, 30, 40))
+    images.decode(data, part=lambda size: (10, 20, 30, 40))
     assert heights == [42]
 
 
 def test_a_damaged_jpeg_gives_the_same_upper_part():
-    data = encoded(smooth_picture(400, 300), "JPEG", quality=95)
+    data = encoded(smooth_image(400, 300), "JPEG", quality=95)
     damaged = data[: len(data) // 2] + b"\xff\xd9"
-    whole = pictures.decode(damaged)
+    whole = images.decode(damaged)
     for bottom in (50, 150, 350):
-        part = pictures.decode(damaged, part=lambda size, b=bottom: (0, 0, b, 300))
+        part = images.decode(damaged, part=lambda size, b=bottom: (0, 0, b, 300))
         np.testing.assert_array_equal(part[:150], whole[: min(bottom, 150)])

@@ -1,6 +1,6 @@
-"""Everything that needs OpenCV: picture files to arrays, and resizing.
+"""Everything that needs OpenCV: image files to arrays, and resizing.
 
-Importing this module loads OpenCV and turns its own threads off: pictures are decoded by many
+Importing this module loads OpenCV and turns its own threads off: images are decoded by many
 threads at once, and nested threads only slow each other down.
 """
 
@@ -16,10 +16,10 @@ from vit_jax.data import jpeg
 from vit_jax.errors import UserError
 
 cv2.setNumThreads(0)
-# A broken picture is reported once, by us.
+# A broken image is reported once, by us.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-# What a picture may decode to, as in PIL: 0.5 GB. A file of some KB may well announce 50 GB.
+# What an image may decode to, as in PIL: 0.5 GB. A file of some KB may well announce 50 GB.
 MAX_PIXELS = 178_956_970
 
 _SIGNATURES = {
@@ -38,7 +38,7 @@ def decode(
     data: bytes,
     *,
     channels: int = 3,
-    name: str = "picture",
+    name: str = "image",
     part: Callable[[tuple[int, int]], Part] | None = None,
 ) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP, BMP or GIF file.
@@ -51,15 +51,15 @@ def decode(
     Args:
       data: the content of the file.
       channels: 3 for RGB, 1 for grey.
-      name: what errors call the picture, usually its path.
-      part: (h, w) of the picture -> the part of it that is wanted; by default all of it. Most
+      name: what errors call the image, usually its path.
+      part: (h, w) of the image -> the part of it that is wanted; by default all of it. Most
         JPEGs are decoded no further down.
 
     Returns:
       uint8 array (h, w, channels), of a part perhaps a view of more.
 
     Raises:
-      UserError: the data is empty, damaged, truncated, no picture, or one of more than MAX_PIXELS,
+      UserError: the data is empty, damaged, truncated, no image, or one of more than MAX_PIXELS,
         which is told from its header.
     """
     return opened(data, channels=channels, name=name, part=part)()
@@ -69,31 +69,29 @@ def opened(
     data: bytes,
     *,
     channels: int = 3,
-    name: str = "picture",
+    name: str = "image",
     part: Callable[[tuple[int, int]], Part] | None = None,
 ) -> Callable[[], np.ndarray]:
     """What is left to do of `decode` when a file's header was read and the part was chosen, if the
     header is enough for that."""
     flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB}[channels]
     if not data:
-        raise UserError(f"{name}: empty file, expected a picture; replace or remove it")
+        raise UserError(f"{name}: empty file, expected an image; replace or remove it")
     kind = next((k for start, k in _SIGNATURES.items() if data.startswith(start)), None)
     if kind is None:  # Nor are others decoded that OpenCV knows: their size can't be told before.
         raise UserError(
-            f"{name}: not a picture (starts with {data[:8]!r}), expected JPEG, PNG, WebP, BMP or "
+            f"{name}: not an image (starts with {data[:8]!r}), expected JPEG, PNG, WebP, BMP or "
             "GIF; replace or remove it"
         )
     header = jpeg.read_header(data) if kind == "JPEG" else None
-    if (
-        header and not header.ends
-    ):  # Zeros in place of the second half are, to a decoder, a picture.
+    if header and not header.ends:  # Zeros in place of the second half are, to a decoder, an image.
         data = b""
     elif kind == "PNG":
         data = _plain_png(data)
     height, width = header.size if header else _announced_size(data, kind)
     if height * width > MAX_PIXELS:
         raise UserError(
-            f"{name}: a {kind} picture of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
+            f"{name}: a {kind} image of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
             "at most; make it smaller or remove it"
         )
     window: Part | None = None
@@ -171,7 +169,7 @@ def _plain_png(data: bytes) -> bytes:
 
 
 def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
-    """Reads a picture file as a uint8 array (h, w, channels); see `decode`.
+    """Reads an image file as a uint8 array (h, w, channels); see `decode`.
 
     Raises:
       UserError: the file can't be read or decoded; the message names it.
@@ -180,18 +178,18 @@ def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
 
 
 def content(path: str | os.PathLike) -> bytes:
-    """The bytes of a picture file. Raises UserError naming it if it can't be read."""
+    """The bytes of an image file. Raises UserError naming it if it can't be read."""
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()
     except OSError as error:
         raise UserError(
-            f"{os.fspath(path)}: can't be read ({error.strerror}); expected a picture file"
+            f"{os.fspath(path)}: can't be read ({error.strerror}); expected an image file"
         ) from None
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """The uint8 picture (h, w, c) averaged to `side` pixels on its longer side, to be looked at."""
+    """The uint8 image (h, w, c) averaged to `side` pixels on its longer side, to be looked at."""
     scale = side / max(image.shape[:2])
     if scale >= 1:
         return image
@@ -217,7 +215,7 @@ def resize(image: np.ndarray, size: tuple[int, int], *, rounded: bool = False) -
         levels = cv2.resize(image.astype(np.uint16), (width, height))
         return levels.astype(np.uint8).reshape(height, width, image.shape[2])
     if image.shape[0] > 2 * height:
-        # Of a large picture few rows count: only those become floats, which takes the most time.
+        # Of a large image few rows count: only those become floats, which takes the most time.
         rows = (np.arange(height) + 0.5) * (image.shape[0] / height) - 0.5
         above = rows.astype(int)
         weight = (rows - above).astype(np.float32)[:, None, None]
@@ -229,7 +227,7 @@ def resize(image: np.ndarray, size: tuple[int, int], *, rounded: bool = False) -
 
 
 def whole_levels(image: np.ndarray) -> np.ndarray:
-    """The picture as uint8, contiguous; floats of 0 and more are rounded, and cut off at 255."""
+    """The image as uint8, contiguous; floats of 0 and more are rounded, and cut off at 255."""
     if image.dtype != np.uint8:
         return cv2.convertScaleAbs(image).reshape(image.shape)
     return np.ascontiguousarray(image)

@@ -1,4 +1,4 @@
-"""A few pictures on disk, for tests of what reads them."""
+"""A few images on disk, for tests of what reads them."""
 
 from pathlib import Path
 
@@ -17,10 +17,8 @@ def write_photos(root: Path, size: int | None = None, **counts: int) -> Path:
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 low = 60 * shade
-                picture = rng.integers(
-                    low, low + 100, (size or 12 + i % 3, size or 14, 3), np.uint8
-                )
-                cv2.imwrite(str(root / split / name / f"{i:03}.jpg"), picture)
+                image = rng.integers(low, low + 100, (size or 12 + i % 3, size or 14, 3), np.uint8)
+                cv2.imwrite(str(root / split / name / f"{i:03}.jpg"), image)
     return root
 
 

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.explain.conftest import images
-from vit_jax.explain.pictures import View, views
+from tests.explain.conftest import random_images
+from vit_jax.explain.images import View, views
 from vit_jax.explain.plots import overlay
 
 RNG = np.random.default_rng(0)
@@ -38,16 +38,16 @@ def test_the_grid_lies_on_what_preprocessing_leaves(network, preprocess, height,
     np.testing.assert_allclose(found, (top, left, high, wide * 24 / 27), atol=0.5)
 
 
-def test_a_preprocessed_picture_is_shown_as_it_is_and_a_hybrid_fills_it(network):
+def test_a_preprocessed_image_is_shown_as_it_is_and_a_hybrid_fills_it(network):
     vit = network("hybrid", image_size=(40, 60))  # 5 x 8 patches of 8 pixels, padded to 64.
-    pixels = images(vit, 1)
+    pixels = random_images(vit, 1)
     (view,) = views(vit, pixels)
     assert view.box == (0, 0, 40, 60)
     np.testing.assert_array_equal(view.pixels, pixels[0])
     np.testing.assert_allclose(view.image, (pixels[0] + 1) * 127.5, atol=0.5001)
 
 
-def test_heat_is_over_its_patch_in_the_pictures_own_aspect_and_the_unseen_is_dark():
+def test_heat_is_over_its_patch_in_the_images_own_aspect_and_the_unseen_is_dark():
     image = np.full((300, 600, 3), 100, np.uint8)
     view = View(image, np.zeros(0), (0, 150, 300, 300))  # The middle square was seen.
     heat = np.zeros((3, 3))
@@ -63,7 +63,7 @@ def test_heat_is_over_its_patch_in_the_pictures_own_aspect_and_the_unseen_is_dar
     assert 233 < column < 300
 
 
-def test_a_tiny_grey_picture_is_magnified_and_colours_stand_in_its_place():
+def test_a_tiny_grey_image_is_magnified_and_colours_stand_in_its_place():
     view = View(np.zeros((8, 16, 1), np.uint8), np.zeros(0), (0, 0, 8, 16))
     assert overlay(view).shape == (96, 192, 3)
     colours = np.zeros((2, 4, 3))

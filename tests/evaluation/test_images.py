@@ -1,4 +1,4 @@
-"""Evaluating weights on pictures: classes are matched by name, predictions stand in a CSV file."""
+"""Evaluating weights on images: classes are matched by name, predictions stand in a CSV file."""
 
 import csv
 import dataclasses
@@ -12,7 +12,7 @@ from vit_jax import data
 from vit_jax.checkpoints import read_spec
 from vit_jax.checkpoints.labels import class_names
 from vit_jax.errors import UserError
-from vit_jax.evaluation.pictures import class_indices, evaluate_pictures, write_predictions
+from vit_jax.evaluation.images import class_indices, evaluate_images, write_predictions
 from vit_jax.models import create_model
 from vit_jax.pretrained import Pretrained, load
 
@@ -21,12 +21,12 @@ COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 
 @pytest.fixture
 def folder(tmp_path):
-    """Plain pictures of three colours, four of each, in odd sizes."""
+    """Plain images of three colours, four of each, in odd sizes."""
     for name, colour in COLOURS.items():
         (tmp_path / "colours" / name).mkdir(parents=True)
         for i in range(4):
-            picture = np.full((9 + i, 7, 3), colour, np.uint8)
-            cv2.imwrite(str(tmp_path / "colours" / name / f"{i}.png"), picture[..., ::-1])
+            image = np.full((9 + i, 7, 3), colour, np.uint8)
+            cv2.imwrite(str(tmp_path / "colours" / name / f"{i}.png"), image[..., ::-1])
     return tmp_path / "colours"
 
 
@@ -53,22 +53,22 @@ def network(labels):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_all_pictures_are_scored_with_the_weights_own_preprocessing(folder, batch_size):
-    scores = evaluate_pictures(network(sorted(COLOURS)), open_all(folder), batch_size=batch_size)
+def test_all_images_are_scored_with_the_weights_own_preprocessing(folder, batch_size):
+    scores = evaluate_images(network(sorted(COLOURS)), open_all(folder), batch_size=batch_size)
     assert (scores.count, scores.skipped, scores.top1) == (12, 0, 1.0)
     np.testing.assert_array_equal(scores.confusion, 4 * np.eye(3))
 
 
-def test_grey_pictures_do_for_weights_of_three_channels():
+def test_grey_images_do_for_weights_of_three_channels():
     labels = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
-    assert evaluate_pictures(network(labels), data.open_source("digits", "test[:9]")).count == 9
+    assert evaluate_images(network(labels), data.open_source("digits", "test[:9]")).count == 9
 
 
 def test_classes_are_matched_by_name_not_by_position(folder):
     vit = network(["red", "violet", "green", "blue"])
     source = open_all(folder)
     np.testing.assert_array_equal(class_indices(vit, source), [3, 2, 0])
-    scores = evaluate_pictures(vit, source)
+    scores = evaluate_images(vit, source)
     assert scores.top1 == 1.0
     np.testing.assert_array_equal(np.diag(scores.confusion), [4, 0, 4, 4])
     np.testing.assert_array_equal(scores.per_class, [1, np.nan, 1, 1])
@@ -76,15 +76,15 @@ def test_classes_are_matched_by_name_not_by_position(folder):
 
 def test_without_names_classes_are_matched_by_position_if_their_number_fits(folder):
     nameless = dataclasses.replace(network(sorted(COLOURS)), labels=None)
-    assert evaluate_pictures(nameless, open_all(folder)).top1 == 1.0
+    assert evaluate_images(nameless, open_all(folder)).top1 == 1.0
     more = dataclasses.replace(network([*sorted(COLOURS), "violet"]), labels=None)
     with pytest.raises(UserError, match="has 3 classes and the head 4, and the weights don't name"):
-        evaluate_pictures(more, open_all(folder))
+        evaluate_images(more, open_all(folder))
 
 
 def test_classes_that_the_weights_do_not_know_are_named(folder):
     with pytest.raises(UserError, match="classes that the weights don't know: blue, green; they"):
-        evaluate_pictures(network(["red", "violet"]), open_all(folder))
+        evaluate_images(network(["red", "violet"]), open_all(folder))
 
 
 def test_a_class_is_known_by_any_word_of_its_name(folder):
@@ -112,7 +112,7 @@ def test_folders_may_be_named_by_the_indices_of_the_classes(folder, named):
     vit = network(["blue", "-", "green", *"-------", "red"])
     vit = vit if named else dataclasses.replace(vit, labels=None)
     np.testing.assert_array_equal(class_indices(vit, open_all(folder)), [0, 10, 2])
-    assert evaluate_pictures(vit, open_all(folder)).top1 == 1.0
+    assert evaluate_images(vit, open_all(folder)).top1 == 1.0
     digits = dataclasses.replace(vit, labels=("10", "2", "0", *"abcdefgh"))
     np.testing.assert_array_equal(class_indices(digits, open_all(folder)), [2, 0, 1])
 
@@ -130,7 +130,7 @@ def photographs(shared, folder, name):
 def test_the_published_weights_know_real_photographs_as_often_as_the_original(shared, tmp_path):
     """The original code gets 210 of 250 right, and 239 among its first five."""
     (path,) = (shared / "checkpoints").glob("Ti_16-*.npz")
-    scores = evaluate_pictures(load(path), open_all(photographs(shared, tmp_path, str)))
+    scores = evaluate_images(load(path), open_all(photographs(shared, tmp_path, str)))
     assert scores.count == 250
     assert abs(scores.top1 * 250 - 210) <= 1
     assert abs(scores.top5 * 250 - 239) <= 1
@@ -155,23 +155,23 @@ def test_weights_without_a_head_cannot_be_evaluated(folder):
     vit = network(sorted(COLOURS))
     headless = dataclasses.replace(vit, spec=dataclasses.replace(vit.spec, num_classes=None))
     with pytest.raises(UserError, match="no head"):
-        evaluate_pictures(headless, open_all(folder))
+        evaluate_images(headless, open_all(folder))
 
 
-def test_an_unreadable_picture_is_named_or_left_out(folder):
+def test_an_unreadable_image_is_named_or_left_out(folder):
     (folder / "green" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
     with pytest.raises(UserError, match=r"green/2\.png"):
-        evaluate_pictures(network(sorted(COLOURS)), open_all(folder))
-    scores = evaluate_pictures(network(sorted(COLOURS)), open_all(folder), corrupt="skip")
+        evaluate_images(network(sorted(COLOURS)), open_all(folder))
+    scores = evaluate_images(network(sorted(COLOURS)), open_all(folder), corrupt="skip")
     assert (scores.count, scores.skipped, scores.top1) == (11, 1, 1.0)
 
 
-def test_predictions_stand_in_a_csv_file_one_picture_a_row(folder, tmp_path):
+def test_predictions_stand_in_a_csv_file_one_image_a_row(folder, tmp_path):
     odd = "red, very red\udcff.png"  # A comma, and a byte that is no text.
     (folder / "red" / "0.png").rename(folder / "red" / odd)
     vit, source = network(["green", "red", "blue"]), open_all(folder)
     vit.params["head"]["bias"][0] = -100.0  # Green is never found.
-    scores = evaluate_pictures(vit, source)
+    scores = evaluate_images(vit, source)
     write_predictions(tmp_path / "p.csv", source, vit, scores)
     with open(tmp_path / "p.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = list(csv.DictReader(file))
