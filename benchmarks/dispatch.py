@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vit_jax
-from vit_jax.parallel import join, replicated, shardings, split
+from vit_jax.sharding import batch_sharding, make_global_batch, replicated, shardings
 from vit_jax.training import TrainState, make_optimizer
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer
@@ -135,7 +135,7 @@ def trivial(work: Work, name: str, optim: str, **overrides) -> tuple[Work, Train
     train_step = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(None, split(work.mesh)),
+        in_shardings=(None, batch_sharding(work.mesh)),
         out_shardings=(None, replicated(work.mesh)),
     )
     vit = dataclasses.replace(work.vit, model=model)
@@ -144,7 +144,9 @@ def trivial(work: Work, name: str, optim: str, **overrides) -> tuple[Work, Train
 
 def alone(work: Work, state: TrainState, steps: int, rounds: int) -> list[float]:
     """Steps a second of the compiled step, called with one batch that lies on the device."""
-    batch = join(next(made_beforehand(work).task.train_batches(0)), split(work.mesh))
+    batch = make_global_batch(
+        next(made_beforehand(work).task.train_batches(0)), batch_sharding(work.mesh)
+    )
     found = []
     for i in range(rounds + 1):  # The first doesn't count.
         start = time.perf_counter()

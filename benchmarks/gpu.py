@@ -475,7 +475,7 @@ class Ours:
         import jax
         import numpy as np
 
-        from vit_jax.parallel import replicated
+        from vit_jax.sharding import replicated
 
         noise = np.random.default_rng(0).normal(0, 0.02, 999_983).astype(np.float32)
 
@@ -491,7 +491,7 @@ class Ours:
         import jax
         import numpy as np
 
-        from vit_jax.parallel import replicated
+        from vit_jax.sharding import replicated
         from vit_jax.training import make_train_step
 
         net, model = self._networks[network], self._model(network, variant)
@@ -521,7 +521,7 @@ class Ours:
         import jax
         import numpy as np
 
-        from vit_jax.parallel import split
+        from vit_jax.sharding import batch_sharding
 
         (network, name, form), program = key, self._programs[key]
         variant, net = self._variants[name], self._networks[network]
@@ -532,7 +532,7 @@ class Ours:
         at = network, variant.batch
         if at not in self._batches:
             batch = jax.jit(lambda: _batch(net, variant.batch))()
-            self._batches[at] = jax.device_put(batch, split(self._mesh))
+            self._batches[at] = jax.device_put(batch, batch_sharding(self._mesh))
         batch, state = self._batches[at], self._state[network]
         jax.block_until_ready((state, batch))
         start = time.perf_counter()

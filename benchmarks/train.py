@@ -41,7 +41,7 @@ def ours(name: str, batch_size: int) -> Callable[[int], object]:
     import vit_jax
     from vit_jax import training
     from vit_jax.models.kernels import choose_kernels
-    from vit_jax.parallel import join, split
+    from vit_jax.sharding import batch_sharding, make_global_batch
 
     config = training.default_config()
     config.batch, config.accum_steps = batch_size, 1
@@ -64,7 +64,7 @@ def ours(name: str, batch_size: int) -> Callable[[int], object]:
         nonlocal state
         for _ in range(steps):
             batch = {"image": levels, "label": np.arange(batch_size, dtype=np.int32)}
-            state, metrics = step(state, join(batch, split(mesh)))
+            state, metrics = step(state, make_global_batch(batch, batch_sharding(mesh)))
         float(metrics["loss"])
 
     return train

@@ -16,6 +16,7 @@ from vit_jax import checkpoints, data
 from vit_jax.checkpoints import hub
 from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
+from vit_jax.files import atomic_write
 from vit_jax.models import POOLED, LiT
 from vit_jax.models.kernels import choose_kernels
 from vit_jax.notes import (
@@ -190,7 +191,7 @@ class Pretrained:
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
         # Both are written before either takes its name, so that the notes of other weights stand
         # beside these, if a crash comes just then, for a moment only.
-        with checkpoints.atomic_file(path.with_suffix(".json")) as file:
+        with atomic_write(path.with_suffix(".json")) as file:
             file.write(notes.to_json())
             file.flush()
             checkpoints.save_weights(path, self.params, style=style)
@@ -270,7 +271,7 @@ class PretrainedLiT(Pretrained):
             )
         super().save(path, style=style)
         if not copy.exists():
-            with checkpoints.atomic_file(copy) as file:
+            with atomic_write(copy) as file:
                 file.write(content)
 
     @functools.cached_property

@@ -26,9 +26,9 @@ EMPTY_NPZ = b"PK\x05\x06" + bytes(18)  # The shortest complete archive.
 def cache(tmp_path, monkeypatch):
     for name in ("VIT_JAX_OFFLINE", "VIT_JAX_MIRROR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "files"))
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache"
+    return tmp_path / "files"
 
 
 @pytest.fixture

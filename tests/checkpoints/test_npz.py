@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
-from vit_jax.checkpoints import atomic_file, read_npz, write_npz
+from vit_jax.checkpoints import read_npz, write_npz
 from vit_jax.errors import UserError
+from vit_jax.files import atomic_write
 
 ARRAYS = {
     "a/kernel": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -294,7 +295,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(good, error):
     content = good.read_bytes()
 
     def fail():
-        with atomic_file(good) as file:
+        with atomic_write(good) as file:
             file.write(b"half")
             raise error
 
@@ -322,7 +323,7 @@ def test_a_full_disk_is_reported_and_leaves_the_old_file(good, monkeypatch):
 def test_the_old_file_stands_until_the_new_one_is_whole(good):
     content = good.read_bytes()
 
-    with atomic_file(good) as file:
+    with atomic_write(good) as file:
         file.write(b"new")
         file.flush()
         assert good.read_bytes() == content
@@ -361,6 +362,6 @@ def test_a_long_name_is_written(tmp_path):
 def test_a_file_object_is_as_good_as_any(tmp_path):
     buffer = io.BytesIO()
     np.savez(buffer, x=np.ones(2))
-    with atomic_file(tmp_path / "b.npz") as file:
+    with atomic_write(tmp_path / "b.npz") as file:
         file.write(buffer.getvalue())
     np.testing.assert_array_equal(read_npz(tmp_path / "b.npz")["x"], np.ones(2))

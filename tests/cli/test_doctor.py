@@ -28,7 +28,7 @@ def ask(tmp_path):
         paths = {
             "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{ROOT}",
             "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "XDG_CACHE_HOME": str(tmp_path / "files"),
         }
         command = [sys.executable, "-m", "vit_jax", "doctor", "--json"]
         done = subprocess.run(
@@ -148,7 +148,7 @@ def test_a_broken_package_and_a_cache_that_cannot_be_written_are_told(ask, tmp_p
     missing = "libGL.so.1: cannot open shared object file"
     (tmp_path / "site" / "cv2.py").write_text(f"raise ImportError({missing!r})")
     (tmp_path / "file").touch()
-    place = tmp_path / "file" / "cache"
+    place = tmp_path / "file" / "files"
     status, found = ask(VIT_JAX_CACHE=str(place), JAX_PLATFORMS="cpu")
     assert status == 1
     fault = the_fault(found, "cv2 can't be imported")

@@ -24,10 +24,10 @@ PREPROCESS = parse("value_range(-1, 1)")
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache that also small folders are worth, changed a moment ago or not."""
-    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "files"))
     monkeypatch.setattr(folders, "CACHED_FROM", 1)
     monkeypatch.setattr(folders, "_SETTLED_NS", -1)
-    return tmp_path / "cache" / "listings"
+    return tmp_path / "files" / "listings"
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def seconds_to_first_batch(root):
     "count", [10_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
 def test_many_images_open_at_once_and_take_no_memory(tmp_path, monkeypatch, count):
-    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "files"))
     monkeypatch.setattr(folders, "_SETTLED_NS", -1)
     root = tmp_path / "data"
     tiny_images(root, count)
@@ -301,7 +301,7 @@ def test_many_images_open_at_once_and_take_no_memory(tmp_path, monkeypatch, coun
     assert seconds_to_first_batch(root) < 5
     # The best of some: the machine may be busy with other things.
     assert min(seconds_to_first_batch(root) for _ in range(5)) < 1
-    assert list((tmp_path / "cache" / "listings").iterdir())
+    assert list((tmp_path / "files" / "listings").iterdir())
 
     # A process of its own, as memory once used is not given back.
     done = subprocess.run(

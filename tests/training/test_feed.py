@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.parallel import make_mesh, split
+from vit_jax.sharding import batch_sharding, make_mesh
 from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer
 
 
@@ -48,7 +48,7 @@ class Batches:
 
 
 def prefetcher(batches, prefetch):
-    return DevicePrefetcher(batches, split(make_mesh()), prefetch)
+    return DevicePrefetcher(batches, batch_sharding(make_mesh()), prefetch)
 
 
 def settled(batches):

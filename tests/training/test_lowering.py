@@ -20,7 +20,7 @@ from vit_jax import create_model
 from vit_jax.models import kernels as kernels_module
 from vit_jax.models.blocks import BlockLoop, stack_blocks
 from vit_jax.models.kernels import CUDNN, Kernels, choose_kernels, cpu_kernels
-from vit_jax.parallel import shardings
+from vit_jax.sharding import shardings
 from vit_jax.training import TrainState, default_config, make_mesh, make_optimizer, make_train_step
 from vit_jax.training.guard import new_guard
 
@@ -35,8 +35,8 @@ FAMILIES = {
     "Mixer": ("Mixer-B_16", MIXER | dict(channels_mlp_dim=256)),
 }
 SIZE, BATCH = (16, 16), 16
-ONE = AbstractMesh((1, 1), ("copy", "part"), axis_types=(AxisType.Auto,) * 2)
-EIGHT = AbstractMesh((1, 8), ("copy", "part"), axis_types=(AxisType.Auto,) * 2)
+ONE = AbstractMesh((1, 1), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+EIGHT = AbstractMesh((1, 8), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 # (mesh, loop) -> the barriers by which remat keeps XLA from merging what is computed twice: one a
 # block that isn't in a loop; of weights in parts one, around all that is not computed again.
 LAYOUTS = {

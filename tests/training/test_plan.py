@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.conftest import TINY
 from vit_jax.errors import UserError
-from vit_jax.parallel import make_mesh, split
+from vit_jax.sharding import batch_sharding, make_mesh
 from vit_jax.training import TrainState, make_optimizer
 from vit_jax.training import plan as plan_module
 from vit_jax.training.network import as_trained, make_network
@@ -56,7 +56,7 @@ def real_step(config):
     model = model.clone(kernels=kernels)
     state = TrainState.create(params=params, tx=tx, mesh=mesh, ema=config.ema_decay > 0)
     batches = task.train_batches(0)
-    batch = jax.device_put(next(batches), split(mesh))
+    batch = jax.device_put(next(batches), batch_sharding(mesh))
     batches.close()
     return step_of(task, model, tx, mesh), state, batch
 

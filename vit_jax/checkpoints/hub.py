@@ -13,10 +13,10 @@ import re
 import urllib.parse
 from pathlib import Path
 
-from vit_jax.cache import cache_folder
 from vit_jax.checkpoints import augreg
 from vit_jax.checkpoints.download import download
 from vit_jax.errors import UserError
+from vit_jax.files import cache_folder
 
 STORE = "https://storage.googleapis.com"
 AUGREG_INDEX = f"{STORE}/vit_models/augreg/index.csv"

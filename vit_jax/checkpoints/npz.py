@@ -3,18 +3,17 @@
 import contextlib
 import math
 import os
-import secrets
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from vit_jax.checkpoints.lazy import Array, LazyArray
 from vit_jax.errors import UserError
+from vit_jax.files import atomic_write
 
 _END_OF_DIRECTORY = 22  # Bytes of a zip archive's last record, without its comment.
 
@@ -168,32 +167,7 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
     The file appears under its name only when it is complete and on disk. Equal arrays give equal
     files.
     """
-    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when the block ends without an error.
-
-    Raises UserError if it can't be written: no such folder, no permission, no space.
-    """
-    path = Path(path)
-    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as e:
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}: make it first") from e
-        raise UserError(f"{path} can't be written ({e.strerror or e})") from e

@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from vit_jax.checkpoints.lazy import Array, LazyArray
-from vit_jax.checkpoints.npz import atomic_file, first_line, unreadable
+from vit_jax.checkpoints.npz import first_line, unreadable
 from vit_jax.errors import UserError
+from vit_jax.files import atomic_write
 
 MAX_HEADER = 100_000_000  # Bytes, as in the format's own library.
 
@@ -194,7 +195,7 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, Array]) -> N
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
+    with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in header:
             values = np.asarray(arrays[name])

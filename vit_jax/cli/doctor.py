@@ -289,7 +289,7 @@ def _import_faults() -> Iterator[Fault]:
 
 
 def _cache_faults() -> Iterator[Fault]:
-    from vit_jax.cache import cache_folder
+    from vit_jax.files import cache_folder
 
     places = {str(cache_folder()): "VIT_JAX_CACHE"}
     if compiled := os.environ.get("JAX_COMPILATION_CACHE_DIR"):

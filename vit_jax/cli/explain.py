@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from vit_jax import explain, page
-    from vit_jax.checkpoints import atomic_file
+    from vit_jax.files import atomic_write
     from vit_jax.pretrained import load
 
     kind = page.kind_of(args.out)
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         content = explain.page_html(vit, explained)
     else:
         content = page.png(explain.page_figure(vit, explained))
-    with atomic_file(args.out) as out:
+    with atomic_write(args.out) as out:
         out.write(content)
     if args.json:
         print(json.dumps([_record(e) for e in explained], ensure_ascii=False))

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax.cli import EXIT_INTERRUPTED
     from vit_jax.errors import UserError
     from vit_jax.training.options import load_config, override
-    from vit_jax.training.processes import connect, is_first
+    from vit_jax.training.processes import connect, is_main_process
 
     if not args.workdir:
         raise UserError("--workdir is empty: name the folder of this run")
@@ -62,6 +62,6 @@ def run(args: argparse.Namespace) -> int:
     if args.weights:
         fields.append(f"--config.model_or_filename={args.weights}")
     result = training.run(override(config, fields), args.workdir)
-    if is_first():
+    if is_main_process():
         print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
     return 0 if result.finished else EXIT_INTERRUPTED

@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from vit_jax.cache import cache_folder
 from vit_jax.data.sources import Source, Splits
 from vit_jax.errors import UserError
+from vit_jax.files import cache_folder
 
 TEST_FRACTION = 0.2  # of each class, where a folder brings no test images of its own
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")

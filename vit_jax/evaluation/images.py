@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from vit_jax import data
-from vit_jax.checkpoints import atomic_file
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
-from vit_jax.parallel import divisible, make_mesh, replicated
+from vit_jax.files import atomic_write
 from vit_jax.pretrained import Pretrained
+from vit_jax.sharding import divisible, make_mesh, replicated
 
 
 def evaluate_images(
@@ -144,6 +144,6 @@ def write_predictions(
                 int(truth == prediction),
             ]
         )
-    with atomic_file(path) as file:
+    with atomic_write(path) as file:
         # A file name need not be text: what Python can't decode it can write back.
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.calibration import Calibration, calibrate
-from vit_jax.parallel import replicated, split
+from vit_jax.sharding import batch_sharding, replicated
 
 
 def example_losses(
@@ -112,7 +112,7 @@ def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep
         rest = {k: v for k, v in batch.items() if k not in ("image", "label")}
         return rest | _figures(logits, batch["label"], loss)
 
-    return jax.jit(step, in_shardings=(None, split(mesh)), out_shardings=replicated(mesh))
+    return jax.jit(step, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
 
 
 def _figures(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.Array]:

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from vit_jax import __version__
-from vit_jax.checkpoints import atomic_file
 from vit_jax.data import Source
 from vit_jax.evaluation.metrics import Scores
 from vit_jax.evaluation.plots import (
@@ -24,8 +23,9 @@ from vit_jax.evaluation.plots import (
     draw_reliability,
     panels,
 )
+from vit_jax.files import atomic_write
 from vit_jax.page import TINY, elide, kind_of, png
-from vit_jax.parallel import device_kinds
+from vit_jax.sharding import device_kinds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -147,7 +147,7 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
         content = page_of(report)
     else:
         content = png(draw_report(report))
-    with atomic_file(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
 
 

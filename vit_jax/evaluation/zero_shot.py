@@ -16,7 +16,7 @@ from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
 from vit_jax.models.lit import LiT
-from vit_jax.parallel import divisible, make_mesh, replicated
+from vit_jax.sharding import divisible, make_mesh, replicated
 
 TEMPLATES = ("a photo of a {}.",)
 

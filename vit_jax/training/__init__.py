@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vit_jax.parallel import make_mesh
+from vit_jax.sharding import make_mesh
 from vit_jax.training.config import check_config
 from vit_jax.training.fields import default_config
 from vit_jax.training.optimizer import make_optimizer, make_schedule

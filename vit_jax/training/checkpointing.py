@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vit_jax.checkpoints.npz import first_line
 from vit_jax.errors import NO_ROOM, UserError
-from vit_jax.training.processes import gather, is_first
+from vit_jax.training.processes import allgather, is_main_process
 from vit_jax.training.state import TrainState
 
 CENTURY = 100 * 365 * 24 * 3600  # Seconds.
@@ -146,21 +146,21 @@ class Checkpoints:
             self._levels.clear()
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             problem = _reason(e)
-        problems = gather(problem)
+        problems = allgather(problem)
         if found is not None and not any(problems):
             state = like.replace(**found["state"])
             same = np.array_equal(*jax.device_get((digest(state), found["digest"])))
-            problems = gather(None if same else "its contents are not what was saved")
+            problems = allgather(None if same else "its contents are not what was saved")
             if not any(problems):
                 return state, None
         return None, next(filter(None, problems))
 
     def _set_aside(self, damaged: Mapping[int, str | None], good: int) -> str:
-        for step in damaged if is_first() else ():
+        for step in damaged if is_main_process() else ():
             folder = self.folder / str(step)
             names = (self.folder / f"{step}.damaged{n or ''}" for n in itertools.count())
             folder.rename(next(name for name in names if not name.exists()))
-        gather(None)  # Only then is the folder read again.
+        allgather(None)  # Only then is the folder read again.
         self._manager.reload()
         reasons = ", ".join(f"{step} ({problem})" for step, problem in damaged.items())
         return (

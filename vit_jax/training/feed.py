@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from vit_jax.parallel import join
+from vit_jax.sharding import make_global_batch
 from vit_jax.training.guard import BadStep, bad_step
 
 
@@ -30,9 +30,9 @@ class Clock(NamedTuple):
 
 
 def to_device(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Mapping[str, jax.Array]:
-    """The batch on the device, of the rows that each process has (see `parallel.shard`). When it is
+    """The batch on the device, of the rows that each process has (see `process_slice`). When it is
     there the host's memory may be used anew, unless the device's is the same."""
-    return jax.block_until_ready(join(batch, sharding))
+    return jax.block_until_ready(make_global_batch(batch, sharding))
 
 
 class DevicePrefetcher:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from vit_jax.models import MlpMixer, VisionTransformer, variant
 from vit_jax.models.blocks import REMAT
 from vit_jax.models.kernels import ATTENTION
-from vit_jax.parallel import SHARDINGS
+from vit_jax.sharding import SHARDINGS
 
 CHOICES = {
     "decay_type": ("cosine", "linear", "constant", "rsqrt"),

@@ -15,15 +15,20 @@ from ml_collections import ConfigDict
 
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate
 from vit_jax.models.blocks import unstack_blocks
-from vit_jax.parallel import split, to_host
 from vit_jax.pretrained import Pretrained
+from vit_jax.sharding import batch_sharding, to_host
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer, StepMetrics, to_device
 from vit_jax.training.guard import LIMIT, BadStep, heed, new_guard
 from vit_jax.training.hardware import Usage
 from vit_jax.training.metrics import MetricsWriter
 from vit_jax.training.outcome import read_tests, score_figures, score_text
-from vit_jax.training.processes import SharedStop, gather, is_first, together
+from vit_jax.training.processes import (
+    SharedStop,
+    allgather,
+    is_main_process,
+    raise_on_all_processes,
+)
 from vit_jax.training.profile import Profile, trace_folder
 from vit_jax.training.progress import Progress
 from vit_jax.training.signals import StopRequest
@@ -103,12 +108,12 @@ class Loop:
         self._goes_back = self._config.on_bad_step == "rollback"
         self._writer: MetricsWriter | None = None
         tests: list[tuple[int, float]] = []
-        with together():
-            if is_first():
+        with raise_on_all_processes():
+            if is_main_process():
                 self._writer = stack.enter_context(MetricsWriter(workdir, resume_step=self.step))
                 tests = [(line["step"], line["test/top1"]) for line in read_tests(workdir)]
-        self._accuracies: dict[int, float] = dict(gather(tests)[0])
-        console = None if is_first() else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
+        self._accuracies: dict[int, float] = dict(allgather(tests)[0])
+        console = None if is_main_process() else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
         total = self._config.total_steps
         self._progress = stack.enter_context(Progress(total, self.step, stream=console))
         self.say = self._progress.message
@@ -230,7 +235,7 @@ class Loop:
             best = max(self._accuracies.values(), default=-1.0)
             if self._config.keep_best and self.scores.top1 > best:
                 weights = self.weights()
-                if is_first():
+                if is_main_process():
                     weights.save(self._workdir / BEST_WEIGHTS)
             self._accuracies[self.step] = self.scores.top1
             if self._writer:
@@ -240,7 +245,7 @@ class Loop:
 
     def _evaluate(self) -> Scores | None:
         """Scores on the test images; None if the run is to end before all were seen."""
-        task, sharding = self._work.task, split(self._work.mesh)
+        task, sharding = self._work.task, batch_sharding(self._work.mesh)
 
         def until_stopped() -> Iterator[Mapping[str, Any]]:
             for batch in map(to_device, task.eval_batches(), itertools.repeat(sharding)):
@@ -266,7 +271,7 @@ class Loop:
         """The batches from the current step on, and no metrics to read."""
         batches = DevicePrefetcher(
             self._work.task.train_batches(self.step),
-            split(self._work.mesh),
+            batch_sharding(self._work.mesh),
             self._config.prefetch,
         )
         self._batches = self._stack.enter_context(contextlib.closing(batches))

@@ -20,7 +20,7 @@ from vit_jax.evaluation.metrics import make_eval_step
 from vit_jax.models.blocks import REMAT
 from vit_jax.models.cost import training_flops
 from vit_jax.models.kernels import choose_kernels
-from vit_jax.parallel import divisible, make_mesh, shardings, split
+from vit_jax.sharding import batch_sharding, divisible, make_mesh, shardings
 from vit_jax.training.config import config_from_json, config_to_json
 from vit_jax.training.guard import new_guard
 from vit_jax.training.network import as_trained, make_network, named_model
@@ -340,6 +340,6 @@ def _bytes(tree: Any, mesh: Any = None) -> int:
     """Of arrays, what lies on each device: as they are placed, or split over a mesh."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        place = leaf.sharding if mesh is None else split(mesh)
+        place = leaf.sharding if mesh is None else batch_sharding(mesh)
         total += int(np.prod(place.shard_shape(leaf.shape))) * leaf.dtype.itemsize
     return total

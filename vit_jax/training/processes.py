@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from vit_jax import data
 from vit_jax.errors import UserError
-from vit_jax.parallel import join, replicated, split
+from vit_jax.sharding import batch_sharding, make_global_batch, replicated
 from vit_jax.training import clusters
 from vit_jax.training.signals import StopRequest
 
@@ -135,12 +135,12 @@ def _report(address: tuple[str, int], processes: int, process: int) -> None:
         time.sleep(0.2)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes and speaks."""
     return jax.process_index() == 0
 
 
-def gather(value: Any) -> list[Any]:
+def allgather(value: Any) -> list[Any]:
     """What each process has, in their order; JSON values. All have to call it together."""
     if jax.process_count() == 1:
         return [value]
@@ -158,14 +158,14 @@ def share_of_cores() -> int:
     """The cores for this process alone, if those of a machine are shared out among the processes
     that were given them. All have to call it together."""
     given = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    everyone = gather([platform.node(), given])
+    everyone = allgather([platform.node(), given])
     users = Counter(core for host, cores in everyone if host == platform.node() for core in cores)
     share = sum(1 / users[core] for core in given) / len(given)
     return max(int(data.own_cores() * share + 1e-6), 1)
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
     """A block without communication that all processes get through, or none: a UserError of one is
     raised by all."""
     error = None
@@ -173,7 +173,7 @@ def together() -> Iterator[None]:
         yield
     except UserError as e:
         error = e
-    problems = gather(None if error is None else str(error))
+    problems = allgather(None if error is None else str(error))
     if error is not None:
         raise error
     for i, problem in enumerate(problems):
@@ -181,9 +181,9 @@ def together() -> Iterator[None]:
             raise UserError(f"process {i}: {problem}")
 
 
-def check_same(values: Mapping[str, Any]) -> None:
+def assert_equal_across_processes(values: Mapping[str, Any]) -> None:
     """Raises UserError, in all processes, naming what differs between two of them and where."""
-    everyone = gather([platform.node(), {k: repr(v) for k, v in values.items()}])
+    everyone = allgather([platform.node(), {k: repr(v) for k, v in values.items()}])
     host, first = everyone[0]
     for i, (other_host, other) in enumerate(everyone):
         for key in first | other:
@@ -201,8 +201,10 @@ class SharedStop:
     def __init__(self, own: StopRequest, mesh: Mesh):
         self._own = own
         self._alone = jax.process_count() == 1
-        place, count = split(mesh), jax.local_device_count()
-        self._on_devices = functools.cache(lambda n: join(np.full(count, n, np.int32), place))
+        place, count = batch_sharding(mesh), jax.local_device_count()
+        self._on_devices = functools.cache(
+            lambda n: make_global_batch(np.full(count, n, np.int32), place)
+        )
         self._highest = jax.jit(lambda x: x.max(), out_shardings=replicated(mesh))
         self._waiting: list[jax.Array] = []
         self.signal_name: str | None = None

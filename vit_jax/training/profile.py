@@ -9,7 +9,7 @@ from typing import Self
 import jax
 
 from vit_jax.checkpoints.npz import first_line
-from vit_jax.training.processes import gather
+from vit_jax.training.processes import allgather
 
 FOLDER = "profile"
 
@@ -18,7 +18,7 @@ def trace_folder(workdir: Path) -> Path:
     """Where in a workdir this process writes its trace: files are named by the host, so that those
     who share one with an earlier process need a folder of their own. All have to call it together.
     """
-    hosts, me = gather(platform.node()), jax.process_index()
+    hosts, me = allgather(platform.node()), jax.process_index()
     own = [f"process_{me}"] if hosts[me] in hosts[:me] else []
     return workdir.joinpath(FOLDER, *own)
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vit_jax.parallel import make_mesh, shardings, spread
+from vit_jax.sharding import make_mesh, put_global, shardings
 from vit_jax.training.guard import BadStep, Guard, new_guard
 
 
@@ -55,20 +55,20 @@ class TrainState(flax.struct.PyTreeNode):
         The parameters are copied: a step donates its state.
         """
         mesh = make_mesh() if mesh is None else mesh
-        params = spread(dict(params), shardings(dict(params), mesh))
+        params = put_global(dict(params), shardings(dict(params), mesh))
         places = shardings(jax.eval_shape(tx.init, params), mesh)
         small = {"step": np.int32(0), "seed": np.uint32(seed), "guard": new_guard()}
         return cls(
             params=params,
             opt_state=jax.jit(tx.init, out_shardings=places)(params),
             ema=jax.tree.map(jnp.copy, params) if ema else None,
-            **spread(small, shardings(small, mesh)),
+            **put_global(small, shardings(small, mesh)),
         )
 
     def moved(self, bad: BadStep) -> "TrainState":
         """These weights right after a later step that was bad; those between are left out."""
         later = {"step": bad.step, "bad_steps": bad.bad, "in_a_row": bad.in_a_row}
-        later = spread(
+        later = put_global(
             {name: np.int32(x) for name, x in later.items()},
             dict.fromkeys(later, self.step.sharding),
         )

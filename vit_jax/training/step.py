@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
 from vit_jax.models.blocks import BlockLoop, in_block
-from vit_jax.parallel import make_mesh, replicated, shardings, split
+from vit_jax.sharding import batch_sharding, make_mesh, replicated, shardings
 from vit_jax.training.guard import at_step, judge
 from vit_jax.training.mixing import mix
 from vit_jax.training.state import TrainState
@@ -74,7 +74,7 @@ def make_train_step(
       "param_norm"; "lr", if `learning_rate` is given; and what `judge` remembers, see `new_guard`.
     """
     mesh = make_mesh() if mesh is None else mesh
-    pieces, in_parts = mesh.size * accum_steps, mesh.shape["part"] > 1
+    pieces, in_parts = mesh.size * accum_steps, mesh.shape["fsdp"] > 1
     if compile == "pmap" and (in_parts or jax.process_count() > 1):
         raise UserError(
             "config.compile pmap is for one process with the weights whole on every device: use "
@@ -169,7 +169,7 @@ def make_train_step(
         return jax.jit(
             step,
             donate_argnums=0,
-            in_shardings=(None, split(mesh)),
+            in_shardings=(None, batch_sharding(mesh)),
             out_shardings=(None, replicated(mesh)),
         )
     on_each = jax.pmap(

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.notes import original_preprocess
-from vit_jax.parallel import divisible, shard
+from vit_jax.sharding import divisible, process_slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Task:
 
         Raises UserError if processes are wanted that can't be had.
         """
-        config, many = self.config, len(self.test) >= data.LEAST_FOR_PROCESSES * shard()[1]
+        config, many = self.config, len(self.test) >= data.LEAST_FOR_PROCESSES * process_slice()[1]
         workers = (self.train, config.workers), (self.test, config.workers if many else 0)
         train, test = (data.choose_readers(*w, config.threads, self.cores) for w in workers)
         return train, test
@@ -63,7 +63,7 @@ class Task:
             batch_size=self.config.batch,
             seed=self.config.seed,
             start_step=start_step,
-            shard=shard(),
+            shard=process_slice(),
             workers=self.readers[0],
             prefetch=1,  # As many as `config.prefetch` wait on the device.
             corrupt=self.config.corrupt,
@@ -75,7 +75,7 @@ class Task:
             self.test,
             self.eval_ops,
             batch_size=divisible(self.config.batch_eval),
-            shard=shard(),
+            shard=process_slice(),
             workers=self.readers[1],
             corrupt=self.config.corrupt,
         )

@@ -14,13 +14,13 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax.cache import keep_compiled
 from vit_jax.data import Source
 from vit_jax.errors import UserError, full_disk_explained
 from vit_jax.evaluation.metrics import make_eval_step
+from vit_jax.files import keep_compiled
 from vit_jax.models.kernels import Kernels, choose_kernels
-from vit_jax.parallel import device_kinds, make_mesh
 from vit_jax.pretrained import Pretrained
+from vit_jax.sharding import device_kinds, make_mesh
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.config import check_config, flatten, weights_source, without_effect
 from vit_jax.training.fields import CHANGING, FREE_FIELDS
@@ -29,7 +29,13 @@ from vit_jax.training.loop import Loop, Work
 from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.optimizer import make_optimizer, schedule_of
 from vit_jax.training.outcome import Result, finish, finished, last_test
-from vit_jax.training.processes import check_same, gather, is_first, share_of_cores, together
+from vit_jax.training.processes import (
+    allgather,
+    assert_equal_across_processes,
+    is_main_process,
+    raise_on_all_processes,
+    share_of_cores,
+)
 from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import Step, make_train_step
@@ -69,24 +75,24 @@ def run(
     folder, explained = Path(workdir), full_disk_explained(f"the workdir {workdir}")
     done: Result | None = None
     with StopRequest() as stop:
-        with together():
+        with raise_on_all_processes():
             config = check_config(config)
             if sources:
                 config.dataset = sources[0].name + GIVEN
         with Watch(config.silence_timeout) as watch, explained, contextlib.ExitStack() as stack:
-            with together():
-                if is_first():
+            with raise_on_all_processes():
+                if is_main_process():
                     stack.enter_context(open_workdir(workdir, config))
                     done = finished(folder, config.total_steps)
             if done := _of_first(done):
                 return done
-            check_same({"in the workdir a lock of process": lock_holder(folder)})
+            assert_equal_across_processes({"in the workdir a lock of process": lock_holder(folder)})
             return _train(config, folder, stop, watch, sources)
 
 
 def _of_first(result: Result | None) -> Result | None:
     """The first process's result, in all of them."""
-    fields = gather(result and dataclasses.asdict(result))[0]
+    fields = allgather(result and dataclasses.asdict(result))[0]
     return fields and Result(**fields)
 
 
@@ -103,7 +109,7 @@ def _train(
         every = config.checkpoint_every if config.on_bad_step == "rollback" else None
         checkpoints = Checkpoints(folder, keep=config.keep_checkpoints, every=every)
         stack.enter_context(contextlib.closing(checkpoints))
-        check_same({"checkpoint": checkpoints.latest})
+        assert_equal_across_processes({"checkpoint": checkpoints.latest})
         state, damaged = checkpoints.restore(state)
         loop = Loop(work, workdir, checkpoints, state, own_stop, stack)
         del state  # The first step gives it up, and its memory.
@@ -125,7 +131,7 @@ def _prepare(
 ) -> tuple[Work, TrainState]:
     """What a run does, and the state that it begins with; claims the workdir if all is well."""
     cores = share_of_cores()
-    with together():
+    with raise_on_all_processes():
         compiled = keep_compiled(config.compile_cache)
         mesh = make_mesh(config)
         task = open_task(config, sources, cores)
@@ -138,7 +144,9 @@ def _prepare(
         kernels, why = kernels_of(config, vit.model, task.image_shape[:2], mesh)
         introduction = _introduction(config, vit, task)
         fingerprints = task.fingerprints
-    check_same(_what_matters(config, fingerprints) | {"attention": why.partition(":")[0]})
+    assert_equal_across_processes(
+        _what_matters(config, fingerprints) | {"attention": why.partition(":")[0]}
+    )
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
     model = model.clone(kernels=kernels)
@@ -153,8 +161,8 @@ def _prepare(
         eval_step=make_eval_step(model, mesh=mesh, loss=config.loss),
         introduction="; ".join(filter(None, (introduction, why, untold(), compiled))),
     )
-    with together():
-        if is_first():
+    with raise_on_all_processes():
+        if is_main_process():
             claim_workdir(workdir, config, fingerprints)
     return work, state
 
@@ -168,10 +176,10 @@ def _end(loop: Loop, work: Work, workdir: Path) -> Result | None:
             f"stopped by {loop.signal_name} at step {step:,} of {total:,}, {saved}: "
             "start the same command again to go on"
         )
-        return Result(step, False, summary, last_test(workdir)) if is_first() else None
+        return Result(step, False, summary, last_test(workdir)) if is_main_process() else None
     vit = loop.weights()
-    with together(), full_disk_explained(f"the workdir {workdir}"):
-        if is_first():
+    with raise_on_all_processes(), full_disk_explained(f"the workdir {workdir}"):
+        if is_main_process():
             return finish(vit, loop.scores, work.task, workdir, total)
     return None
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import jax
 
 from vit_jax.errors import UserError
-from vit_jax.training.processes import gather
+from vit_jax.training.processes import allgather
 
 BEAT = 1.0  # Seconds between two signs of life.
 COMING = 20.0  # Seconds to connect.
@@ -59,9 +59,11 @@ class Watch:
     def __enter__(self) -> "Watch":
         if jax.process_count() == 1:
             return self
-        self._names = [f"process {i} on {host}" for i, host in enumerate(gather(platform.node()))]
+        self._names = [
+            f"process {i} on {host}" for i, host in enumerate(allgather(platform.node()))
+        ]
         all_there = self._receive() if self._me == 0 else self._report()
-        if not all(gather(all_there)):
+        if not all(allgather(all_there)):
             _say("the processes can't watch each other: not all can connect to process 0")
             return self
         # JAX aborts the others within milliseconds when process 0 has gone. This holds it up (the
@@ -95,7 +97,7 @@ class Watch:
         """Process 0: takes the others' connections. Whether all have come."""
         with socket.create_server(("", 0)) as server:
             token = secrets.token_hex(8)
-            gather([server.getsockname()[1], token])
+            allgather([server.getsockname()[1], token])
             deadline = time.monotonic() + COMING
             while len(self._peers) < jax.process_count() - 1 and time.monotonic() < deadline:
                 server.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -111,7 +113,7 @@ class Watch:
         """The other processes: connect to process 0. Whether it can be done."""
         from jax._src.distributed import global_state  # Nothing public tells where process 0 is.
 
-        port, token = gather(None)[0]
+        port, token = allgather(None)[0]
         host = str(global_state.coordinator_address).rpartition(":")[0].strip("[]")
         try:
             self._peers[0] = socket.create_connection((host, port), timeout=COMING)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vit_jax.checkpoints import atomic_file
 from vit_jax.errors import UserError
+from vit_jax.files import atomic_write
 from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
@@ -165,10 +165,10 @@ def claim_workdir(workdir: Path, config: ConfigDict, fingerprints: Mapping[str, 
                     "workdir"
                 )
             return
-    with atomic_file(workdir / IMAGES) as out:
+    with atomic_write(workdir / IMAGES) as out:
         out.write(json.dumps(dict(fingerprints), indent=1).encode() + b"\n")
     if not begun:  # Last: it is what makes a folder a run's.
-        with atomic_file(workdir / CONFIG) as out:
+        with atomic_write(workdir / CONFIG) as out:
             out.write(config_to_json(config).encode())
 
 

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vit_jax.cache import cache_folder
+from vit_jax.files import cache_folder
 
 
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
-    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "files"))
+    assert cache_folder() == tmp_path / "files"
     assert cache_folder(tmp_path / "given") == tmp_path / "given"
     monkeypatch.delenv("VIT_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -21,7 +21,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
 
 PROGRAM = """
 import sys, jax, jax.numpy as jnp
-from vit_jax.cache import keep_compiled
+from vit_jax.files import keep_compiled
 jax.jit(jnp.sin)(1.0)  # JAX has looked at its settings by then.
 print(keep_compiled(*sys.argv[1:]))
 hits = []
@@ -48,8 +48,8 @@ def kept(*arguments, **environment):
 
 
 def test_a_second_process_finds_the_programs_of_the_first_and_says_nothing_else(tmp_path):
-    place = tmp_path / "cache" / "compiled"
-    first, second = (kept(VIT_JAX_CACHE=tmp_path / "cache") for _ in range(2))
+    place = tmp_path / "files" / "compiled"
+    first, second = (kept(VIT_JAX_CACHE=tmp_path / "files") for _ in range(2))
     assert first[0] == second[0] == f"compiled programs are in {place}"
     assert first[1] == second[1]
     assert (first[2], int(second[2]) > 0) == ("0", True)

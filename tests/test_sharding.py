@@ -15,19 +15,19 @@ from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
-from vit_jax.parallel import make_mesh, shardings
+from vit_jax.sharding import make_mesh, shardings
 from vit_jax.training import default_config, make_optimizer
 
-EIGHT = AbstractMesh((1, 8), ("copy", "part"))
+EIGHT = AbstractMesh((1, 8), ("replica", "fsdp"))
 
 
 @pytest.mark.parametrize(
     ("shape", "axes"),
     [
-        ((768, 3072), (None, "part")),
-        ((3072, 768), ("part",)),
-        ((128, 128), (None, "part")),  # Of equal axes the last.
-        ((1001, 768), (None, "part")),  # The largest is not divisible.
+        ((768, 3072), (None, "fsdp")),
+        ((3072, 768), ("fsdp",)),
+        ((128, 128), (None, "fsdp")),  # Of equal axes the last.
+        ((1001, 768), (None, "fsdp")),  # The largest is not divisible.
         ((1001, 1003), ()),
         ((127, 128), ()),  # Small.
         ((), ()),
@@ -42,7 +42,7 @@ def test_of_stacked_blocks_each_is_split_as_it_would_be_alone():
     tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     found = shardings({"Transformer": {"encoderblock": tree}}, EIGHT)["Transformer"]
     specs = {name: place.spec for name, place in found["encoderblock"].items()}
-    kernel = PartitionSpec(None, None, "part")
+    kernel = PartitionSpec(None, None, "fsdp")
     assert specs == {"scale": PartitionSpec(), "query": PartitionSpec(), "kernel": kernel}
 
 
@@ -76,7 +76,7 @@ STEPS = """
     import json, re
     import jax, numpy as np
     from vit_jax.models import create_model
-    from vit_jax.parallel import make_mesh, replicated, shardings, split, to_host
+    from vit_jax.sharding import make_mesh, replicated, shardings, batch_sharding, to_host
     from vit_jax.training import TrainState, default_config, make_optimizer, make_train_step
     from vit_jax.training.network import as_trained
 
@@ -105,7 +105,7 @@ STEPS = """
         moves = {n: len(re.findall(rf" {n}(-start)?\\(", program.as_text())) for n in names}
         losses = []
         for _ in range(5):
-            state, metrics = step(state, jax.device_put(batch, split(mesh)))
+            state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
             losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         places = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state,
                               shardings(state, mesh))
@@ -129,7 +129,7 @@ STEPS = """
                                compile=fields.get("compile", "jit"))
         losses = []
         for _ in range(4):
-            state, metrics = step(state, jax.device_put(batch, split(mesh)))
+            state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
             losses.append([float(x) for x in metrics.values()])
         result["knobs"][str(fields)] = losses
         if fields.get("scan_layers"):

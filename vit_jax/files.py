@@ -1,10 +1,15 @@
-"""The folder for what can be fetched or made again: downloads, listings of large folders, compiled
-programs."""
+"""The cache folder (downloads, listings of large folders, compiled programs), and files that are
+whole or absent."""
 
+import contextlib
 import os
+import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from vit_jax.errors import UserError
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -49,3 +54,28 @@ def keep_compiled(place: str = "") -> str:
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()  # JAX looks at the setting once.
     return f"compiled programs are in {folder}"
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write that takes its name only when the block ends without an error.
+
+    Raises UserError if it can't be written: no such folder, no permission, no space.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
+    try:
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as e:
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}: make it first") from e
+        raise UserError(f"{path} can't be written ({e.strerror or e})") from e

@@ -16,9 +16,9 @@ LEAST_SPLIT = 2**14
 
 
 def make_mesh(config: ConfigDict | None = None) -> Mesh:
-    """A mesh of every device of every process, with the axes "copy" and "part".
+    """A mesh of every device of every process, with the axes "replica" and "fsdp".
 
-    Batches are split over both. The state is the same along "copy" and split along "part":
+    Batches are split over both. The state is the same along "replica" and split along "fsdp":
     `config.sharding` "replicate" has one part (so has no configuration), "fsdp" as many as there
     are devices, "hybrid" as many as one process has.
 
@@ -43,7 +43,7 @@ def make_mesh(config: ConfigDict | None = None) -> Mesh:
             )
         parts = {"replicate": 1, "fsdp": count, "hybrid": local}[config.sharding]
     grid = np.array(devices).reshape(-1, parts)
-    return Mesh(grid, ("copy", "part"), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(grid, ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def device_kinds() -> str:
@@ -58,7 +58,7 @@ def divisible(batch_size: int) -> int:
     return -(-max(batch_size, 1) // devices) * devices
 
 
-def shard() -> tuple[int, int]:
+def process_slice() -> tuple[int, int]:
     """Which part of each batch this process reads: (its number, number of processes)."""
     return jax.process_index(), jax.process_count()
 
@@ -68,9 +68,9 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh | AbstractMesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(("copy", "part")))
+    return NamedSharding(mesh, PartitionSpec(("replica", "fsdp")))
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -84,7 +84,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     Returns:
       the same tree with a NamedSharding for each array.
     """
-    parts = mesh.shape["part"]
+    parts = mesh.shape["fsdp"]
 
     def of(path: Any, x: Any) -> NamedSharding:
         first = int(in_stack(path))
@@ -92,12 +92,12 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
         if parts == 1 or not fitting or np.prod(x.shape[first:]) < LEAST_SPLIT:
             return replicated(mesh)
         _, axis = max(fitting)
-        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "part"))
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def spread(tree: Any, places: Any) -> Any:
+def put_global(tree: Any, places: Any) -> Any:
     """Arrays that every process has, as arrays over the devices; each device gets its part only.
 
     Args:
@@ -114,8 +114,8 @@ def spread(tree: Any, places: Any) -> Any:
     return jax.tree.map(one, tree, places)
 
 
-def join(batch: Any, place: NamedSharding) -> Any:
-    """The batch over all devices, of the rows that each process has read (see `shard`)."""
+def make_global_batch(batch: Any, place: NamedSharding) -> Any:
+    """The batch over all devices, of the rows that each process has read (see `process_slice`)."""
     return jax.make_array_from_process_local_data(place, batch)
 
 
