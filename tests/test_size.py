@@ -1,4 +1,4 @@
-"""The package stays small enough to be read: its lines are counted, and the count only goes down."""
+"""The package stays small enough to be read: the number of its lines only goes down."""
 
 from pathlib import Path
 
