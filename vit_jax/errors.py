@@ -32,3 +32,8 @@ def full_disk_explained(place: str = "a file") -> Iterator[None]:
             f"{e.filename or place} can't be written ({e.strerror}): make room, then run the same "
             "command again; what was saved before is kept"
         ) from e
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind if it has none."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import data
-from vit_jax.checkpoints.labels import class_names
+from vit_jax.checkpoints.hub import class_names
 from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
 from vit_jax.models import CLASSIFIERS

@@ -3,10 +3,13 @@
 Both give int32 arrays (n, max_len); the vocabulary is a file that is published beside the weights.
 """
 
+import importlib
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,42 +19,21 @@ MAX_LEN = 16  # Tokens in a text of the published LiT models.
 
 _MAX_BYTES = 100  # A longer word is unknown.
 
-# Each character in these ranges is a word of its own (arXiv:1810.04805's code): CJK ideographs.
-_IDEOGRAPHS = (
-    (0x4E00, 0x9FFF),
-    (0x3400, 0x4DBF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F),
-    (0x2B820, 0x2CEAF),
-    (0xF900, 0xFAFF),
-    (0x2F800, 0x2FA1F),
+# Control characters count as spaces, and with them tabs and line breaks.
+_SPACES = r"[ \p{Cc}\p{Cf}]+"
+# What is a word of its own: in ASCII all that is neither letter nor digit, though Unicode calls
+# $+<=>^`|~ symbols; Unicode's punctuation; and CJK ideographs, as in arXiv:1810.04805's code.
+_ALONE = (
+    r"[!-/:-@\[-`{-~\p{P}"
+    "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
 )
-
 # Unicode's Default_Ignorable_Code_Point: soft hyphens, joiners, variation selectors and the like.
-_IGNORABLE = {
-    code: None
-    for first, last in (
-        (0x00AD, 0x00AD),
-        (0x034F, 0x034F),
-        (0x061C, 0x061C),
-        (0x115F, 0x1160),
-        (0x17B4, 0x17B5),
-        (0x180B, 0x180F),
-        (0x200B, 0x200F),
-        (0x202A, 0x202E),
-        (0x2060, 0x206F),
-        (0x3164, 0x3164),
-        (0xFE00, 0xFE0F),
-        (0xFEFF, 0xFEFF),
-        (0xFFA0, 0xFFA0),
-        (0xFFF0, 0xFFF8),
-        (0x1BCA0, 0x1BCA3),
-        (0x1D173, 0x1D17A),
-        (0xE0000, 0xE0FFF),
-    )
-    for code in range(first, last + 1)
-}
+_IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f-\u1160\u17b4-\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 
 class WordPieceTokenizer:
@@ -67,18 +49,34 @@ class WordPieceTokenizer:
       vocab_path: a text file of UTF-8, one piece a line; those that continue a word start with ##.
       max_len: number of tokens to cut or pad to.
 
-    Raises UserError if the file can't be read or is no such vocabulary.
+    Raises UserError if the package `tokenizers` is missing, or if the file can't be read or is no
+    such vocabulary.
     """
 
     def __init__(self, vocab_path: str | os.PathLike, max_len: int = MAX_LEN) -> None:
-        pieces = _decode(_read(vocab_path), vocab_path).split("\n")
-        self._ids = {piece.rstrip("\r"): i for i, piece in enumerate(pieces) if piece}
+        library = _import("tokenizers")
+        try:
+            pieces = _read(vocab_path).decode("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{os.fspath(vocab_path)} is no text ({error.reason} at byte {error.start}): "
+                "expected a WordPiece vocabulary, one piece a line"
+            ) from None
+        ids = {piece.rstrip("\r"): i for i, piece in enumerate(pieces) if piece}
         for needed in ("[CLS]", "[UNK]"):
-            if needed not in self._ids:
+            if needed not in ids:
                 raise UserError(
                     f"{vocab_path} is no WordPiece vocabulary: expected a line {needed} "
                     "among one piece a line; give the .txt published beside the weights"
                 )
+        split, regex = library.pre_tokenizers.Split, library.Regex
+        self._splitter = library.pre_tokenizers.Sequence(
+            [split(regex(_SPACES), "removed"), split(regex(_ALONE), "isolated")]
+        )
+        self._model = library.models.WordPiece(
+            ids, unk_token="[UNK]", max_input_chars_per_word=_MAX_BYTES
+        )
+        self._start, self._unknown = ids["[CLS]"], ids["[UNK]"]
         self.max_len = max_len
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -86,31 +84,16 @@ class WordPieceTokenizer:
         _check(texts)
         tokens = np.zeros((len(texts), self.max_len), np.int32)
         for row, text in zip(tokens, texts, strict=True):
-            ids = [self._ids["[CLS]"]]
-            for word in _words(text):
+            ids = [self._start]
+            for word, _ in self._splitter.pre_tokenize_str(_fold(text)):
                 if len(ids) >= self.max_len:
                     break
-                ids += self._pieces(word)
+                if len(word.encode()) > _MAX_BYTES:
+                    ids.append(self._unknown)
+                else:
+                    ids += [token.id for token in self._model.tokenize(word)]
             row[: len(ids)] = ids[: self.max_len]
         return tokens
-
-    def _pieces(self, word: str) -> list[int]:
-        unknown = [self._ids["[UNK]"]]
-        if len(word.encode("utf-8", "surrogatepass")) > _MAX_BYTES:
-            return unknown
-        ids: list[int] = []
-        start = 0
-        while start < len(word):
-            prefix = "##" if start else ""
-            for end in range(len(word), start, -1):
-                piece = self._ids.get(prefix + word[start:end])
-                if piece is not None:
-                    break
-            else:
-                return unknown
-            ids.append(piece)
-            start = end
-        return ids
 
 
 class SentencePieceTokenizer:
@@ -128,14 +111,7 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, model_path: str | os.PathLike, max_len: int = MAX_LEN) -> None:
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise UserError(
-                "the package sentencepiece is not installed, and this text tower's words need it: "
-                "pip install sentencepiece"
-            ) from error
-        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor = _import("sentencepiece").SentencePieceProcessor()
         content = _read(model_path)
         try:
             self._processor.LoadFromSerializedProto(content)
@@ -157,9 +133,7 @@ class SentencePieceTokenizer:
         _check(texts)
         tokens = np.full((len(texts), self.max_len), self._end, np.int32)
         for row, text in zip(tokens, texts, strict=True):
-            # The package refuses half a surrogate pair, which file names may hold.
-            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            ids = self._processor.encode(whole)[: self.max_len - 1]
+            ids = self._processor.encode(_whole(text))[: self.max_len - 1]
             row[: len(ids)] = ids
         return tokens
 
@@ -184,44 +158,28 @@ def open_tokenizer(
     return kinds[suffix](path, max_len)
 
 
-def _words(text: str) -> list[str]:
-    words, word = [], ""
-    for character in _fold(text):
-        alone = _is_punctuation(character) or _is_ideograph(character)
-        if not (alone or _is_space(character)):
-            word += character
-            continue
-        if word:
-            words.append(word)
-            word = ""
-        if alone:
-            words.append(character)
-    return [*words, word] if word else words
+def _import(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"the package {package} is not installed, and this text tower's words need it: "
+            f"pip install {package}"
+        ) from error
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which file names may hold and the packages refuse."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _fold(text: str) -> str:
     """Without case, accents and differences that are only of looks; decomposed (NFD)."""
     # Folding may give characters that can be decomposed and the other way round, but not twice.
-    text = unicodedata.normalize("NFKD", text.translate(_IGNORABLE)).casefold()
-    text = unicodedata.normalize("NFKD", text).casefold().translate(_IGNORABLE)
+    text = unicodedata.normalize("NFKD", _IGNORABLE.sub("", _whole(text))).casefold()
+    text = _IGNORABLE.sub("", unicodedata.normalize("NFKD", text).casefold())
     text = unicodedata.normalize("NFD", text)
     return "".join(c for c in text if unicodedata.category(c) != "Mn")
-
-
-def _is_space(character: str) -> bool:
-    # Control characters count as spaces, and with them tabs and line breaks.
-    return character == " " or unicodedata.category(character) in ("Cc", "Cf")
-
-
-def _is_punctuation(character: str) -> bool:
-    # In ASCII all that is neither letter nor digit, though Unicode calls $+<=>^`|~ symbols.
-    if character.isascii():
-        return character.isprintable() and not character.isalnum() and character != " "
-    return unicodedata.category(character).startswith("P")
-
-
-def _is_ideograph(character: str) -> bool:
-    return any(first <= ord(character) <= last for first, last in _IDEOGRAPHS)
 
 
 def _check(texts: Sequence[str]) -> None:
@@ -236,14 +194,4 @@ def _read(path: str | os.PathLike) -> bytes:
         raise UserError(
             f"{os.fspath(path)}: can't be read ({error.strerror}); expected the vocabulary that "
             "is published beside the weights"
-        ) from None
-
-
-def _decode(content: bytes, path: str | os.PathLike) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{os.fspath(path)} is no text ({error.reason} at byte {error.start}): expected a "
-            "WordPiece vocabulary, one piece a line"
         ) from None

@@ -143,7 +143,7 @@ def test_without_ranges_or_marks_it_starts_again_and_gives_up_when_nothing_more_
 @pytest.mark.parametrize("kind", ["md5", "crc32c"])
 def test_either_checksum_is_checked(site, tmp_path, kind):
     site.hashes = (kind,)
-    site.faults = ["flip a bit", "flip a bit"]
+    site.faults = ["flip a bit"] * 3
     with pytest.raises(UserError, match=f"(?i){kind} is .* but the server gives"):
         download(site.url, tmp_path / "x.npz")
     assert list(tmp_path.iterdir()) == []

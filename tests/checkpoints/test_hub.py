@@ -9,7 +9,7 @@ import pytest
 
 import vit_jax
 from vit_jax.checkpoints import hub, save_weights
-from vit_jax.checkpoints.hub import STORE, cache_path, companions, locate, resolve
+from vit_jax.checkpoints.hub import STORE, cache_path, resolve, sidecar_files, url_for
 from vit_jax.errors import UserError
 
 TI = "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0"
@@ -84,19 +84,19 @@ def mirror(monkeypatch):
     ],
 )
 def test_names_have_an_address(name, place):
-    assert locate(name) == f"{STORE}/{place}"
+    assert url_for(name) == f"{STORE}/{place}"
 
 
 def test_addresses_stay_as_they_are_but_for_odd_characters():
-    assert locate("https://host:8/a/b.npz?x=1&y=%20") == "https://host:8/a/b.npz?x=1&y=%20"
-    assert locate("https://host/a b.npz") == "https://host/a%20b.npz"
+    assert url_for("https://host:8/a/b.npz?x=1&y=%20") == "https://host:8/a/b.npz?x=1&y=%20"
+    assert url_for("https://host/a b.npz") == "https://host/a%20b.npz"
 
 
 @pytest.mark.parametrize("name", ["augreg/Ti_16", "Ti_16", "ViT-Ti_16"])
 def test_a_model_means_the_recommended_augreg_checkpoint(mirror, name):
     mirror.content["/vit_models/augreg/index.csv"] = INDEX.encode()
-    assert locate(name) == f"{STORE}/vit_models/augreg/{TI}.npz"
-    assert "/augreg/R_Ti_16-i21k-" in locate("R+ViT-Ti_16")
+    assert url_for(name) == f"{STORE}/vit_models/augreg/{TI}.npz"
+    assert "/augreg/R_Ti_16-i21k-" in url_for("R+ViT-Ti_16")
     assert mirror.asked == ["/vit_models/augreg/index.csv"]
 
 
@@ -121,7 +121,7 @@ def test_a_model_means_the_recommended_augreg_checkpoint(mirror, name):
 )
 def test_unknown_names_are_answered_with_the_nearest(name, message):
     with pytest.raises(UserError, match=message) as caught:
-        locate(name)
+        url_for(name)
     assert "\n" not in str(caught.value)
 
 
@@ -130,7 +130,7 @@ def test_known_names_all_have_an_address(mirror):
         "name,ds,final_val,filename\n"
         + "".join(f"x,i21k,0.1,{model}-i21k-300ep-x\n" for model in hub.augreg.MODELS)
     ).encode()
-    addresses = {name: locate(name) for name in hub.names()}
+    addresses = {name: url_for(name) for name in hub.names()}
     assert all(url.endswith(".npz") for url in addresses.values())
 
 
@@ -160,7 +160,7 @@ def test_lit_bundles_come_with_their_vocabulary(mirror):
     mirror.content["/vit_models/lit/LiT-L16S.model"] = b"spm"
     assert resolve("lit/LiT-B16B").with_suffix(".txt").read_bytes() == b"[PAD]\n"
     assert resolve("gs://vit_models/lit/LiT-L16S.npz").with_suffix(".model").read_bytes() == b"spm"
-    assert companions(locate("ViT-B_16")) == ()
+    assert sidecar_files(url_for("ViT-B_16")) == ()
 
 
 def test_load_takes_names(mirror, tmp_path):

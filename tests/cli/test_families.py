@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.conftest import write_images
 from tests.families import SPECS, make
-from vit_jax.checkpoints.lazy import LazyArray
+from vit_jax.checkpoints.formats import LazyArray
 from vit_jax.cli import main
 from vit_jax.evaluation import classify
 from vit_jax.pretrained import load

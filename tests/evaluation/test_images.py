@@ -10,7 +10,7 @@ import pytest
 
 from vit_jax import data
 from vit_jax.checkpoints import read_spec
-from vit_jax.checkpoints.labels import class_names
+from vit_jax.checkpoints.hub import class_names
 from vit_jax.errors import UserError
 from vit_jax.evaluation.images import class_indices, evaluate_images, write_predictions
 from vit_jax.models import create_model

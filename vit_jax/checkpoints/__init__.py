@@ -9,10 +9,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.checkpoints.adapt import adapt
 from vit_jax.checkpoints.architecture import check_arrays, read_spec
-from vit_jax.checkpoints.files import ENDINGS, check_ending, open_arrays, split_tower, write_arrays
+from vit_jax.checkpoints.formats import (
+    ENDINGS,
+    check_ending,
+    is_orbax,
+    open_arrays,
+    read_npz,
+    split_tower,
+    write_arrays,
+    write_npz,
+)
 from vit_jax.checkpoints.layouts import STYLES, read_layout, to_linen, to_style
-from vit_jax.checkpoints.npz import read_npz, write_npz
-from vit_jax.checkpoints.orbax import is_orbax
 from vit_jax.checkpoints.positions import resample
 from vit_jax.checkpoints.spec import AnySpec, Spec
 

@@ -59,18 +59,16 @@ def read_index(path: str | os.PathLike) -> list[Row]:
         ) from e
     header, lines = (lines[0], lines[1:]) if lines else ([], [])
     missing = [column for column in _NEEDED if column not in header]
-    if missing or len(set(header)) != len(header):
-        problem = f"no column {missing[0]}" if missing else "a column twice"
-        raise UserError(
-            f"{path} is no AugReg index: {problem}, found {', '.join(header) or 'nothing'}; remove "
-            "it, and it is fetched again"
-        )
-    for number, line in enumerate(lines, 2):
-        if len(line) != len(header):
-            raise UserError(
-                f"{path}: line {number} has {len(line)} cells, expected {len(header)}: remove the "
-                "file, and it is fetched again"
-            )
+    uneven = next((i for i, line in enumerate(lines) if len(line) != len(header)), None)
+    problem = ""
+    if missing:
+        problem = f"no column {missing[0]}, found {', '.join(header) or 'nothing'}"
+    elif len(set(header)) != len(header):
+        problem = f"a column twice, found {', '.join(header)}"
+    elif uneven is not None:
+        problem = f"line {uneven + 2} has {len(lines[uneven])} cells, expected {len(header)}"
+    if problem:
+        raise UserError(f"{path} is no AugReg index: {problem}; remove it, and it is fetched again")
     columns = [_column([line[i] for line in lines]) for i in range(len(header))]
     named = [i for i, name in enumerate(header) if name]
     return [{header[i]: columns[i][n] for i in named} for n in range(len(lines))]
@@ -99,25 +97,20 @@ def recommended(rows: Iterable[Row], model: str) -> str:
 
     Raises UserError if there is none.
     """
-    best: Row | None = None
-    for row in rows:
-        if (
-            row["ds"] == "i21k"
-            and row["final_val"] is not None
-            and str(row["filename"]).startswith(f"{model}-")
-            and (best is None or _above(row["final_val"], best["final_val"]))
-        ):
-            best = row
-    if best is None:
+    known = [
+        row
+        for row in rows
+        if row["ds"] == "i21k"
+        and row["final_val"] is not None
+        and str(row["filename"]).startswith(f"{model}-")
+    ]
+    if not known:
         raise UserError(
             f"the AugReg index has no {model} pre-trained on ImageNet-21k: choose another of "
             f"{', '.join(MODELS)}, or a file by its name"
         )
+    best = max(known, key=operator.itemgetter("final_val"))
     return str(best["filename"]).removesuffix(".npz")
-
-
-def _above(a: Value, b: Value) -> bool:
-    return a > b  # type: ignore[operator]  # both are numbers of one column
 
 
 def sort(rows: Sequence[Row], column: str) -> list[Row]:
@@ -163,21 +156,25 @@ def query(rows: Sequence[Row], expression: str) -> list[Row]:
         raise UserError("the query is nested too deeply: write it shorter") from e
 
 
-_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: lambda a, b: a is not None and b is not None and a < b,
-    ast.LtE: lambda a, b: a is not None and b is not None and a <= b,
-    ast.Gt: lambda a, b: a is not None and b is not None and a > b,
-    ast.GtE: lambda a, b: a is not None and b is not None and a >= b,
-    ast.In: lambda a, b: _is_in(a, b),
-    ast.NotIn: lambda a, b: not _is_in(a, b),
-}
+def _unless_missing(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    return lambda a, b: a is not None and b is not None and compare(a, b)
 
 
 def _is_in(a: Any, b: Any) -> bool:
     nothing = b is None or (a is None and isinstance(b, str))
     return not nothing and a in b
+
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: _unless_missing(operator.lt),
+    ast.LtE: _unless_missing(operator.le),
+    ast.Gt: _unless_missing(operator.gt),
+    ast.GtE: _unless_missing(operator.ge),
+    ast.In: _is_in,
+    ast.NotIn: lambda a, b: not _is_in(a, b),
+}
 
 
 def _compile(node: ast.expr, columns: Row, text: str) -> Callable[[Row], Any]:

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from vit_jax.checkpoints.architecture import read_spec
-from vit_jax.checkpoints.files import check_ending, open_arrays, split_tower, write_arrays
+from vit_jax.checkpoints.formats import check_ending, open_arrays, split_tower, write_arrays
 from vit_jax.checkpoints.layouts import to_linen, to_style
 from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError

@@ -2,36 +2,31 @@
 
 The bytes arrive in `.NAME.part` beside the final name, and what the server said about the file is
 kept in `.NAME.part.json`, so that a later start goes on where this one ended. The lock that keeps
-other processes away is on the part itself: the system releases it when a process dies, and no
-lock file is left behind.
+other processes away is on the part itself: the system releases it when a process dies.
 """
 
 import base64
 import contextlib
-import dataclasses
 import hashlib
-import http.client
 import json
 import logging
+import math
 import os
 import shutil
+import ssl
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from io import BufferedRandom
 from pathlib import Path
+from typing import Any
 
-from vit_jax.checkpoints.remote import (
-    CorruptError,
-    RefusedError,
-    Remote,
-    TryAgainError,
-    content_range,
-    describe,
-    open_url,
-)
-from vit_jax.errors import UserError
+import google_crc32c
+import requests
+from urllib3 import exceptions as broken
+
+from vit_jax.errors import UserError, first_line
 
 TIMEOUT = 30.0  # Seconds without a byte after which a connection counts as dead.
 ATTEMPTS = 5  # Fruitless ones in a row, after which we give up.
@@ -42,6 +37,15 @@ _PIECE = 1 << 20
 
 _log = logging.getLogger(__name__)
 _Report = Callable[[int, int | None], None]  # (bytes there, bytes in all or None)
+_Remote = dict[str, Any]  # A file as its server describes it, see `_describe`.
+
+
+class _FailedError(Exception):
+    """Why an attempt failed; `tries` such in a row are enough, `wait` seconds are to be between."""
+
+    def __init__(self, reason: str, tries: float = math.inf, wait: float | None = None):
+        super().__init__(reason)
+        self.tries, self.wait = tries, wait
 
 
 def download(
@@ -66,207 +70,203 @@ def download(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked_part(path) as part:
-            if part is not None:
-                with _progress(path.name) as report:
-                    _transfer(
-                        url,
-                        part,
-                        path,
-                        report,
-                        ATTEMPTS if attempts is None else attempts,
-                        TIMEOUT if timeout is None else timeout,
-                    )
+            if not path.is_file():  # It may be there by another process's work.
+                _transfer(url, part, path, attempts or ATTEMPTS, timeout or TIMEOUT)
                 os.fsync(part.fileno())
-                os.replace(_part_name(path), path)
-                _state_name(path).unlink(missing_ok=True)
-    except RefusedError as e:
-        raise UserError(
-            f"can't download {url}: {e}; or fetch that address by hand and save it as {path}"
-        ) from e
+                os.replace(part.name, path)
+                _notes(path).unlink(missing_ok=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as e:
         raise UserError(
             f"can't write {path} ({e.strerror}): set VIT_JAX_CACHE to a folder that can be written"
         ) from e
 
 
-def _part_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
-def _state_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part.json")
-
-
 @contextlib.contextmanager
-def _locked_part(path: Path) -> Iterator[BufferedRandom | None]:
-    """The part, ours alone; None if the file is complete, perhaps by another process's work."""
-    name = _part_name(path)
-    while not path.is_file():
-        with open(os.open(name, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as part:
-            _lock(part, path)
-            # Whoever had the lock may have given the part its final name, or begun another.
-            if not _is_named(part, name):
-                continue
-            if path.is_file():
-                name.unlink()
+def _locked_part(path: Path) -> Iterator[BufferedRandom]:
+    """The part, ours alone. It is removed at the end if nothing came, or it is no longer needed."""
+    import fcntl  # Not on Windows, where local files work all the same.
+
+    name = path.with_name(f".{path.name}.part")
+    while True:
+        with open(name, "a+b") as part:
+            try:
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.warning("waiting for another process that is downloading %s", path.name)
+                fcntl.flock(part, fcntl.LOCK_EX)
+            except OSError as e:
+                raise UserError(
+                    f"files in {path.parent} can't be locked ({e.strerror}): set VIT_JAX_CACHE to "
+                    "a folder on a local disk"
+                ) from e
+            if not os.fstat(part.fileno()).st_nlink:  # Whoever had the lock removed it.
                 continue
             try:
                 yield part
             finally:
-                if not _size(part) and _is_named(part, name):
-                    name.unlink()  # Nothing came.
+                if path.is_file() or not _size(part):
+                    name.unlink(missing_ok=True)
             return
-    yield None
 
 
-def _lock(part: BufferedRandom, path: Path) -> None:
-    import fcntl  # Not on Windows, where local files work all the same.
-
-    try:
-        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _log.warning("waiting for another process that is downloading %s", path.name)
-        fcntl.flock(part, fcntl.LOCK_EX)
-    except OSError as e:
-        raise UserError(
-            f"files in {path.parent} can't be locked ({e.strerror}): set VIT_JAX_CACHE to a folder "
-            "on a local disk"
-        ) from e
-
-
-def _is_named(file: BufferedRandom, name: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(name))
-    except FileNotFoundError:
-        return False
-
-
-def _transfer(
-    url: str, part: BufferedRandom, path: Path, report: _Report, attempts: int, timeout: float
-) -> None:
+def _transfer(url: str, part: BufferedRandom, path: Path, attempts: int, timeout: float) -> None:
     """Fills the part, in as many attempts as it takes while each brings something new."""
-    most, fruitless, corrupt = _size(part), 0, 0
-    while True:
-        try:
-            remote = _receive(url, part, path, report, timeout)
-            _check(remote, part, path)
-            return
-        except CorruptError as e:
-            # Damage on the way, or a part of another version: once more, from the start.
-            _discard(part, path)
-            corrupt += 1
-            if corrupt == min(2, attempts):
-                raise RefusedError(f"{e}: try again later") from e
-            _log.warning("%s: %s; fetching it again from the start", path.name, e)
-        except TryAgainError as e:
-            fruitless = 0 if _size(part) > most else fruitless
-            most = max(most, _size(part))
-            fruitless += 1
-            if fruitless >= attempts:
-                kept = _read_state(path) and _size(part)
-                rest = f"; {kept:,} bytes are kept for another try" if kept else ""
-                raise RefusedError(
-                    f"{e}, {attempts} times in a row{rest}: check the network and try again"
-                ) from e
-            wait = BACKOFF * 2 ** (fruitless - 1) if e.wait is None else e.wait
-            wait = min(wait, LONGEST_WAIT)
-            _log.warning("%s: %s; trying again in %.0f s", path.name, e, wait)
-            time.sleep(wait)
+    most, failed = _size(part), 0
+    with _progress(path.name) as report:
+        while True:
+            try:
+                _check(_receive(url, part, path, report, timeout), part, path)
+                return
+            except _FailedError as e:
+                failed = 1 if _size(part) > most else failed + 1
+                most = max(most, _size(part))
+                if failed >= min(e.tries, attempts):
+                    often = f", {failed} times in a row: try again later" if failed > 1 else ""
+                    kept = f"; {most:,} bytes are kept for another try" if _read_notes(path) else ""
+                    raise UserError(
+                        f"can't download {url}: {e}{often}{kept}; or fetch that address by hand "
+                        f"and save it as {path}"
+                    ) from e
+                wait = BACKOFF * 2 ** (failed - 1) if e.wait is None else e.wait
+                wait = min(wait, LONGEST_WAIT)
+                _log.warning("%s: %s; trying again in %.0f s", path.name, e, wait)
+                time.sleep(wait)
 
 
-def _receive(url: str, part: BufferedRandom, path: Path, report: _Report, timeout: float) -> Remote:
+def _receive(
+    url: str, part: BufferedRandom, path: Path, report: _Report, timeout: float
+) -> _Remote:
     """One request: the rest of the file if the server still has the same one, else all of it."""
-    known = _read_state(path)
-    have = _size(part)
-    if known is None or known.url != url or (known.size is not None and have > known.size):
-        known = None
-        have = 0
-    elif have and have == known.size:
+    known, done = _read_notes(path), _size(part)
+    if known.get("url") != url or done > known.get("size", done):
+        known, done = {}, 0
+    elif done and done == known.get("size"):
         return known  # Stopped between the last byte and the check.
     headers = {"User-Agent": "vit_jax", "Accept-Encoding": "identity"}
-    if have and known:
-        headers["Range"] = f"bytes={have}-"
-        if known.strong_etag:
-            headers["If-Range"] = known.strong_etag
-    with open_url(url, headers, timeout) as response:
-        if response.status == 206:
-            start, total = content_range(response)
-            now = dataclasses.replace(describe(url, response), size=total)
-            if known is None or start != have or not known.is_same(now):
+    if done:
+        headers["Range"] = f"bytes={done}-"
+        if known.get("etag", "").startswith('"'):  # One that promises equal bytes.
+            headers["If-Range"] = known["etag"]
+    with _open(url, headers, timeout) as response:
+        remote = _describe(url, response)
+        if response.status_code != 200:
+            start, _, total = response.headers.get("Content-Range", "").partition("/")
+            remote["size"] = int(total) if total.isdecimal() else None
+            same = all(known.get(k, v) == v for k, v in remote.items() if v is not None)
+            if not same or not _is_marked(remote) or not start.startswith(f"bytes {done}-"):
                 _discard(part, path)
-                raise TryAgainError("the file has changed on the server")
+                raise _FailedError("the file has changed on the server")
             remote = known
-        elif response.status == 200:
-            _discard(part, path)
-            remote = describe(url, response)
-            # Without any mark by which to know the file again, it can't be resumed.
-            if remote.is_same(remote):
-                _state_name(path).write_text(json.dumps(dataclasses.asdict(remote)))
         else:
-            raise RefusedError(f"the server answered {response.status}, expected 200")
-        if remote.size is not None:
-            _check_room(path, remote.size - _size(part))
-        _copy(response, part, remote.size, report)
-    if remote.size is not None and _size(part) != remote.size:
-        raise TryAgainError(f"cut off after {_size(part):,} of {remote.size:,} bytes")
+            _discard(part, path)
+            done = 0
+            # Without any mark by which to know the file again, it can't be resumed.
+            if _is_marked(remote):
+                _notes(path).write_text(json.dumps(remote))
+        size = remote.get("size")
+        free = shutil.disk_usage(path.parent).free
+        if size is not None and size - done > free:
+            raise UserError(
+                f"{path.name} needs {(size - done) / 1e6:,.0f} MB, but {path.parent} has "
+                f"{free / 1e6:,.0f} MB free: make room, or set VIT_JAX_CACHE to another folder"
+            )
+        try:
+            report(done, size)
+            # What has arrived, at once: the timeout is then one between two arrivals.
+            while piece := response.raw.read1(_PIECE, decode_content=False):
+                done += part.write(piece)
+                report(done, size)
+        except broken.HTTPError as e:
+            how = "silent for too long" if isinstance(e, broken.TimeoutError) else "cut off"
+            raise _FailedError(f"{how} after {done:,} bytes") from e
+        finally:
+            part.flush()
+    if size is not None and done != size:
+        raise _FailedError(f"cut off after {done:,} of {size:,} bytes")
     return remote
 
 
-def _copy(response, part: BufferedRandom, size: int | None, report: _Report) -> None:
-    done = _size(part)
-    part.seek(done)
+def _open(url: str, headers: dict[str, str], timeout: float) -> requests.Response:
+    """The answer: the file follows (200), or a part of it (206), or there is no such part (416)."""
+    # The system's certificates, or those of SSL_CERT_FILE; where there are none, requests' own.
+    verify = ssl.get_default_verify_paths().cafile or True
     try:
-        while True:
-            report(done, size)
-            try:
-                # What has arrived, at once: the timeout is then one between two arrivals.
-                piece = response.read1(_PIECE)
-            except TimeoutError as e:
-                raise TryAgainError(f"no byte came for a while after {done:,}") from e
-            except (OSError, http.client.HTTPException) as e:
-                raise TryAgainError(f"the connection broke after {done:,} bytes") from e
-            if not piece:
-                return
-            part.write(piece)
-            done += len(piece)
-    finally:
-        part.flush()
+        response = requests.get(url, headers=headers, timeout=timeout, stream=True, verify=verify)
+    except requests.RequestException as e:
+        reason = getattr(e.args[0] if e.args else e, "reason", e)
+        text = "no answer in time" if isinstance(e, requests.Timeout) else first_line(reason)
+        if "CERTIFICATE_VERIFY_FAILED" in text:
+            text = (
+                f"its certificate is not trusted ({text}): check the clock, or set SSL_CERT_FILE "
+                "to your network's certificates"
+            )
+            raise _FailedError(text, tries=1) from e
+        unknown = isinstance(reason, broken.NameResolutionError) and "Range" not in headers
+        # The other two: no http or https address.
+        if unknown or isinstance(e, ValueError | requests.TooManyRedirects):
+            raise _FailedError(f"{text}: check the name and the network", tries=1) from e
+        raise _FailedError(f"no connection ({text})") from e
+    status = response.status_code
+    secure = response.url.startswith("https:") or not url.startswith("https:")
+    if secure and (status in (200, 206) or (status == 416 and "Range" in headers)):
+        return response
+    response.close()
+    if not secure:
+        raise _FailedError(f"it redirects to {response.url}, which is not secure", tries=1)
+    said = f"the server answered {status} {response.reason or ''}".rstrip()
+    if status in (408, 425, 429, 500, 502, 503, 504):
+        seconds = response.headers.get("Retry-After", "")
+        raise _FailedError(said, wait=float(seconds) if seconds.isdecimal() else None)
+    if status in (401, 403, 404, 410):
+        said += ", so there is no such file or no permission to read it"
+    raise _FailedError(f"{said}: check the name", tries=1)
 
 
-def _check(remote: Remote, part: BufferedRandom, path: Path) -> None:
+def _describe(url: str, response: requests.Response) -> _Remote:
+    """The address, and what the server tells of: the size (of a part its own), marks by which the
+    file is known again (ETag, generation), and checksums in base64 (MD5, CRC32C)."""
+    headers = response.headers
+    if headers.get("Content-Encoding", "identity") != "identity":
+        packing = headers["Content-Encoding"]
+        raise _FailedError(f"the server sends it compressed ({packing}), unasked", tries=1)
+    told: _Remote = {"etag": headers.get("ETag"), "generation": headers.get("x-goog-generation")}
+    size = headers.get("Content-Length", "")
+    # What is stored compressed and sent plain has the checksums and size of the compressed form.
+    if headers.get("x-goog-stored-content-encoding", "identity") == "identity":
+        size = headers.get("x-goog-stored-content-length", size)
+        pairs = [text.strip().partition("=") for text in headers.get("x-goog-hash", "").split(",")]
+        told |= {kind: value for kind, _, value in pairs if kind in ("md5", "crc32c")}
+    told["size"] = int(size) if size.isdecimal() else None
+    return {"url": url} | {name: value for name, value in told.items() if value is not None}
+
+
+def _is_marked(remote: _Remote) -> bool:
+    return bool(remote.keys() & {"etag", "generation", "md5", "crc32c"})
+
+
+def _check(remote: _Remote, part: BufferedRandom, path: Path) -> None:
     """Compares the part with the server's checksum, and looks whether an .npz is one."""
-    part.seek(0)
-    if remote.md5:
-        found = hashlib.file_digest(part, lambda: hashlib.md5(usedforsecurity=False)).digest()
-        _compare("MD5", found, remote.md5)
-    elif remote.crc32c:
-        from vit_jax.checkpoints.crc32c import crc32c
-
-        _compare("CRC32C", crc32c(part).to_bytes(4, "big"), remote.crc32c)
+    wrong = ""
+    if kind := next((kind for kind in ("md5", "crc32c") if kind in remote), None):
+        digest = hashlib.md5(usedforsecurity=False) if kind == "md5" else google_crc32c.Checksum()
+        part.seek(0)
+        while piece := part.read(_PIECE):
+            digest.update(piece)
+        found = base64.b64encode(digest.digest()).decode()
+        if found != remote[kind]:
+            wrong = f"its {kind.upper()} is {found}, but the server gives {remote[kind]}"
     part.seek(0)
     # The directory of an .npz stands at its end, so that a truncated one is not accepted either.
-    if path.suffix == ".npz" and not zipfile.is_zipfile(part):
-        size = _size(part)
+    if not wrong and path.suffix == ".npz" and not zipfile.is_zipfile(part):
         part.seek(0)
-        raise CorruptError(
-            f"what came is no complete .npz file ({size:,} bytes that start with {part.read(8)!r})"
+        start = part.read(8)
+        wrong = (
+            f"what came is no complete .npz file ({_size(part):,} bytes that start with {start!r})"
         )
-
-
-def _compare(kind: str, found: bytes, expected: str) -> None:
-    if base64.b64encode(found).decode() != expected:
-        raise CorruptError(
-            f"its {kind} is {base64.b64encode(found).decode()}, but the server gives {expected}"
-        )
-
-
-def _check_room(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise UserError(
-            f"{path.name} needs {needed / 1e6:,.0f} MB, but {path.parent} has {free / 1e6:,.0f} MB "
-            "free: make room, or set VIT_JAX_CACHE to another folder"
-        )
+    if wrong:
+        # Damage on the way, or a part of another version: from the start, but not again and again.
+        _discard(part, path)
+        raise _FailedError(wrong, tries=3)
 
 
 def _size(part: BufferedRandom) -> int:
@@ -276,14 +276,18 @@ def _size(part: BufferedRandom) -> int:
 def _discard(part: BufferedRandom, path: Path) -> None:
     # First the bytes, then what is known of them: never bytes with the notes of another file.
     part.truncate(0)
-    _state_name(path).unlink(missing_ok=True)
+    _notes(path).unlink(missing_ok=True)
 
 
-def _read_state(path: Path) -> Remote | None:
+def _notes(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part.json")
+
+
+def _read_notes(path: Path) -> _Remote:
     try:
-        return Remote(**json.loads(_state_name(path).read_text()))
+        return dict(json.loads(_notes(path).read_text()))
     except (OSError, ValueError, TypeError):
-        return None
+        return {}
 
 
 @contextlib.contextmanager
@@ -293,24 +297,12 @@ def _progress(title: str) -> Iterator[_Report]:
         _log.info("downloading %s", title)
         yield lambda done, total: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich import console, markup, progress
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    columns = (progress.BarColumn(), progress.DownloadColumn(binary_units=True))
+    speed = (progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+    screen = console.Console(stderr=True)
+    with progress.Progress("{task.description}", *columns, *speed, console=screen) as bar:
         short = title if len(title) <= 40 else f"{title[:28]}...{title[-9:]}"
-        task = bar.add_task(short, total=None)
+        task = bar.add_task(markup.escape(short), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

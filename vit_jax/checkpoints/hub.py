@@ -5,66 +5,29 @@ Environment variables: VIT_JAX_CACHE, the folder of the cache (else XDG_CACHE_HO
 stands for https://storage.googleapis.com.
 """
 
-import dataclasses
 import difflib
 import hashlib
+import logging
 import os
 import re
+import tomllib
 import urllib.parse
+from importlib import resources
 from pathlib import Path
 
 from vit_jax.checkpoints import augreg
-from vit_jax.checkpoints.download import download
 from vit_jax.errors import UserError
 from vit_jax.files import cache_folder
 
 STORE = "https://storage.googleapis.com"
 AUGREG_INDEX = f"{STORE}/vit_models/augreg/index.csv"
+# The names of ImageNet-21k's classes that the original prints, one a line.
+IMAGENET21K = f"{STORE}/bit_models/imagenet21k_wordnet_lemmas.txt"
 
+_DATA = resources.files("vit_jax.checkpoints")
+_FOLDERS = tomllib.loads((_DATA / "published.toml").read_text("utf-8"))
 
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """A place with checkpoints: BUCKET/FOLDER, and the names that are known to be there."""
-
-    place: str
-    names: tuple[str, ...]
-
-
-# Those whose file is called by the model's name. There may be more in a folder than is known here.
-FOLDERS = {
-    # arXiv:2010.11929, pre-trained on ImageNet-21k at 224 pixels, with `pre_logits`.
-    "imagenet21k": Folder(
-        "vit_models/imagenet21k",
-        ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50+ViT-B_16"),
-    ),
-    # The same, fine-tuned on ImageNet at 384 pixels, or 224 where the name says so.
-    "imagenet21k+imagenet2012": Folder(
-        "vit_models/imagenet21k+imagenet2012",
-        (
-            *("ViT-B_16", "ViT-B_16-224", "ViT-B_32"),
-            *("ViT-L_16", "ViT-L_16-224", "ViT-L_32", "R50+ViT-B_16"),
-        ),
-    ),
-    # arXiv:2106.01548 and arXiv:2203.08065, trained on ImageNet at 224 pixels.
-    "sam": Folder("vit_models/sam", ("ViT-B_16", "ViT-B_32")),
-    "gsam": Folder(
-        "vit_models/gsam",
-        ("ViT-S_16-gap-norep", "ViT-S_32-gap-norep", "ViT-B_16-gap-norep", "ViT-B_32-gap-norep"),
-    ),
-    # arXiv:2105.01601.
-    "mixer": Folder("mixer_models/imagenet21k", ("Mixer-B_16", "Mixer-L_16")),
-    "mixer/imagenet21k": Folder("mixer_models/imagenet21k", ("Mixer-B_16", "Mixer-L_16")),
-    "mixer/imagenet1k": Folder("mixer_models/imagenet1k", ("Mixer-B_16", "Mixer-L_16")),
-    "mixer/sam": Folder("mixer_models/sam", ("Mixer-B_16", "Mixer-B_32")),
-    "mixer/gsam": Folder("mixer_models/gsam", ("Mixer-B_16", "Mixer-B_32")),
-    # arXiv:2111.07991.
-    "lit": Folder(
-        "vit_models/lit", ("LiT-B16B", "LiT-B16B_2", "LiT-L16L", "LiT-L16S", "LiT-L16Ti")
-    ),
-}
-
-# LiT models whose text tower has a SentencePiece vocabulary; the others' is a BERT word list.
-_SENTENCEPIECE = ("LiT-L16S", "LiT-L16Ti")
+_log = logging.getLogger(__name__)
 
 
 def resolve(
@@ -76,7 +39,7 @@ def resolve(
     """The local file or folder that a name means, downloaded if it isn't there yet.
 
     Args:
-      name: a local path, which wins if it exists; "FOLDER/NAME" with a folder of FOLDERS;
+      name: a local path, which wins if it exists; "FOLDER/NAME" with a folder of published.toml;
         "augreg/MODEL" for the recommended AugReg checkpoint of a model, "augreg/FILE" for any of
         them; without a folder an AugReg model or file ("Ti_16"), or an official name ("ViT-B_16"),
         which means the paper's ImageNet-21k weights if there are any, else the recommended AugReg
@@ -91,13 +54,13 @@ def resolve(
         return path
     if isinstance(name, os.PathLike):
         raise UserError(f"no such file: {path}")
-    url = locate(name, cache_dir=cache_dir, offline=offline)
-    for companion in companions(url):
-        fetch(companion, cache_dir=cache_dir, offline=offline)
+    url = url_for(name, cache_dir=cache_dir, offline=offline)
+    for sidecar in sidecar_files(url):
+        fetch(sidecar, cache_dir=cache_dir, offline=offline)
     return fetch(url, cache_dir=cache_dir, offline=offline)
 
 
-def locate(
+def url_for(
     name: str, *, cache_dir: str | os.PathLike | None = None, offline: bool | None = None
 ) -> str:
     """The address that a name means, see `resolve`. Local files are not looked for.
@@ -119,26 +82,26 @@ def locate(
     if not folder and name.endswith(".npz"):
         raise UserError(f"no such file: {name}")
     if not folder:
-        folder, stem = _home(stem)
+        folder, stem = _default_collection(stem)
     if folder == "augreg" and stem:
         if stem in augreg.MODELS:
             index = fetch(AUGREG_INDEX, cache_dir=cache_dir, offline=offline)
             stem = augreg.recommended(augreg.read_index(index), stem)
         if augreg.is_file_name(stem):
             return _store_url(f"vit_models/augreg/{stem}.npz")
-    elif folder in FOLDERS and re.fullmatch(r"[\w.+-]*\w", stem):
-        return _store_url(f"{FOLDERS[folder].place}/{stem}.npz")
+    elif folder in _FOLDERS and re.fullmatch(r"[\w.+-]*\w", stem):
+        return _store_url(f"{_FOLDERS[folder]['place']}/{stem}.npz")
     known = {n.rpartition("/")[2]: n for n in reversed(names())} | {n: n for n in names()}
-    near = [known[n] for n in difflib.get_close_matches(name, known, n=3, cutoff=0.6)]
-    near = list(dict.fromkeys(near))
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = list(dict.fromkeys(known[n] for n in close))
     hint = f"did you mean {' or '.join(near)}?" if near else "vit-jax models lists them"
     raise UserError(f"no such file: {name}, and no published weights of that name; {hint}")
 
 
-def _home(stem: str) -> tuple[str, str]:
+def _default_collection(stem: str) -> tuple[str, str]:
     """(folder, name) of a name that was given without a folder."""
     for folder in ("imagenet21k", "mixer", "lit"):
-        if stem in FOLDERS[folder].names:
+        if stem in _FOLDERS[folder]["names"]:
             return folder, stem
     if augreg.model_of(stem) in augreg.MODELS:
         return "augreg", augreg.model_of(stem)
@@ -147,31 +110,30 @@ def _home(stem: str) -> tuple[str, str]:
 
 def names() -> list[str]:
     """Every name with a folder that is known to be published, AugReg's single files left out."""
-    listed = [f"{folder}/{name}" for folder, f in FOLDERS.items() for name in f.names]
+    listed = [f"{folder}/{name}" for folder, f in _FOLDERS.items() for name in f["names"]]
     return [f"augreg/{model}" for model in augreg.MODELS] + listed
 
 
 def sources(model: str) -> list[str]:
     """The names under which weights of an official model are published, e.g. of "ViT-B_16"."""
-    listed = [
-        name
-        for name in names()
-        # "mixer" alone is short for one of its sub-folders; "-224" is an image size.
-        if not name.startswith("augreg/")
-        and name.rpartition("/")[2].removesuffix("-224") == model
-        and name.rpartition("/")[0] != "mixer/imagenet21k"
-    ]
     short = augreg.model_of(model)
-    return ([f"augreg/{short}"] if short in augreg.MODELS else []) + listed
+    listed = [f"augreg/{short}"] if short in augreg.MODELS else []
+    for name in names():
+        folder, _, stem = name.rpartition("/")
+        # "-224" is an image size; the folder left out is "mixer" too.
+        if stem.removesuffix("-224") == model and folder not in ("augreg", "mixer/imagenet21k"):
+            listed.append(name)
+    return listed
 
 
-def companions(url: str) -> tuple[str, ...]:
+def sidecar_files(url: str) -> tuple[str, ...]:
     """Addresses of the files that have to lie beside a checkpoint: a LiT bundle's vocabulary."""
-    match = re.fullmatch(re.escape(f"{STORE}/vit_models/lit/") + r"(.+)\.npz", url)
+    lit = _FOLDERS["lit"]
+    match = re.fullmatch(re.escape(f"{STORE}/{lit['place']}/") + r"(.+)\.npz", url)
     if not match:
         return ()
-    ending = "model" if match[1] in _SENTENCEPIECE else "txt"
-    return (f"{STORE}/vit_models/lit/{match[1]}.{ending}",)
+    ending = "model" if match[1] in lit["sentencepiece"] else "txt"
+    return (f"{url.removesuffix('npz')}{ending}",)
 
 
 def fetch(
@@ -184,8 +146,7 @@ def fetch(
 ) -> Path:
     """The cached copy of an address, downloaded if it isn't there yet.
 
-    Published files don't change, so that a cached one is never asked for again: remove it to get it
-    anew.
+    Published files don't change: a cached one is never asked for again; remove it to get it anew.
 
     Args:
       url: https or http.
@@ -197,12 +158,22 @@ def fetch(
     path = cache_path(url, cache_dir)
     if path.is_file():
         return path
-    url = _mirrored(url)
-    if _is_offline() if offline is None else offline:
+    mirror = os.environ.get("VIT_JAX_MIRROR", "").rstrip("/")
+    if mirror and url.startswith(f"{STORE}/"):
+        if not mirror.startswith(("https://", "http://")):
+            raise UserError(
+                f"VIT_JAX_MIRROR is {mirror!r}, expected an https:// or http:// address"
+            )
+        url = mirror + url.removeprefix(STORE)
+    if offline is None:
+        offline = os.environ.get("VIT_JAX_OFFLINE", "").lower() not in ("", "0", "false", "no")
+    if offline:
         raise UserError(
             f"{path.name} is not in the cache, and downloads are switched off: fetch {url} by hand "
             f"and save it as {path}, or unset VIT_JAX_OFFLINE"
         )
+    from vit_jax.checkpoints.download import download  # Slow to import.
+
     download(url, path, attempts=attempts, timeout=timeout)
     return path
 
@@ -244,14 +215,34 @@ def _store_url(place: str) -> str:
     return f"{STORE}/{urllib.parse.quote(place, safe='/+=@,~')}"
 
 
-def _mirrored(url: str) -> str:
-    mirror = os.environ.get("VIT_JAX_MIRROR", "").rstrip("/")
-    if not mirror or not url.startswith(f"{STORE}/"):
-        return url
-    if not mirror.startswith(("https://", "http://")):
-        raise UserError(f"VIT_JAX_MIRROR is {mirror!r}, expected an https:// or http:// address")
-    return mirror + url.removeprefix(STORE)
+def class_names(num_classes: int | None) -> tuple[str, ...] | None:
+    """The names of a published head's classes, in the order of its outputs.
 
+    Those of ImageNet come with the package. Those of ImageNet-21k are downloaded once; where that
+    fails the log says so, and there are no names, which is no reason not to use the weights.
 
-def _is_offline() -> bool:
-    return os.environ.get("VIT_JAX_OFFLINE", "").lower() not in ("", "0", "false", "no")
+    Args:
+      num_classes: the width of the head, or None.
+
+    Returns:
+      one name a class, all words of its WordNet synset: "tench, Tinca tinca"; or None for other
+      heads.
+    """
+    if num_classes not in (1_000, 21_843):
+        return None
+    try:
+        if num_classes == 1_000:
+            text = (_DATA / "imagenet_labels.txt").read_text("utf-8")
+        else:
+            # One quick try: whoever loads a local file may not even have a network.
+            text = fetch(IMAGENET21K, attempts=1, timeout=5).read_text("utf-8")
+        found = tuple(line.strip().replace("_", " ") for line in text.splitlines())
+        if len(found) != num_classes:
+            raise UserError(
+                f"{cache_path(IMAGENET21K)} has {len(found)} lines, expected {num_classes}: remove "
+                "it, and it is fetched again"
+            )
+    except (UserError, OSError, UnicodeDecodeError) as e:
+        _log.warning("the classes of ImageNet-21k go without names: %s", e)
+        return None
+    return found

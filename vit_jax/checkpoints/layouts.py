@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from vit_jax.checkpoints.lazy import rows, with_zero_token
+from vit_jax.checkpoints.formats import rows, with_zero_token
 from vit_jax.errors import UserError
 
 Arrays = Mapping[str, Any]

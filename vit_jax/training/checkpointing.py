@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from vit_jax.checkpoints.npz import first_line
-from vit_jax.errors import NO_ROOM, UserError
+from vit_jax.errors import NO_ROOM, UserError, first_line
 from vit_jax.training.processes import allgather, is_main_process
 from vit_jax.training.state import TrainState
 

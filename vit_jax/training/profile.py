@@ -8,7 +8,7 @@ from typing import Self
 
 import jax
 
-from vit_jax.checkpoints.npz import first_line
+from vit_jax.errors import first_line
 from vit_jax.training.processes import allgather
 
 FOLDER = "profile"

@@ -7,8 +7,7 @@ import pytest
 
 import vit_jax
 from vit_jax.checkpoints import save_weights
-from vit_jax.checkpoints.hub import cache_path
-from vit_jax.checkpoints.labels import IMAGENET21K, class_names
+from vit_jax.checkpoints.hub import IMAGENET21K, cache_path, class_names
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as st_np
 
 from tests import published
 from vit_jax.checkpoints import ENDINGS, load_weights, open_arrays, to_tree, write_arrays
-from vit_jax.checkpoints.files import split_tower
+from vit_jax.checkpoints.formats import split_tower
 from vit_jax.errors import UserError
 
 ARRAYS = {
@@ -196,29 +196,30 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("{", "no JSON"),
-        ("{} {}", "no JSON"),
-        ('{"\xff": 1}'.encode("latin1"), "no JSON"),
-        ("{" * 10, "no JSON"),
-        ('{"x":' * 100_000, "maximum recursion|no JSON"),
-        ('{"x": 1}', "'x' has not dtype, shape and data_offsets"),
-        ({"x": ENTRY | {"more": 1}}, "'x' has not dtype, shape and data_offsets"),
-        ({"x": ENTRY | {"shape": [3]}}, r"'x' claims shape \(3,\) of float32, but has 8 bytes"),
-        ({"x": ENTRY | {"shape": [-2]}}, r"'x' has \[-2\], expected whole numbers"),
-        ({"x": ENTRY | {"shape": [2.0]}}, "expected whole numbers"),
-        ({"x": ENTRY | {"shape": [True, 2]}}, "expected whole numbers"),
-        ({"x": ENTRY | {"shape": 2}}, "expected whole numbers"),
-        ({"x": ENTRY | {"shape": [1] * 99 + [2]}}, "100 axes"),
-        ({"x": ENTRY | {"data_offsets": [8, 0]}}, "claims shape"),
-        ({"x": ENTRY | {"data_offsets": [0, 8, 8]}}, "3 offsets"),
-        ({"x": ENTRY | {"data_offsets": [4, 12]}}, "'x' begins at byte 4, expected 0"),
-        ({"x": ENTRY, "y": ENTRY}, "'y' begins at byte 0, expected 8"),
-        ({"x": ENTRY | {"shape": [1], "data_offsets": [0, 4]}}, "take 4 bytes, but it holds 8"),
-        ({"x": ENTRY | {"shape": [1 << 60], "data_offsets": [0, 1 << 62]}}, "but it holds 8"),
-        ({"x": ENTRY | {"dtype": "C64"}}, "of type 'C64', known are F64, F32"),
-        ({"x": ENTRY | {"dtype": ["F32"]}}, "unhashable|of type"),
-        (f'{{"x": {json.dumps(ENTRY)}, "x": {json.dumps(ENTRY)}}}', "'x' is there twice"),
-        ('{"x": {"shape": [' + "9" * 5000 + "]}}", "Exceeds the limit"),
+        ("{", "invalid JSON"),
+        ("{} {}", "invalid JSON"),
+        ('{"\xff": 1}'.encode("latin1"), "invalid UTF-8"),
+        ("{" * 10, "invalid JSON"),
+        ('{"x":' * 100_000, "recursion limit"),
+        ('{"x": 1}', "invalid JSON"),
+        ({"x": ENTRY | {"shape": [3]}}, "invalid shape"),
+        ({"x": ENTRY | {"shape": [-2]}}, "invalid value: integer `-2`"),
+        ({"x": ENTRY | {"shape": [2.0]}}, "invalid type"),
+        ({"x": ENTRY | {"shape": [True, 2]}}, "invalid type"),
+        ({"x": ENTRY | {"shape": 2}}, "invalid type"),
+        ({"x": ENTRY | {"shape": [1] * 99 + [2]}}, "'x' can't be read .*found 100"),
+        ({"x": ENTRY | {"data_offsets": [8, 0]}}, "invalid offset for tensor `x`"),
+        ({"x": ENTRY | {"data_offsets": [0, 8, 8]}}, "invalid length 3"),
+        ({"x": ENTRY | {"data_offsets": [4, 12]}}, "invalid offset for tensor `x`"),
+        ({"x": ENTRY, "y": ENTRY}, "invalid offset for tensor"),
+        ({"x": ENTRY | {"shape": [1], "data_offsets": [0, 4]}}, "not fully covered"),
+        ({"x": ENTRY | {"shape": [1 << 60], "data_offsets": [0, 1 << 62]}}, "overflow"),
+        ({"x": ENTRY | {"shape": [1 << 50], "data_offsets": [0, 1 << 52]}}, "not fully covered"),
+        ({"x": ENTRY | {"dtype": "C99"}}, "unknown variant `C99`"),
+        ({"x": ENTRY | {"dtype": "C64", "shape": [1]}}, "of type C64, known are F64, F32"),
+        ({"x": ENTRY | {"dtype": "F8_E4M3", "shape": [8]}}, "of type F8_E4M3, known are F64"),
+        ({"x": ENTRY | {"dtype": ["F32"]}}, "invalid type"),
+        ('{"x": {"shape": [' + "9" * 5000 + "]}}", "number out of range"),
     ],
 )
 def test_a_safetensors_header_that_lies_is_refused(header, message, tmp_path):
@@ -243,7 +244,7 @@ def test_a_file_that_shrinks_while_it_is_open_is_told(tmp_path):
     write_arrays(path, {"x": np.zeros(1 << 20)})
     with open_arrays(path) as arrays:
         os.truncate(path, path.stat().st_size - 1)
-        with pytest.raises(UserError, match=r"'x' can't be read \(1 bytes are missing\)"):
+        with pytest.raises(UserError, match=r"'x' can't be read \(.*fill whole buffer"):
             arrays["x"].read()
 
 

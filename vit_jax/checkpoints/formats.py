@@ -1,0 +1,428 @@
+"""Files of weights: .npz, .safetensors and Orbax folders behind one door.
+
+Arrays stay in their file until they are read. Nothing is ever unpickled, and what a file claims is
+compared with its size before memory is taken.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from vit_jax.errors import UserError, first_line
+from vit_jax.files import atomic_write
+
+_BATCH = 1 << 25  # Bytes of the arrays that Orbax writes together.
+
+# The types that .safetensors files have, and NumPy too.
+_NAMES = ["F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"]
+_SAFETENSORS = {name: np.dtype(f"<{name[0].lower()}{int(name[1:]) // 8}") for name in _NAMES}
+_SAFETENSORS |= {"BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(bool)}
+
+
+class LazyArray:
+    """An array of known shape and type, whose values are read when they are asked for.
+
+    NumPy takes it for an array, `np.asarray(lazy)`.
+
+    Attributes:
+      shape, dtype: as of the array that `read` gives.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.read = read
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory its values take."""
+        return self.size * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.read()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __repr__(self) -> str:
+        return f"LazyArray({self.shape}, {self.dtype})"
+
+    def reshape(self, shape: tuple[int, ...]) -> "LazyArray":
+        """Another shape of as many numbers."""
+        return LazyArray(shape, self.dtype, lambda: self.read().reshape(shape))
+
+    def astype(self, dtype: Any) -> "LazyArray":
+        """Another type, rounded to the nearest number that it has."""
+        return LazyArray(self.shape, dtype, lambda: self.read().astype(dtype, copy=False))
+
+
+# The values may be NumPy's or still in their file.
+Array = np.ndarray | LazyArray
+
+
+def rows(array: Array) -> list[Array]:
+    """The parts of an array along its first axis.
+
+    Those of a lazy array share one read of the whole, which is let go when the last part is read:
+    read in order, no more than one such array is in memory.
+    """
+    if not isinstance(array, LazyArray):
+        return list(array)
+    whole: list[np.ndarray] = []
+    last = array.shape[0] - 1
+
+    def read(i: int) -> np.ndarray:
+        if not whole:
+            whole.append(array.read())
+        row = whole[0][i]
+        if i == last:
+            whole.clear()
+        return row
+
+    shape = array.shape[1:]
+    return [LazyArray(shape, array.dtype, functools.partial(read, i)) for i in range(last + 1)]
+
+
+def with_zero_token(array: Array) -> Array:
+    """(1, n, d) -> (1, n + 1, d), zeros before the others."""
+    one, n, d = array.shape
+
+    def padded() -> np.ndarray:
+        return np.concatenate([np.zeros((one, 1, d), array.dtype), np.asarray(array)], axis=1)
+
+    lazy = LazyArray((one, n + 1, d), array.dtype, padded)
+    return lazy if isinstance(array, LazyArray) else lazy.read()
+
+
+# The door.
+
+
+def open_arrays(
+    path: str | os.PathLike,
+) -> contextlib.AbstractContextManager[dict[str, LazyArray]]:
+    """Opens a file of weights of any kind, which is seen from its content.
+
+    Returns:
+      a context manager of {name: array}; the arrays can be read while it is open, in any order.
+
+    Raises UserError if there is no such file, it is of no known kind, or damaged; damaged values
+    are noticed when they are read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if is_orbax(path):
+            return _open_orbax(path.resolve())
+        raise UserError(
+            f"{path} is a folder, but none that Orbax wrote: expected a file of weights"
+        )
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except OSError as e:
+        raise UserError(f"{path} can't be read ({e.strerror})") from e
+    if start[:4] == b"PK\x03\x04":
+        return _open_npz(path)
+    if start[8:] == b"{":
+        return _open_safetensors(path)
+    found = f"a file that starts with {start!r}" if start else "an empty file"
+    raise UserError(
+        f"{path} holds no weights: expected an .npz or .safetensors file or an Orbax folder, "
+        f"found {found}"
+    )
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
+    """Writes arrays in their order to the kind of file that the name's ending says.
+
+    One array is in memory at a time; for ".orbax", a folder, small ones together. What was there
+    under that name is replaced when the new one is complete and on disk. Equal arrays give equal
+    files, but for Orbax, which notes the time.
+
+    Raises UserError for another ending, or if it can't be written.
+    """
+    check_ending(path)
+    _WRITERS[Path(path).suffix](path, arrays)
+
+
+def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Every array of a .npz file, or of another kind that `open_arrays` opens."""
+    with open_arrays(path) as arrays:
+        return {name: array.read() for name, array in arrays.items()}
+
+
+def check_ending(path: str | os.PathLike) -> None:
+    """Raises UserError unless `write_arrays` knows what to write under this name."""
+    if Path(path).suffix not in _WRITERS:
+        raise UserError(
+            f"can't tell what to write as {Path(path).name!r}: expected a name that ends in "
+            f"{' or '.join(ENDINGS)}"
+        )
+
+
+def split_tower(source: str | os.PathLike) -> tuple[str | os.PathLike, str | None]:
+    """Takes a tower's name off a file's: "siglip.npz:img" -> ("siglip.npz", "img").
+
+    A file that really has that name is left alone, and so is a name without a tower.
+    """
+    match = re.fullmatch(r"(.+):([A-Za-z]\w*)", os.fspath(source))
+    if match is None or os.path.exists(source):
+        return source, None
+    return match[1], match[2]
+
+
+@contextlib.contextmanager
+def _explained(
+    what: object,
+    advice: str = "the file is damaged or cut short, fetch it again",
+    done: str = "read",
+) -> Iterator[None]:
+    """Makes one line of what the libraries raise: they meet damage with dozens of errors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{what} can't be {done} ({first_line(e)[:300]}): {advice}") from e
+
+
+# .npz
+
+
+@contextlib.contextmanager
+def _open_npz(path: Path) -> Iterator[dict[str, LazyArray]]:
+    with contextlib.ExitStack() as stack:
+        with _explained(path):
+            archive = stack.enter_context(np.load(path, allow_pickle=False)).zip
+        arrays: dict[str, LazyArray] = {}
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name == member.filename:
+                raise UserError(
+                    f"{path} is a zip archive, but no .npz checkpoint: it holds {name!r}, expected "
+                    "only .npy arrays"
+                )
+            if name in arrays:
+                raise UserError(f"{path}: two arrays are named {name!r}: write the file again")
+            arrays[name] = _npz_array(archive, member, path)
+        yield arrays
+
+
+def _npz_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> LazyArray:
+    where = f"{path}: array {member.filename!r}"
+    with _explained(where), archive.open(member) as file:
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+        if dtype.hasobject:
+            raise UserError(
+                f"{where} holds pickled Python objects, which could run any code and are never "
+                "loaded: save plain arrays instead"
+            )
+        size = math.prod(shape) * dtype.itemsize
+        # Checked before anything is allocated: the header can claim any size, and so can the
+        # archive, in which deflate makes a byte of at most 1032.
+        if (
+            size != member.file_size - file.tell()
+            or size > 1032 * path.stat().st_size
+            or min(shape, default=0) < 0
+        ):
+            raise UserError(
+                f"{where} claims shape {shape} of {dtype}, but its size is another: the file is "
+                "damaged, fetch it again"
+            )
+        np.empty(0, dtype)  # Some types can be written down, but not made.
+    # NumPy writes bfloat16 as a type that has no name.
+    is_bfloat16 = dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None
+
+    def read() -> np.ndarray:
+        with _explained(where), archive.open(member) as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            file.read(1)  # At the end of the member, which is where its checksum is compared.
+        return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
+
+    return LazyArray(shape, ml_dtypes.bfloat16 if is_bfloat16 else dtype, read)
+
+
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
+    """Writes an uncompressed .npz file, see `write_arrays`."""
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+
+
+# .safetensors
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator[dict[str, LazyArray]]:
+    from safetensors import safe_open
+
+    def read(name: str) -> np.ndarray:
+        with _explained(f"{path}: array {name!r}"):
+            return file.get_tensor(name)
+
+    with contextlib.ExitStack() as stack:
+        arrays = {}
+        with _explained(path):
+            # No map of the file into memory: one that shrinks meanwhile would end the process.
+            file = stack.enter_context(safe_open(path, framework="numpy", backend="pread"))
+            for name in file.offset_keys():
+                part = file.get_slice(name)
+                if part.get_dtype() not in _SAFETENSORS:
+                    raise UserError(
+                        f"{path}: array {name!r} is of type {part.get_dtype()}, known are "
+                        f"{', '.join(_SAFETENSORS)}: write it with another"
+                    )
+                dtype = _SAFETENSORS[part.get_dtype()]
+                arrays[name] = LazyArray(part.get_shape(), dtype, functools.partial(read, name))
+        yield arrays
+
+
+def _write_safetensors(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
+    # The library's writer wants all arrays in memory at once. The format is: eight bytes with the
+    # header's length, the header in JSON, the values; those of wide types first, so that all are
+    # aligned. https://github.com/huggingface/safetensors#format
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)
+    codes = {dtype: code for code, dtype in _SAFETENSORS.items()}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, array in ordered:
+        if (dtype := array.dtype.newbyteorder("<")) not in codes:
+            raise UserError(
+                f"{path}: array {name!r} is of type {array.dtype}, which .safetensors files have "
+                f"not: expected one of {', '.join(map(str, codes))}"
+            )
+        begin, end = end, end + array.nbytes
+        header[name] = dict(dtype=codes[dtype], shape=array.shape, data_offsets=(begin, end))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, array in ordered:
+            values = np.asarray(array)
+            little = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
+            file.write(little.reshape(-1).view(np.uint8).data)
+
+
+# Orbax
+
+
+def is_orbax(path: str | os.PathLike) -> bool:
+    """Whether a folder is a checkpoint that Orbax wrote."""
+    return any((Path(path) / name).is_file() for name in ("_CHECKPOINT_METADATA", "_METADATA"))
+
+
+@contextlib.contextmanager
+def _open_orbax(path: Path) -> Iterator[dict[str, LazyArray]]:
+    """Names along the way to a leaf are joined with "/"; leaves that are no arrays are left out.
+
+    Orbax says what is there. The values come from TensorStore, on which it is built, for an array
+    then costs a millisecond in place of thirty, and a damaged one leaves no others under way.
+    """
+    import tensorstore
+
+    explained = functools.partial(_explained, path, "the folder is damaged or incomplete")
+    with explained():
+        leaves = jax.tree_util.tree_leaves_with_path(_orbax().metadata(path).metadata)
+        folders = (path, path / "state", *sorted(path.iterdir()))
+        folder = next(f for f in folders if (f / "_METADATA").is_file())
+        is_zarr3 = json.loads((folder / "_METADATA").read_bytes()).get("use_zarr3")
+        is_database = (folder / "manifest.ocdbt").is_file()
+
+    def read(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        files: Any = {"driver": "file", "path": f"{folder}/{name}/"}
+        if is_database:
+            base = {"driver": "file", "path": f"{folder}/"}
+            files = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        spec = {"driver": "zarr3" if is_zarr3 else "zarr", "kvstore": files}
+        with explained():
+            # A missing piece is an error and not zeros.
+            store = tensorstore.open(spec | {"fill_missing_data_reads": False}).result()
+            return store.read().result().astype(dtype, copy=False).reshape(shape)
+
+    arrays: dict[str, LazyArray] = {}
+    for keys, leaf in leaves:
+        if not isinstance(getattr(leaf, "dtype", None), np.dtype):
+            continue
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if name in arrays:
+            raise UserError(f"{path}: two arrays are named {name!r}: write the folder again")
+        stored = jax.tree_util.keystr(keys, simple=True, separator=".")
+        values = functools.partial(read, stored, leaf.shape, leaf.dtype)
+        arrays[name] = LazyArray(leaf.shape, leaf.dtype, values)
+    if not arrays:  # What Orbax says of an empty tree, and of one that it can't read.
+        raise UserError(f"{path}: Orbax finds no array in it: the folder is damaged or incomplete")
+    yield arrays
+
+
+def _write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
+    ocp = _orbax()
+    path = Path(path).resolve()
+    if path.exists() and not is_orbax(path):
+        raise UserError(f"{path} is there and no Orbax folder: remove it, or choose another name")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}: make it first")
+    # In a hidden folder, not hidden itself: Orbax overlooks its own parts if their names begin with
+    # a point.
+    work = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}"
+    new, old = work / "new", work / "old"
+    context = ocp.Context()
+    # Weights hardly shrink when compressed, and that takes another copy of them in memory.
+    context.array.saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False
+    try:
+        with _explained(path, "make room or mend the cause, then do it again", "written"), context:
+            part: dict[str, np.ndarray] = {}
+            for name, array in arrays.items():
+                if part and sum(a.nbytes for a in part.values()) + array.nbytes > _BATCH:
+                    ocp.partial.save(new, unflatten_dict(part, sep="/"))
+                    part.clear()  # Before the next is read.
+                part[name] = np.asarray(array)
+            ocp.partial.save(new, unflatten_dict(part, sep="/"))
+            ocp.partial.finalize(new)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _orbax() -> Any:
+    # Slow to import, and it reports each of its doings through absl, and each failure of one array
+    # through asyncio too.
+    from orbax.checkpoint import v1 as ocp
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    return ocp
+
+
+_WRITERS = {".npz": write_npz, ".safetensors": _write_safetensors, ".orbax": _write_orbax}
+
+# The endings by which `write_arrays` knows what to write.
+ENDINGS = tuple(_WRITERS)
