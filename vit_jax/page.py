@@ -24,23 +24,15 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_TEMPLATES = Path(__file__).with_name("templates")
 
 TINY = 96  # Images of fewer pixels a side are magnified as they are, without smoothing.
 
 # Of Okabe & Ito's palette, told apart with any colour vision.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
-_STYLE: dict[str, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "text.parse_math": False,  # A dollar sign in a name is one.
-    "svg.fonttype": "none",  # Text stays text in a page,
-    "svg.hashsalt": "page",  # and the same figure is the same file.
-}
 
 
 def render(template: str, title: str, **values: Any) -> bytes:
@@ -55,10 +47,9 @@ def render(template: str, title: str, **values: Any) -> bytes:
     """
     from markupsafe import Markup
 
-    folder = Path(__file__).with_name("templates")
     names = dict.fromkeys(("page", template))
     style, script = (
-        "".join((folder / f"{name}.{kind}").read_text("utf-8") for name in names)
+        "".join((_TEMPLATES / f"{name}.{kind}").read_text("utf-8") for name in names)
         for kind in ("css", "js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -71,7 +62,7 @@ def _environment() -> "jinja2.Environment":
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vit_jax"),
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         finalize=_visible,
         undefined=jinja2.StrictUndefined,
@@ -123,9 +114,9 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(draw)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        from matplotlib import rc_context
+        from matplotlib import style
 
-        with rc_context(_STYLE):
+        with style.context(_TEMPLATES / "figures.mplstyle"):
             return draw(*args, **kwargs)
 
     return wrapper

@@ -255,24 +255,27 @@ def _panels(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Callable[["Axes"]
     train, test, top1 = points("train/loss"), points("test/loss"), points("test/top1")
     rates, speeds = points("train/lr"), points("time/images_per_s")
     last = max((step for step, _ in (*train, *test, *top1, *rates, *speeds)), default=1)
-    drawn = {
-        "loss": (train or test, _draw_loss, train, test),
-        "accuracy": (top1, _draw_accuracy, top1),
-        "learning rate": (rates, _draw_single, rates, "Learning rate", "{x:.2g}"),
-        "throughput": (speeds, _draw_single, speeds, "Training: images a second", "{x:,.0f}"),
+    drawn: dict[str, tuple[Points, Callable[[Axes], None]]] = {
+        "loss": (train or test, lambda ax: _draw_loss(ax, train, test)),
+        "accuracy": (top1, lambda ax: _draw_accuracy(ax, top1)),
+        "learning rate": (rates, lambda ax: _draw_single(ax, rates, "Learning rate", "{x:.2g}")),
+        "throughput": (
+            speeds,
+            lambda ax: _draw_single(ax, speeds, "Training: images a second", "{x:,.0f}"),
+        ),
     }
     return {
-        name: functools.partial(_draw_panel, last, draw, arguments)
-        for name, (there, draw, *arguments) in drawn.items()
+        name: functools.partial(_draw_panel, draw, last)
+        for name, (there, draw) in drawn.items()
         if there
     }
 
 
-def _draw_panel(last: int, draw: Callable, arguments: Sequence[Any], ax: "Axes") -> None:
+def _draw_panel(draw: Callable[["Axes"], None], last: int, ax: "Axes") -> None:
     """One curve, over steps up to the last."""
     from matplotlib.ticker import MaxNLocator
 
-    draw(ax, *arguments)
+    draw(ax)
     ax.grid()
     ax.set_xlim(0, max(last, 1) * 1.02)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

@@ -14,7 +14,7 @@ import numpy as np
 from vit_jax import data
 from vit_jax.checkpoints.labels import ranked
 from vit_jax.errors import UserError
-from vit_jax.evaluation.evaluate import score
+from vit_jax.evaluation.images import score
 from vit_jax.evaluation.metrics import Scores
 from vit_jax.models.lit import LiT
 from vit_jax.pretrained import PretrainedLiT
