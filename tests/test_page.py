@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 from PIL import Image
 
 from vit_jax import page
@@ -16,9 +17,15 @@ from vit_jax.errors import UserError
 EVIL = """</script><script>console.error(1)</script><img src=x onerror="console.error(2)">"'&"""
 
 
+def filled(template, **values):
+    """A template's text."""
+    macros = "{% from 'macros.html' import data, image, table %}"
+    return page._environment().from_string(macros + template).render(values)
+
+
 @given(st.text())
 def test_escaped_text_has_no_markup_and_reads_as_before(text):
-    escaped = page.escape(text)
+    escaped = filled("{{ text }}", text=text)
     assert not set("<>\"'\n\0") & set(escaped)
     escaped.encode()
     if text.isprintable():
@@ -26,12 +33,12 @@ def test_escaped_text_has_no_markup_and_reads_as_before(text):
 
 
 def test_what_cannot_be_seen_is_shown_by_its_code():
-    assert page.escape("a\x00b\udcff\u202ec\n") == r"a\x00b\udcff\u202ec\n"
+    assert filled("{{ text }}", text="a\x00b\udcff\u202ec\n") == r"a\x00b\udcff\u202ec\n"
 
 
 @given(st.recursive(st.text() | st.integers() | st.none(), st.lists, max_leaves=5))
 def test_data_comes_back_and_can_not_end_its_element(value):
-    element = page.data("name", value)
+    element = filled("{{ data('name', value) }}", value=value)
     inside = element.removeprefix('<script type="application/json" id="name">')
     inside = inside.removesuffix("</script>")
     assert json.loads(inside) == value
@@ -39,7 +46,7 @@ def test_data_comes_back_and_can_not_end_its_element(value):
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 1), (3, 5, 3), (3, 5, 4)])
-def test_a_image_is_held_exactly(shape, tmp_path):
+def test_an_image_is_held_exactly(shape, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     pixels[..., -1:] |= 1
     header, content = page.data_uri(pixels).split(",")
@@ -50,8 +57,8 @@ def test_a_image_is_held_exactly(shape, tmp_path):
 
 def test_a_photo_is_small(tmp_path):
     photo = np.add.outer(np.arange(200), np.arange(300)).astype(np.uint8) // 2
-    assert page.image(photo, "x", photo=True).startswith('<img src="data:image/jpeg;base64,')
-    assert "image/png" in page.image(photo[:50, :50], "tiny", photo=True)
+    assert page.data_uri(photo, photo=True).startswith("data:image/jpeg;base64,")
+    assert page.data_uri(photo[:50, :50], photo=True).startswith("data:image/png;base64,")
 
 
 def test_only_pages_and_images_are_written():
@@ -62,9 +69,9 @@ def test_only_pages_and_images_are_written():
 
 @pytest.fixture
 def written(tmp_path):
-    def write(body="", **more):
+    def write(body):
         path = tmp_path / "page.html"
-        path.write_bytes(page.document(EVIL, body, **more))
+        path.write_bytes(page.render("page", EVIL, body=Markup(body)))
         return path
 
     return write
@@ -75,9 +82,9 @@ def test_nothing_that_a_page_is_told_runs_or_is_fetched(written, browser):
 
     figure = Figure(figsize=(4, 3))
     figure.subplots().set_title(EVIL, parse_math=False)
-    image = page.image(np.zeros((400, 900), np.uint8), EVIL)
-    table = page.table([EVIL], [[EVIL]], name=EVIL, sortable=True)
-    path = written(image + page.drawing(figure, EVIL) + table + page.data("d", EVIL))
+    parts = "{{ image(pixels, t) }}{{ figure | drawing(t) }}{{ table([t], [[t]], t, true) }}"
+    values = {"pixels": np.zeros((400, 900), np.uint8), "figure": figure, "t": EVIL}
+    path = written(filled(parts + "{{ data('d', t) }}", **values))
     browser.check(path)
     browser.open(path)
     assert browser.driver.title == EVIL
@@ -99,7 +106,8 @@ def test_headings_sort_by_value_with_what_is_missing_last(written, browser):
     from selenium.webdriver import Keys
 
     rows = [["b", 9, 0.5], ["a", 10000, float("nan")], ["c", 80, 0.25]]
-    path = written(page.table(["name", "count", "share"], rows, name="t", sortable=True))
+    heads = ["name", "count", "share"]
+    path = written(filled("{{ table(heads, rows, 't', true) }}", heads=heads, rows=rows))
     browser.open(path)
 
     def order():

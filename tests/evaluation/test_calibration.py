@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit_jax.evaluation.calibration import BINS, calibrate
+from vit_jax.evaluation.metrics import BINS, calibrate
 
 
 def reference(probability, right, bins):

@@ -14,8 +14,7 @@ from PIL import Image
 from tests.reports import curves, example, images_of, report_of, scores_of
 from vit_jax import data
 from vit_jax.errors import UserError
-from vit_jax.evaluation import plots
-from vit_jax.evaluation.report import PIXELS, choose_examples, write_report
+from vit_jax.evaluation.report import PIXELS, RIGHT, WRONG, choose_examples, write_report
 
 
 @pytest.fixture
@@ -138,8 +137,8 @@ def test_many_classes_have_names_that_do_not_touch(drawn):
 def test_captions_say_right_or_wrong_in_words_and_color(drawn):
     found = drawn(examples=[example("cat", "cat", 0.823), example("dog", "cat", 0.9)])
     (right,), (wrong,) = axes_titled(found, "cat (82%)"), axes_titled(found, "cat (90%), not dog")
-    assert right.title.get_color() == plots.RIGHT
-    assert wrong.title.get_color() == plots.WRONG
+    assert right.title.get_color() == RIGHT
+    assert wrong.title.get_color() == WRONG
 
 
 def test_captions_of_long_names_do_not_touch(drawn):

@@ -3,12 +3,13 @@
 import csv
 import io
 import os
-from collections import defaultdict
+from typing import Any
 
 import jax
 import numpy as np
 
 from vit_jax import data
+from vit_jax.checkpoints.labels import find_classes
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
 from vit_jax.files import atomic_write
@@ -24,7 +25,7 @@ def evaluate_images(
     corrupt: str = "error",
     loss: str = "softmax",
 ) -> Scores:
-    """Scores of a network on labelled images, made ready as the weights' notes say.
+    """Scores of a network on labelled images, preprocessed as the weights' notes say.
 
     Classes are matched as `class_indices` says.
 
@@ -41,41 +42,68 @@ def evaluate_images(
     colours = {1: "gray", 3: "rgb"}.get(vit.spec.channels)
     if colours is None:
         raise UserError(f"these weights take {vit.spec.channels} channels, which no image has")
-    batches = data.eval_batches(
+    assert vit.spec.num_classes is not None  # class_indices has seen to it.
+    return score(
+        vit.model_on(jax.devices()),
+        vit.params,
         source,
-        data.parse(f"{colours}|{vit.preprocess}"),
+        f"{colours}|{vit.preprocess}",
+        classes,
+        vit.spec.num_classes,
+        batch_size=batch_size,
+        corrupt=corrupt,
+        loss=loss,
+    )
+
+
+def score(
+    model: Any,
+    params: Any,
+    source: data.Source,
+    preprocess: str,
+    classes: np.ndarray,
+    num_classes: int,
+    *,
+    batch_size: int,
+    corrupt: str,
+    loss: str = "softmax",
+) -> Scores:
+    """Scores of a model, a Linen module for all devices, on labelled images.
+
+    Args:
+      preprocess: of the images.
+      classes: int32 (classes of the source,), which of the model's `num_classes` each is.
+      others: see `evaluate_images`.
+    """
+    images = data.eval_batches(
+        source,
+        data.parse(preprocess),
         batch_size=divisible(batch_size),
         workers=-1,  # Processes where that pays.
         corrupt=corrupt,
     )
+
+    def matched(labels: np.ndarray) -> np.ndarray:
+        if labels.ndim == 1:
+            return classes[labels]
+        columns = np.zeros((len(labels), num_classes), np.float32)
+        columns[:, classes] = labels
+        return columns
+
     mesh = make_mesh()
-    model = vit.model_on([*mesh.devices.flat])
     step = make_eval_step(model, mesh=mesh, loss="sigmoid" if source.multi_label else loss)
-    params = jax.device_put(vit.params, replicated(mesh))  # Once, not with each batch.
-    assert vit.spec.num_classes is not None  # class_indices has seen to it.
-    matched = (
-        batch | {"label": _matched(batch["label"], classes, vit.spec.num_classes)}
-        for batch in batches
-    )
-    return evaluate(step, params, matched, vit.spec.num_classes)
-
-
-def _matched(labels: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """Labels of the source, numbers or columns of 0 and 1, as labels of the network's head."""
-    if labels.ndim == 1:
-        return classes[labels]
-    columns = np.zeros((len(labels), num_classes), np.float32)
-    columns[:, classes] = labels
-    return columns
+    params = jax.device_put(params, replicated(mesh))  # Once, not with each batch.
+    batches = (batch | {"label": matched(batch["label"])} for batch in images)
+    return evaluate(step, params, batches, num_classes)
 
 
 def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     """int32 (classes of the source,): the index in the network's head of each class of the
     source.
 
-    A class is known by its name, by a word of its name ("tench" of "tench, Tinca tinca"; in any
-    case of letters, and with "_" for a space), or, if all of the source's are numbers, by its
-    index. Without names and numbers classes are matched by position, if there are as many.
+    A class is known by its name as in `checkpoints.labels.find_classes`, or, if all of the source's
+    are numbers, by its index. Without names and numbers classes are matched by position, if there
+    are as many.
 
     Raises UserError naming those that can't be matched.
     """
@@ -92,15 +120,7 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
                 f"{vit.spec.num_classes}, and the weights don't name theirs: they can't be matched"
             )
         return np.arange(len(source.labels), dtype=np.int32)
-    index = defaultdict(list)
-    for i, label in enumerate(vit.labels):
-        for key in {key for j, word in enumerate(label.split(", ")) for key in _keys(word, j)}:
-            index[key].append(i)
-        index["whole", label].append(i)
-    found = {}
-    for label in source.labels:
-        keys = ("whole", label), *_keys(label, 0)
-        found[label] = next((index[key] for key in keys if key in index), [])
+    found = dict(zip(source.labels, find_classes(vit.labels, source.labels), strict=True))
     unknown = [label for label, indices in found.items() if not indices]
     if unknown:
         raise UserError(
@@ -114,36 +134,22 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
                 f"{source.name}: the weights have several classes {label!r}, "
                 f"{' and '.join(map(str, indices))}: name the folders by these numbers"
             )
-    return np.array([indices[0] for indices in found.values()], np.int32)
-
-
-def _keys(word: str, position: int) -> list[tuple[str, str]]:
-    """What a word of a class's name is found by, best first: "Cardigan" is a dog, "cardigan" none;
-    "crayfish" is first of all the class that is called so first."""
-    word = word.replace("_", " ")
-    keys = [("word", word), ("plain", word.lower())]
-    return keys if position else [("first", word), *keys]
+    return np.array([index for (index,) in found.values()], np.int32)
 
 
 def write_predictions(
     path: str | os.PathLike, source: data.Source, vit: Pretrained, scores: Scores
 ) -> None:
-    """Writes a CSV file with one row an image: image, label, prediction, probability,
+    """Writes a CSV file with one row an image: picture, label, prediction, probability,
     correct."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["picture", "label", "prediction", "probability", "correct"])
     rows = zip(scores.index, scores.truth, scores.prediction, scores.probability, strict=True)
     for index, truth, prediction, probability in rows:
-        writer.writerow(
-            [
-                source.describe(int(index)),
-                vit.label(truth) if truth >= 0 else "",
-                vit.label(prediction),
-                f"{probability:.6f}",
-                int(truth == prediction),
-            ]
-        )
+        label = vit.label(truth) if truth >= 0 else ""
+        name, said = source.describe(int(index)), vit.label(prediction)
+        writer.writerow([name, label, said, f"{probability:.6f}", int(truth == prediction)])
     with atomic_write(path) as file:
         # A file name need not be text: what Python can't decode it can write back.
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))

@@ -1,7 +1,8 @@
 """Exact figures of merit: every example is counted once."""
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from vit_jax.errors import UserError
-from vit_jax.evaluation.calibration import Calibration, calibrate
 from vit_jax.sharding import batch_sharding, replicated
+
+BINS = 15  # of `calibrate`, as in most of the literature; the error depends on it.
 
 
 def example_losses(
@@ -42,6 +44,51 @@ def example_losses(
     if loss == "softmax":
         return -jnp.sum(jax.nn.log_softmax(logits) * labels, axis=-1)
     return optax.sigmoid_binary_cross_entropy(logits, labels).sum(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A network's confidence beside how often it was right, in bins of equal width: bin m of M
+    holds the examples with a confidence in (m / M, (m + 1) / M]. Guo et al., "On Calibration of
+    Modern Neural Networks", arXiv:1706.04599.
+
+    Attributes:
+      count: int64 (bins,), examples in each.
+      confidence, accuracy: float64 (bins,), mean confidence and share of right ones; nan where
+        there are none.
+    """
+
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error, Equation 3: the mean over all examples of
+        |accuracy - confidence| of their bin; nan without examples."""
+        if not self.count.any():
+            return float("nan")
+        gaps = np.abs(self.accuracy - self.confidence)
+        return float(np.nansum(gaps * self.count) / self.count.sum())
+
+
+def calibrate(probability: np.ndarray, right: np.ndarray, bins: int = BINS) -> Calibration:
+    """Sorts examples into bins.
+
+    Args:
+      probability: (n,) in [0, 1], of the predicted class. Examples with nan are left out.
+      right: bool (n,), whether the prediction was right.
+      bins: how many.
+    """
+    known = ~np.isnan(probability)
+    p, hits = probability[known].astype(np.float64), right[known].astype(np.float64)
+    inner = np.arange(1, bins) / bins
+    which = np.searchsorted(inner, p)  # Of equal ones the lower bin: its upper end belongs to it.
+    count = np.bincount(which, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        confidence = np.bincount(which, p, bins) / count
+        accuracy = np.bincount(which, hits, bins) / count
+    return Calibration(count, confidence, accuracy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +124,15 @@ class Scores:
     def per_class(self) -> np.ndarray:
         """float64 (classes,): share of each class's examples that were right; nan without
         examples."""
-        total = self.confusion.sum(axis=1)
-        right = np.diag(self.confusion)
-        return np.where(total > 0, right / np.maximum(total, 1), np.nan)
+        return self._right_of(self.confusion.sum(axis=1))
 
     @property
     def precision(self) -> np.ndarray:
         """float64 (classes,): share of the predictions of each class that were right; nan without
         predictions."""
-        total = self.confusion.sum(axis=0)
+        return self._right_of(self.confusion.sum(axis=0))
+
+    def _right_of(self, total: np.ndarray) -> np.ndarray:
         return np.where(total > 0, np.diag(self.confusion) / np.maximum(total, 1), np.nan)
 
     @property
@@ -104,37 +151,33 @@ def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep
       step(params, batch) -> {"loss", "rank", "truth", "prediction", "probability"}, each (n,): the
       rank is the number of classes that come before the true one. The batch holds "image", and
       "label" int32 (n,) or, of several classes an example, float32 (n, classes) of 0 and 1. What
-      else it holds is passed through. The parameters may lie in parts.
+      else it holds is passed through. The parameters may be sharded.
     """
 
     def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        logits = model.apply({"params": params}, batch["image"])
-        rest = {k: v for k, v in batch.items() if k not in ("image", "label")}
-        return rest | _figures(logits, batch["label"], loss)
+        rest = dict(batch)
+        logits, labels = model.apply({"params": params}, rest.pop("image")), rest.pop("label")
+        classes = logits.shape[-1]
+        truth, unknown = labels, jnp.zeros(len(labels), bool)
+        if labels.ndim == 2:
+            truth = jnp.where(labels > 0, logits, -jnp.inf).argmax(axis=-1)
+            unknown = ~(labels > 0).any(axis=-1)
+        own = jnp.take_along_axis(logits, truth[:, None], axis=-1)
+        # Of equal logits the first counts, as in argmax: a network that says nothing isn't always
+        # right.
+        before = (logits > own) | ((logits == own) & (jnp.arange(classes) < truth[:, None]))
+        # NaN says nothing, so it is never right: its rank is last, its prediction a wrong class.
+        nan = jnp.isnan(logits).any(axis=-1)
+        probabilities = jax.nn.softmax(logits) if loss == "softmax" else jax.nn.sigmoid(logits)
+        return rest | {
+            "loss": example_losses(logits, labels, loss),
+            "rank": jnp.where(nan | unknown, jnp.iinfo(jnp.int32).max, before.sum(axis=-1)),
+            "truth": jnp.where(unknown, -1, truth),
+            "prediction": jnp.where(nan, (truth + 1) % classes, jnp.argmax(logits, axis=-1)),
+            "probability": probabilities.max(axis=-1),
+        }
 
     return jax.jit(step, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
-
-
-def _figures(logits: jax.Array, labels: jax.Array, loss: str) -> dict[str, jax.Array]:
-    classes = logits.shape[-1]
-    truth, unknown = labels, jnp.zeros(len(labels), bool)
-    if labels.ndim == 2:
-        truth = jnp.where(labels > 0, logits, -jnp.inf).argmax(axis=-1)
-        unknown = ~(labels > 0).any(axis=-1)
-    own = jnp.take_along_axis(logits, truth[:, None], axis=-1)
-    # Of equal logits the first counts, as in argmax: a network that says nothing isn't always
-    # right.
-    before = (logits > own) | ((logits == own) & (jnp.arange(classes) < truth[:, None]))
-    # NaN says nothing, so it is never right: its rank is last, its prediction a wrong class.
-    nan = jnp.isnan(logits).any(axis=-1)
-    probabilities = jax.nn.softmax(logits) if loss == "softmax" else jax.nn.sigmoid(logits)
-    return {
-        "loss": example_losses(logits, labels, loss),
-        "rank": jnp.where(nan | unknown, jnp.iinfo(jnp.int32).max, before.sum(axis=-1)),
-        "truth": jnp.where(unknown, -1, truth),
-        "prediction": jnp.where(nan, (truth + 1) % classes, jnp.argmax(logits, axis=-1)),
-        "probability": probabilities.max(axis=-1),
-    }
 
 
 def evaluate(
@@ -155,24 +198,12 @@ def evaluate(
 
     Raises UserError if there is no example that counts.
     """
-    kept: list[dict[str, np.ndarray]] = []
-    waiting: list[dict[str, jax.Array]] = []
-    examples = 0
-
-    def collect():
-        nonlocal examples
-        rows = jax.device_get(waiting.pop(0))
-        examples = max(examples, int(rows["index"].max()) + 1)
-        kept.append({k: v[rows["mask"]] for k, v in rows.items()})
-
-    for batch in batches:
-        waiting.append(eval_step(params, batch))
-        if len(waiting) > 2:  # The device works on two batches while the host reads the next.
-            collect()
-    while waiting:
-        collect()
-
-    rows = {k: np.concatenate([part[k] for part in kept]) for k in kept[0]} if kept else {}
+    kept, examples = collections.defaultdict(list), 0
+    for figures in _prefetched(eval_step(params, batch) for batch in batches):
+        examples = max(examples, int(figures["index"].max()) + 1)
+        for name, values in figures.items():
+            kept[name].append(values[figures["mask"]])
+    rows = {name: np.concatenate(parts) for name, parts in kept.items()}
     count = len(rows["truth"]) if rows else 0
     if count == 0:
         raise UserError("no image to evaluate: none was given, or none of them can be read")
@@ -186,8 +217,15 @@ def evaluate(
         top1=int((rows["rank"] < 1).sum()) / count,
         top5=int((rows["rank"] < 5).sum()) / count,
         confusion=confusion,
-        index=rows["index"],
-        truth=rows["truth"],
-        prediction=rows["prediction"],
-        probability=rows["probability"],
+        **{name: rows[name] for name in ("index", "truth", "prediction", "probability")},
     )
+
+
+def _prefetched(results: Iterable[dict[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
+    """Results on the host; the device works on two batches while the host reads the next."""
+    waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
+    for result in results:
+        waiting.append(result)
+        if len(waiting) > 2:
+            yield jax.device_get(waiting.popleft())
+    yield from map(jax.device_get, waiting)

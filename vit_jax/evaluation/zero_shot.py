@@ -5,38 +5,23 @@ See LiT (arXiv:2111.07991); the prompts are those of CLIP (arXiv:2103.00020, sec
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 
 from vit_jax import data
+from vit_jax.checkpoints.labels import ranked
 from vit_jax.errors import UserError
-from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
+from vit_jax.evaluation.images import score
+from vit_jax.evaluation.metrics import Scores
 from vit_jax.models.lit import LiT
-from vit_jax.sharding import divisible, make_mesh, replicated
+from vit_jax.pretrained import PretrainedLiT
 
 TEMPLATES = ("a photo of a {}.",)
 
 _BATCH = 32  # Images that `classify` puts through the network at once.
-
-
-class TwoTowers(Protocol):
-    """What is asked of LiT weights.
-
-    `embed_images` takes preprocessed images, float32 (n, h, w, 3); it and `embed_texts` give
-    float32 (n, d) of length 1.
-    """
-
-    def model_on(self, devices: Sequence[jax.Device]) -> LiT: ...
-    @property
-    def params(self) -> Mapping[str, Any]: ...
-    @property
-    def preprocess(self) -> str: ...
-    def embed_images(self, images: np.ndarray) -> np.ndarray: ...
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
 def class_embeddings(
@@ -66,16 +51,20 @@ def class_embeddings(
             raise UserError(
                 f"template {template!r} has no place for the class: write {{}} where its name goes"
             )
+
+    def normalized(x: np.ndarray) -> np.ndarray:
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
     total = np.zeros(1)
     # One template at a time: a thousand classes in eighty prompts needn't be in memory at once.
     for template in templates:
         prompts = [template.replace("{}", label) for label in labels]
-        total = total + _unit(np.asarray(embed_texts(prompts), np.float64))
-    return _unit(total).astype(np.float32)
+        total = total + normalized(np.asarray(embed_texts(prompts), np.float64))
+    return normalized(total).astype(np.float32)
 
 
 def zero_shot(
-    vit: TwoTowers,
+    vit: PretrainedLiT,
     source: data.Source,
     labels: Sequence[str] | None = None,
     *,
@@ -112,22 +101,37 @@ def zero_shot(
             f"{source.name}: give one for each, in the order {', '.join(source.labels[:10])}"
             + (", ..." if len(source.labels) > 10 else "")
         )
-    batches = data.eval_batches(
+    classes = class_embeddings(vit.embed_texts, labels, templates)
+    return score(
+        _Classifier(vit.model_on(jax.devices())),
+        {"img": vit.params["img"], "t": vit.params["t"], "classes": classes},
         source,
-        _preprocess(vit),
-        batch_size=divisible(batch_size),
-        workers=-1,  # Processes where that pays.
+        f"rgb|{vit.preprocess}",  # The towers know colours only.
+        np.arange(len(labels), dtype=np.int32),
+        len(labels),
+        batch_size=batch_size,
         corrupt=corrupt,
     )
-    mesh = make_mesh()
-    step = make_eval_step(_Classifier(vit.model_on([*mesh.devices.flat])), mesh=mesh)
-    classes = class_embeddings(vit.embed_texts, labels, templates)
-    params = {"img": vit.params["img"], "t": vit.params["t"], "classes": classes}
-    return evaluate(step, jax.device_put(params, replicated(mesh)), batches, len(labels))
+
+
+class _Classifier:
+    """An image tower whose head is the embeddings of the classes; it is applied as a module is."""
+
+    def __init__(self, model: LiT) -> None:
+        self._model = model
+
+    def apply(self, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
+        """Logits, float32 (n, classes)."""
+        params = dict(variables["params"])
+        classes = params.pop("classes")
+        embedded: Any = self._model.apply({"params": params}, images=images)
+        zimg, _, out = embedded
+        # Some accelerators round what they multiply to 8 bits, and t magnifies the error.
+        return out["t"] * jnp.dot(zimg, classes.T, precision="highest")
 
 
 def classify(
-    vit: TwoTowers,
+    vit: PretrainedLiT,
     images: Sequence[str | os.PathLike | np.ndarray],
     labels: Sequence[str],
     *,
@@ -150,40 +154,18 @@ def classify(
     """
     if isinstance(images, str | os.PathLike | np.ndarray):
         raise UserError("classify takes a list of images: write classify(vit, [image], labels)")
-    preprocess = _preprocess(vit)
+    preprocess = data.parse(f"rgb|{vit.preprocess}")
     classes = class_embeddings(vit.embed_texts, labels, templates)
     temperature = np.exp(np.asarray(vit.params["t"]))
     answers: list[list[tuple[str, float]]] = []
     for start in range(0, len(images), _BATCH):
-        batch = [preprocess(_open(p)) for p in images[start : start + _BATCH]]
-        logits = temperature * vit.embed_images(np.stack(batch)) @ classes.T
-        for row in scipy.special.softmax(logits, axis=1):
-            best = np.argsort(-row, kind="stable")[:top]
-            answers.append([(labels[i], float(row[i])) for i in best])
+        batch = np.stack([preprocess(_read(image)) for image in images[start : start + _BATCH]])
+        logits = temperature * vit.embed_images(batch) @ classes.T
+        answers += [ranked(row, labels, top) for row in logits]
     return answers
 
 
-class _Classifier:
-    """An image tower whose head is the embeddings of the classes; it is applied as a module is."""
-
-    def __init__(self, model: LiT) -> None:
-        self._model = model
-
-    def apply(self, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        """Logits, float32 (n, classes)."""
-        params = dict(variables["params"])
-        classes = params.pop("classes")
-        embedded: Any = self._model.apply({"params": params}, images=images)
-        zimg, _, out = embedded
-        # Some accelerators round what they multiply to 8 bits, and t magnifies the error.
-        return out["t"] * jnp.dot(zimg, classes.T, precision="highest")
-
-
-def _preprocess(vit: TwoTowers) -> data.Preprocess:
-    return data.parse(f"rgb|{vit.preprocess}")  # The towers know colours only.
-
-
-def _open(image: str | os.PathLike | np.ndarray) -> np.ndarray:
+def _read(image: str | os.PathLike | np.ndarray) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         return data.read(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
@@ -192,7 +174,3 @@ def _open(image: str | os.PathLike | np.ndarray) -> np.ndarray:
             "expected (h, w, 3) or (h, w, 1) of uint8"
         )
     return image
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -1,11 +1,17 @@
 """Attention as numbers. Shapes: n images, t tokens (the class token first, if there is one)."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.explain.images import Images, views
+from vit_jax.explain.figures import Images, plot_maps, views
 from vit_jax.explain.network import Seen, Tower, observe, on_grid, open_tower, reading
+from vit_jax.page import BLUE, ORANGE, new_figure, styled
 from vit_jax.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def attention_maps(vit: Pretrained, images: Images) -> np.ndarray:
@@ -13,15 +19,41 @@ def attention_maps(vit: Pretrained, images: Images) -> np.ndarray:
 
     Args:
       vit: see `vit_jax.load`.
-      images: see `explain.images.views`.
+      images: see `explain.figures.views`.
 
     Returns:
-      float32 (n, blocks, heads, t, t): a row for each token that asks; rows sum to 1.
+      float32 (n, blocks, heads, t, t): a row for each query token; rows sum to 1.
 
     Raises UserError if the network has no attention, or an image can't be used.
     """
     tower = open_tower(vit)
     return np.stack([observe(tower, view.pixels).attention for view in views(vit, images)])
+
+
+def plot_attention_maps(vit: Pretrained, images: Images, block: int = -1) -> "Figure":
+    """What the token that the head reads attends to, an overlay for each head of a block.
+
+    Without class token that is all tokens, averaged as the head reads them.
+
+    Raises UserError as `attention_maps`, and if there is no such block.
+    """
+    tower = open_tower(vit)
+    count = tower.spec.num_layers
+    if not -count <= block < count:
+        raise UserError(f"block is {block}, expected 0 to {count - 1}")
+    maps = [head_maps(tower, observe(tower, view.pixels), block) for view in views(vit, images)]
+    name = f"block {block % count + 1}, head"
+    return plot_maps(
+        vit, images, [[(f"{name} {i + 1}", m) for i, m in enumerate(ms)] for ms in maps]
+    )
+
+
+def head_maps(tower: Tower, seen: Seen, block: int = -1) -> np.ndarray:
+    """float32 (heads, rows, columns): what the token that the head reads attends to in a block.
+
+    Without class token that is all tokens, averaged as `reading` weighs them.
+    """
+    return on_grid(tower, reading(tower, seen) @ seen.attention[block])
 
 
 def map_attention(vit: Pretrained, images: Images) -> np.ndarray:
@@ -42,6 +74,12 @@ def map_attention(vit: Pretrained, images: Images) -> np.ndarray:
     return on_grid(tower, np.stack(maps))
 
 
+def plot_map_attention(vit: Pretrained, images: Images) -> "Figure":
+    """`map_attention` over each image, an overlay for each head."""
+    maps = map_attention(vit, images)
+    return plot_maps(vit, images, [[(f"head {i + 1}", m) for i, m in enumerate(ms)] for ms in maps])
+
+
 def rollout(vit: Pretrained, images: Images) -> np.ndarray:
     """How much of each patch reaches the head, if attention passes tokens on (arXiv:2005.00928).
 
@@ -60,6 +98,11 @@ def rollout(vit: Pretrained, images: Images) -> np.ndarray:
     return np.stack(maps)
 
 
+def plot_rollout(vit: Pretrained, images: Images) -> "Figure":
+    """`rollout` over each image: a row of the image and the overlay for each."""
+    return plot_maps(vit, images, [[("attention rollout", m)] for m in rollout(vit, images)])
+
+
 def rollout_map(tower: Tower, seen: Seen) -> np.ndarray:
     """float32 (rows, columns): `rollout` of one image."""
     row = reading(tower, seen).astype(np.float64)
@@ -69,19 +112,11 @@ def rollout_map(tower: Tower, seen: Seen) -> np.ndarray:
     return on_grid(tower, row).astype(np.float32)
 
 
-def head_maps(tower: Tower, seen: Seen, block: int = -1) -> np.ndarray:
-    """float32 (heads, rows, columns): what the token that the head reads attends to in a block.
-
-    Without class token that is all tokens, averaged as `reading` weighs them.
-    """
-    return on_grid(tower, reading(tower, seen) @ seen.attention[block])
-
-
 def attention_distance(vit: Pretrained, images: Images) -> np.ndarray:
     """How far each head looks (Figure 7 of arXiv:2010.11929).
 
     The distance between the centres of two patches in pixels of the network's input, weighed by how
-    much one attends to the other, averaged over those that ask. The class token is left out, and
+    much one attends to the other, averaged over the query patches. The class token is left out, and
     the weights of the patches are made to sum to 1.
 
     Returns:
@@ -99,3 +134,21 @@ def attention_distance(vit: Pretrained, images: Images) -> np.ndarray:
         far = (weights * distance).sum(axis=-1) / weights.sum(axis=-1).clip(1e-12)
         result.append(far.mean(axis=-1))
     return np.stack(result).astype(np.float32)
+
+
+@styled
+def plot_attention_distance(vit: Pretrained, images: Images) -> "Figure":
+    """`attention_distance` averaged over images: a point for each head, by depth."""
+    from matplotlib.ticker import MaxNLocator
+
+    distance = attention_distance(vit, images).mean(axis=0)
+    figure = new_figure(6.4, 4)
+    ax = figure.subplots()
+    depth = np.arange(1, len(distance) + 1)
+    ax.plot(depth, distance, "o", color=BLUE, markersize=5, alpha=0.7)
+    ax.plot(depth, distance.mean(axis=1), color=ORANGE, label="mean of the heads")
+    ax.set(xlabel="block", ylabel="mean attention distance (pixels)", ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend()
+    ax.grid()
+    return figure

@@ -1,12 +1,20 @@
 """Tokens, position embeddings and filters as numbers."""
 
+import math
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.explain.images import Images, views
+from vit_jax.explain.figures import Images, empty_axes, plot_maps, views
 from vit_jax.explain.network import observe, on_grid, open_tower
 from vit_jax.models.vit import sincos_positions
+from vit_jax.page import new_figure, styled
 from vit_jax.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def token_norms(vit: Pretrained, images: Images) -> np.ndarray:
@@ -16,7 +24,7 @@ def token_norms(vit: Pretrained, images: Images) -> np.ndarray:
 
     Args:
       vit: see `vit_jax.load`.
-      images: see `explain.images.views`.
+      images: see `explain.figures.views`.
 
     Returns:
       float32 (n, blocks, rows, columns).
@@ -26,6 +34,15 @@ def token_norms(vit: Pretrained, images: Images) -> np.ndarray:
     tower = open_tower(vit)
     blocks = [observe(tower, view.pixels).blocks for view in views(vit, images)]
     return on_grid(tower, np.linalg.norm(np.stack(blocks), axis=-1))
+
+
+def plot_token_norms(vit: Pretrained, images: Images) -> "Figure":
+    """`token_norms` over each image, an overlay for each block."""
+    titled = [
+        [(f"block {i + 1}: up to {m.max():.3g}", m) for i, m in enumerate(blocks)]
+        for blocks in token_norms(vit, images)
+    ]
+    return plot_maps(vit, images, titled)
 
 
 def feature_pca(vit: Pretrained, images: Images) -> np.ndarray:
@@ -51,6 +68,11 @@ def feature_pca(vit: Pretrained, images: Images) -> np.ndarray:
     return colours.reshape(len(tokens), *tower.spec.grid_size, 3).astype(np.float32)
 
 
+def plot_feature_pca(vit: Pretrained, images: Images) -> "Figure":
+    """`feature_pca` beside each image."""
+    return plot_maps(vit, images, [[("features", m)] for m in feature_pca(vit, images)])
+
+
 def position_similarity(vit: Pretrained) -> np.ndarray:
     """How alike the position embeddings of patches are (Figure 7 of arXiv:2010.11929).
 
@@ -69,6 +91,40 @@ def position_similarity(vit: Pretrained) -> np.ndarray:
     vectors = np.asarray(positions, np.float64)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
     return (vectors @ vectors.T).reshape(tower.spec.grid_size * 2).astype(np.float32)
+
+
+@styled
+def plot_position_similarity(vit: Pretrained) -> "Figure":
+    """`position_similarity`: at each patch's place the map of its likeness to all others."""
+    similarity = position_similarity(vit)
+    figure = new_figure(4.4, positions_height(similarity, 4.4))
+    draw_positions(figure.subplots(), similarity)
+    return figure
+
+
+def positions_height(similarity: np.ndarray, width: float) -> float:
+    """How high `draw_positions` is where it is so wide, both in inches."""
+    rows, columns = similarity.shape[:2]
+    return 1 + min(0.72 * rows / columns, 1.5) * width
+
+
+def draw_positions(ax: "Axes", similarity: np.ndarray) -> None:
+    """Draws `position_similarity`."""
+    rows, columns = similarity.shape[:2]
+    gap = max(rows, columns) // 12 + 1
+    # One image of maps with gaps between them is quicker than hundreds of axes.
+    padded = np.pad(similarity, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
+    tiles = padded.swapaxes(1, 2).reshape(rows * (rows + gap), columns * (columns + gap))
+    shown = ax.imshow(tiles[:-gap, :-gap], cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
+    for axis, count in ((ax.xaxis, columns), (ax.yaxis, rows)):
+        places = np.arange(count)
+        axis.set_ticks(places * (count + gap) + (count - 1) / 2, [str(i + 1) for i in places])
+    ax.tick_params(labelsize=7, length=0)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="column of the patch", ylabel="row of the patch")
+    ax.set_title("Likeness of position embeddings")
+    bar = ax.figure.colorbar(shown, ax=ax, shrink=0.6, label="cosine similarity")
+    bar.outline.set_visible(False)
 
 
 def embedding_filters(vit: Pretrained, count: int = 28) -> np.ndarray:
@@ -95,6 +151,21 @@ def embedding_filters(vit: Pretrained, count: int = 28) -> np.ndarray:
     flat = filters.reshape(len(filters), -1)
     components = _components(flat - flat.mean(axis=0), count)
     return components.reshape(-1, *filters.shape[1:]).astype(np.float32)
+
+
+@styled
+def plot_embedding_filters(vit: Pretrained, count: int = 28) -> "Figure":
+    """`embedding_filters`; grey is zero, each is stretched to its largest value."""
+    filters = embedding_filters(vit, count)
+    columns = min(7, len(filters))
+    rows = math.ceil(len(filters) / columns)
+    figure = new_figure(0.9 * columns, 0.9 * rows + 0.4)
+    figure.suptitle("Principal components of the embedding filters", fontsize=11)
+    for ax, filter_ in zip(empty_axes(figure, [1] * rows, columns).ravel(), filters, strict=False):
+        colours = filter_ if filter_.shape[2] == 3 else filter_.mean(axis=2)
+        scaled = 0.5 + 0.5 * colours / np.abs(colours).max().clip(1e-12)
+        ax.imshow(scaled, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    return figure
 
 
 def _components(rows: np.ndarray, count: int) -> np.ndarray:

@@ -1,35 +1,48 @@
 """One page that shows why a network said what it said: a figure, or HTML to look around in."""
 
+import base64
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from vit_jax import page
+from vit_jax.checkpoints.labels import ranked
 from vit_jax.errors import UserError
-from vit_jax.explain.features import position_similarity
-from vit_jax.explain.network import Tower, open_tower
-from vit_jax.explain.plots import (
-    TITLE_CHARS,
-    aspect,
-    draw_image,
+from vit_jax.explain.attention import head_maps, rollout_map
+from vit_jax.explain.features import (
     draw_positions,
-    new_figure,
-    overlay,
     plot_position_similarity,
+    position_similarity,
     positions_height,
-    shares,
 )
-from vit_jax.explain.relevance import first_name
-from vit_jax.explain.summary import Explanation
-from vit_jax.pretrained import Pretrained
+from vit_jax.explain.figures import (
+    TITLE_CHARS,
+    ImageView,
+    TitledMaps,
+    draw_image,
+    empty_axes,
+    overlay,
+    views,
+)
+from vit_jax.explain.network import Tower, observe, on_grid, open_tower
+from vit_jax.explain.relevance import (
+    class_name,
+    class_vectors,
+    first_name,
+    gives_classes,
+    relevance_map,
+)
+from vit_jax.pretrained import Pretrained, PretrainedLiT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MAX_BYTES = 6 << 20  # attention weights on a page; as text they are a third more
 COLUMNS = 5  # of a figure: image, classes, rollout and two of relevance; then the heads
 MAX_PIXELS = (1 << 16) - 1  # that matplotlib draws
 
@@ -46,6 +59,125 @@ NOTES = {
 }
 
 
+class Explanation(NamedTuple):
+    """Why the network said what it said of an image, in no more bytes than a page needs.
+
+    Attributes:
+      name: the file's.
+      view: the image, no larger than it is drawn.
+      attention: see `attention_data`.
+      classes: (label, probability), the most probable first; empty if the network gives none.
+      rollout: see `explain.rollout`, (rows, columns).
+      relevance: see `explain.relevance`, of the two most probable classes or those asked for.
+      heads: what the token that the head reads attends to in each head of the last block, then
+        where those of attention pooling look.
+    """
+
+    name: str
+    view: ImageView
+    attention: dict[str, Any]
+    classes: list[tuple[str, float]]
+    rollout: np.ndarray
+    relevance: TitledMaps
+    heads: TitledMaps
+
+
+def explanations(
+    vit: Pretrained,
+    images: Sequence[str | os.PathLike],
+    classes: Sequence[int | str] | None = None,
+    *,
+    top: int = 5,
+) -> Iterator[Explanation]:
+    """Explains image files one after the other.
+
+    Args:
+      vit: see `vit_jax.load`.
+      images: paths.
+      classes: whose relevance is wanted, see `explain.relevance`; by default the two most probable
+        ones. LiT weights know no classes but these texts.
+      top: how many classes to name.
+
+    Raises UserError if the network has no attention or not these classes, or an image can't be
+    read.
+    """
+    tower = open_tower(vit)
+    for name, view in zip(images, views(vit, images), strict=True):
+        seen = observe(tower, view.pixels)
+        answers = _ranked(vit, seen.answer, classes)
+        shown = classes or [c for c, _ in answers[:2]]
+        targets = class_vectors(vit, shown) if shown else ()
+        maps = [relevance_map(vit, tower, view.pixels, target) for target in targets]
+        heads = [
+            (f"block {tower.spec.num_layers}, head {i + 1}", m)
+            for i, m in enumerate(head_maps(tower, seen))
+        ]
+        if seen.pooling is not None:
+            pooled = on_grid(tower, seen.pooling)
+            heads += [(f"pooling, head {i + 1}", m) for i, m in enumerate(pooled)]
+        yield Explanation(
+            os.fsencode(name).decode(errors="backslashreplace"),  # It need not be text.
+            view.thumbnail(),
+            attention_data(seen.attention, MAX_BYTES // len(images)),
+            [(vit.label(c) if isinstance(c, int) else c, p) for c, p in answers[:top]],
+            rollout_map(tower, seen),
+            [(class_name(vit, c), m) for c, m in zip(shown, maps, strict=True)],
+            heads,
+        )
+
+
+def _ranked(
+    vit: Pretrained, answer: np.ndarray, texts: Sequence[int | str] | None
+) -> list[tuple[int | str, float]]:
+    """(class, probability), best first: indices, or of LiT weights the texts."""
+    if not gives_classes(vit):
+        return []
+    if not isinstance(vit, PretrainedLiT):
+        return ranked(answer, range(len(answer)))
+    if not texts:
+        return []
+    names = [str(text) for text in texts]
+    cosine = class_vectors(vit, names) @ (answer / np.linalg.norm(answer))
+    return ranked(np.exp(np.asarray(vit.params["t"])) * cosine, names)
+
+
+def attention_data(attention: np.ndarray, budget: int) -> dict[str, Any]:
+    """Attention (blocks, heads, t, t) as explain.js knows it, as many layers as fit so many bytes.
+
+    Returns:
+      "layers": see `choose_layers`; "weights": uint8 (layers, t, t) as text in base 64, in 1/255 of
+      each row's maximum; "top": (layers * t,), this maximum.
+    """
+    blocks, heads, t, _ = attention.shape
+    layers = choose_layers(blocks, heads, budget // t**2)
+    weights = np.stack([attention[b].mean(0) if h is None else attention[b, h] for b, h in layers])
+    top = weights.max(axis=-1, keepdims=True)
+    levels = np.rint(255 * weights / top.clip(1e-12)).astype(np.uint8)
+    return {
+        "layers": layers,
+        "weights": base64.b64encode(levels.tobytes()).decode(),
+        "top": [float(f"{x:.4g}") for x in top.ravel()],
+    }
+
+
+def choose_layers(blocks: int, heads: int, room: int) -> list[tuple[int, int | None]]:
+    """The (block, head) whose weights are on the page, by block; head None is the mean over heads.
+
+    Args:
+      blocks, heads: how many there are.
+      room: how many may be chosen; there is one at least.
+    """
+    count = min(blocks, max(room, 1))
+    means = np.unique(np.linspace(blocks - 1, 0, count).round().astype(int)).tolist()
+    whole = (room - count) // heads if heads > 1 else 0  # Blocks with all their heads.
+    return [
+        (block, head)
+        for block in means
+        for head in (None, *range(heads if block >= blocks - whole else 0))
+    ]
+
+
+@page.styled
 def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
     """The explanations as one figure: a few rows for each image, then the position embeddings.
 
@@ -53,31 +185,29 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
     """
     firsts = [math.ceil((3 + len(e.relevance)) / COLUMNS) for e in explained]
     rows = [  # Their heights in inches. Names of classes need some even beside a panorama.
-        [2.6 * max(aspect(e.view), 0.6) + 0.35] * first
-        + [2.6 * aspect(e.view) + 0.35] * math.ceil(len(e.heads) / COLUMNS)
+        [2.6 * max(e.view.aspect, 0.6) + 0.35] * first
+        + [2.6 * e.view.aspect + 0.35] * math.ceil(len(e.heads) / COLUMNS)
         for first, e in zip(firsts, explained, strict=True)
     ]
     similarity = position_similarity(vit)
     heights = [*map(sum, rows), max(positions_height(similarity, 6), 3)]
-    figure = new_figure(13, sum(heights))
+    figure = page.new_figure(13, sum(heights))
     if (pixels := figure.bbox.height) > MAX_PIXELS:
         raise UserError(
             f"{len(explained)} images make a page of {pixels:,.0f} pixels, and a PNG may be "
             f"{MAX_PIXELS:,} high: give fewer, or write a name in .html"
         )
-    figure.suptitle(_title(vit), fontsize=13, parse_math=False)
+    figure.suptitle(_title(vit), fontsize=13)
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, first, inches, e in zip(parts, firsts, rows, explained, strict=False):
-        axes = part.subplots(len(inches), COLUMNS, squeeze=False, height_ratios=inches)
-        for ax in axes.ravel():
-            ax.axis("off")
+        axes = empty_axes(part, inches, COLUMNS)
         draw_image(axes[0, 0], e.view, Path(e.name).name)
         _draw_classes(axes[0, 1], e.classes)
-        draw_image(axes[0, 2], e.view, "attention rollout", e.rollout)
-        for ax, (name, values) in zip(axes.ravel()[3:], e.relevance, strict=False):
-            draw_image(ax, e.view, f"relevance: {name}", values)
-        for ax, (name, values) in zip(axes[first:].ravel(), e.heads, strict=False):
-            draw_image(ax, e.view, name, values)
+        maps = [("attention rollout", e.rollout), *((f"relevance: {n}", m) for n, m in e.relevance)]
+        for ax, (title, values) in zip(axes.ravel()[2:], maps, strict=False):
+            draw_image(ax, e.view, title, values)
+        for ax, (title, values) in zip(axes[first:].ravel(), e.heads, strict=False):
+            draw_image(ax, e.view, title, values)
     left, right = parts[-1].subplots(1, 2)
     draw_positions(left, similarity)
     right.axis("off")
@@ -89,9 +219,9 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
 def _draw_classes(ax: "Axes", classes: Sequence[tuple[str, float]]) -> None:
     """The most probable classes as bars with their names above."""
     for row, (label, probability) in enumerate(classes):
-        ax.barh(row + 0.25, probability, height=0.3, color="#0072B2")
+        ax.barh(row + 0.25, probability, height=0.3, color=page.BLUE)
         text = f"{probability:.1%}  {page.elide(first_name(label), TITLE_CHARS)}"
-        ax.text(0, row, text, va="bottom", fontsize=8, parse_math=False)
+        ax.text(0, row, text, va="bottom", fontsize=8)
     ax.set(xlim=(0, 1), ylim=(max(len(classes), 1), -0.6))
 
 
@@ -99,83 +229,32 @@ def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
     """The explanations as one file of HTML, which needs no network.
 
     On each image one may point at a patch and see what it attends to, in every block and head
-    whose weights fit the page: of all its images `viewer.MAX_BYTES`, first the mean over heads
-    of each block, then the heads of the last blocks. They are rounded to 1/255 of a row's maximum.
+    whose weights fit the page: of all its images `MAX_BYTES`, first the mean over heads of each
+    block, then the heads of the last blocks. They are rounded to 1/255 of a row's maximum.
     """
     tower = open_tower(vit)
-    body = [
-        f'<p class="dim">{_about(tower)}</p>',
-        _notes("Attention rollout", "Relevance", "Heads"),
-    ]
-    body += [_section(tower, i, e) for i, e in enumerate(explained)]
-    drawing = page.drawing(plot_position_similarity(vit), "likeness of the position embeddings")
-    body += ["<h2>Position embeddings</h2>", _notes("Position embeddings")]
-    body += [f'<div class="positions">{drawing}</div>']
-    script = Path(__file__).with_name("viewer.js").read_text(encoding="utf-8")
-    return page.document(_title(vit), "\n".join(body), style=_STYLE, script=script)
-
-
-_STYLE = """
-.maps img { width: 100%; max-height: 20rem; object-fit: contain;
-  object-position: left } .maps table { font-size: .875rem }
-.positions svg { width: 36rem }
-.viewer { display: flex; flex-wrap: wrap; gap: 1rem; align-items: start }
-.viewer div { flex: 1 1 15rem; max-width: 26rem }
-.viewer label { display: block; margin-bottom: .6rem }
-.viewer input { display: block; width: 100%; padding: 0 }
-.viewer canvas { touch-action: pan-y; cursor: crosshair }
-"""
-
-_VIEWER = """
-<h3>What each patch attends to</h3>
-<div class="viewer" data-image="{i}">
-<canvas tabindex="0" role="application" aria-label="Attention on {name}"
-aria-describedby="said{i}"></canvas>
-<div>
-<p class="dim">Point at a patch, touch it or move with the arrow keys: what it attends to lights
-up.</p>
-<label><span></span><input type="range" class="block" aria-label="Block"></label>
-<label><span></span><input type="range" class="head" aria-label="Head"></label>
-<button type="button">Class token</button>
-<p id="said{i}" role="status"></p>
-</div>
-</div>
-"""
-
-
-def _section(tower: Tower, i: int, e: Explanation) -> str:
-    """The HTML of one image."""
-    name = Path(e.name).name
-
-    def figure(title: str, values: np.ndarray) -> str:
-        element = page.image(overlay(e.view, values), f"{title} of {name}", photo=True)
-        return f"<figure>{element}<figcaption>{page.escape(title)}</figcaption></figure>"
-
-    image = page.image(overlay(e.view), name, photo=True)
-    maps = [figure("attention rollout", e.rollout)]
-    maps += [figure(f"relevance: {label}", values) for label, values in e.relevance]
-    heads = [figure(title, values) for title, values in e.heads]
-    place = {"grid": tower.spec.grid_size, "first": tower.first_patch, "box": shares(e.view)}
-    answers = [(first_name(label), probability) for label, probability in e.classes]
-    classes = page.table(["class", "probability"], answers, name=f"classes of {name}")
-    return "\n".join(
-        [
-            f'<section><h2>{page.escape(name)}</h2><div class="grid maps" style="--column: 13rem">',
-            f'<figure id="image{i}">{image}</figure>',
-            classes if e.classes else "",
-            *maps,
-            '</div><h3>Heads</h3><div class="grid maps" style="--column: 9rem">',
-            *heads,
-            "</div>",
-            _VIEWER.format(i=i, name=page.escape(name)),
-            page.data(f"attention{i}", place | e.attention.as_data()),
-            "</section>",
-        ]
+    sections = []
+    for e in explained:
+        maps = [("attention rollout", e.rollout), *((f"relevance: {n}", m) for n, m in e.relevance)]
+        place = {"grid": tower.spec.grid_size, "first": tower.first_patch, "box": e.view.box}
+        sections.append(
+            {
+                "name": Path(e.name).name,
+                "image": overlay(e.view),
+                "classes": [(first_name(label), probability) for label, probability in e.classes],
+                "maps": [(title, overlay(e.view, m)) for title, m in maps],
+                "heads": [(title, overlay(e.view, m)) for title, m in e.heads],
+                "attention": place | e.attention,
+            }
+        )
+    return page.render(
+        "explain",
+        _title(vit),
+        about=_about(tower),
+        notes=NOTES,
+        sections=sections,
+        positions=plot_position_similarity(vit),
     )
-
-
-def _notes(*titles: str) -> str:
-    return "\n".join(f'<p class="dim"><b>{title}:</b> {NOTES[title]}</p>' for title in titles)
 
 
 def _about(tower: Tower) -> str:

@@ -3,18 +3,22 @@
 import difflib
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.checkpoints.labels import find_classes
 from vit_jax.errors import UserError
-from vit_jax.explain.images import Images, views
+from vit_jax.explain.figures import Images, plot_maps, views
 from vit_jax.explain.network import Tower, observe, on_grid, open_tower, stacked_weights
 from vit_jax.models import POOLED, VisionTransformer
 from vit_jax.pretrained import Pretrained, PretrainedLiT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def relevance(
@@ -31,7 +35,7 @@ def relevance(
 
     Args:
       vit: see `vit_jax.load`.
-      images: see `explain.images.views`.
+      images: see `explain.figures.views`.
       classes: k classes by name or index; of LiT weights k texts, and y is the cosine of the
         angle between image and text. None for the most probable class of each image.
 
@@ -51,6 +55,17 @@ def relevance(
             shown = class_vectors(vit, [int(observe(tower, view.pixels).answer.argmax())])
         result.append([relevance_map(vit, tower, view.pixels, target) for target in shown])
     return np.array(result, np.float32)
+
+
+def plot_relevance(
+    vit: Pretrained, images: Images, classes: Sequence[int | str] | None = None
+) -> "Figure":
+    """`relevance` over each image, an overlay a class, each with its own scale."""
+    maps = relevance(vit, images, classes)
+    names = [class_name(vit, c) for c in classes or ()] or ["the most probable class"]
+    return plot_maps(
+        vit, images, [[(f"for {n}", m) for n, m in zip(names, ms, strict=True)] for ms in maps]
+    )
 
 
 def gives_classes(vit: Pretrained) -> bool:
@@ -75,16 +90,13 @@ def class_vectors(vit: Pretrained, classes: Sequence[int | str]) -> np.ndarray:
 
 
 def class_index(vit: Pretrained, name: int | str) -> int:
-    """The index of a class given as such, by its name, or by a word of it ("tench" of "tench, Tinca
-    tinca"). Raises UserError if there is none, or more than one."""
+    """The index of a class given as such or by its name, see `find_classes`.
+
+    Raises UserError if there is none, or more than one.
+    """
     labels, count = vit.labels or (), vit.spec.num_classes
     assert count is not None  # See `gives_classes`.
-    named = not isinstance(name, int | np.integer)
-    found = [i for i, label in enumerate(labels) if named and name == label] or [
-        i
-        for i, label in enumerate(labels)
-        if named and str(name).lower() in label.lower().split(", ")
-    ]
+    found = [] if isinstance(name, int | np.integer) else find_classes(labels, [name])[0]
     if not found and str(name).isdecimal() and int(name) < count:
         return int(name)
     if len(found) == 1:

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tests.explain.conftest import random_images
-from vit_jax.explain.images import View, views
-from vit_jax.explain.plots import overlay
+from vit_jax.explain.figures import ImageView, overlay, views
 
 RNG = np.random.default_rng(0)
 
@@ -16,7 +15,7 @@ RNG = np.random.default_rng(0)
 def box(vit, preprocess, height, width):
     vit = dataclasses.replace(vit, preprocess=f"{preprocess}|value_range(-1, 1)")
     (view,) = views(vit, [RNG.integers(0, 256, (height, width, 3), np.uint8)])
-    return view.box
+    return view.box * np.tile((height, width), 2)
 
 
 @pytest.mark.parametrize(
@@ -42,14 +41,14 @@ def test_a_preprocessed_image_is_shown_as_it_is_and_a_hybrid_fills_it(network):
     vit = network("hybrid", image_size=(40, 60))  # 5 x 8 patches of 8 pixels, padded to 64.
     pixels = random_images(vit, 1)
     (view,) = views(vit, pixels)
-    assert view.box == (0, 0, 40, 60)
+    assert view.box == (0, 0, 1, 1)
     np.testing.assert_array_equal(view.pixels, pixels[0])
     np.testing.assert_allclose(view.image, (pixels[0] + 1) * 127.5, atol=0.5001)
 
 
 def test_heat_is_over_its_patch_in_the_images_own_aspect_and_the_unseen_is_dark():
     image = np.full((300, 600, 3), 100, np.uint8)
-    view = View(image, np.zeros(0), (0, 150, 300, 300))  # The middle square was seen.
+    view = ImageView(image, np.zeros(0), (0, 0.25, 1, 0.5))  # The middle square was seen.
     heat = np.zeros((3, 3))
     heat[0, 2] = 1
 
@@ -64,7 +63,7 @@ def test_heat_is_over_its_patch_in_the_images_own_aspect_and_the_unseen_is_dark(
 
 
 def test_a_tiny_grey_image_is_magnified_and_colours_stand_in_its_place():
-    view = View(np.zeros((8, 16, 1), np.uint8), np.zeros(0), (0, 0, 8, 16))
+    view = ImageView(np.zeros((8, 16, 1), np.uint8), np.zeros(0), (0, 0, 1, 1))
     assert overlay(view).shape == (96, 192, 3)
     colours = np.zeros((2, 4, 3))
     colours[..., 1] = 1

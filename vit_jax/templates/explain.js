@@ -1,5 +1,5 @@
 // Images on which one patch after the other says what it attends to; the page's data are those of
-// `viewer.Levels`, and where on the image the grid lies.
+// `explain.pages.attention_data`, and where on the image the grid lies.
 for (const viewer of document.querySelectorAll(".viewer")) {
   const number = viewer.dataset.image;
   const known = JSON.parse(document.getElementById("attention" + number).textContent);
