@@ -142,8 +142,7 @@ def test_a_file_that_is_no_wordpiece_vocabulary_is_named(tmp_path, content, mess
 
 @pytest.mark.parametrize("name", ["none.txt", "none.model"])
 def test_a_missing_vocabulary_is_named(tmp_path, name):
-    if name.endswith(".model"):
-        pytest.importorskip("sentencepiece")
+    pytest.importorskip("sentencepiece")
     with pytest.raises(UserError, match=rf"{name}: can't be read \(No such file"):
         open_tokenizer(tmp_path / name)
 
@@ -218,10 +217,11 @@ def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, content):
         SentencePieceTokenizer(path)
 
 
-def test_without_the_package_sentencepiece_one_line_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match=r"needs? it: pip install sentencepiece$"):
-        open_tokenizer(tmp_path / "pieces.model")
+@pytest.mark.parametrize(("package", "ending"), [("sentencepiece", "model"), ("tokenizers", "txt")])
+def test_without_its_package_one_line_says_what_to_do(tmp_path, monkeypatch, package, ending):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"words need it: pip install {package}$"):
+        open_tokenizer(tmp_path / f"pieces.{ending}")
 
 
 def test_the_name_of_a_vocabulary_says_which_tokenizer_reads_it(vocabulary, trained, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,16 +36,13 @@ def convert(
 ) -> Converted:
     """Writes weights again as another kind of file, or in another layout.
 
-    No more than one array is in memory at a time, two where its type changes; to an Orbax folder,
-    small ones of 32 MiB together. Without `dtype` every value keeps its bits.
-    Of a file that holds more than the network (an optimizer, a second tower) only the network is
-    taken.
-
-    The .json with the labels and the preprocessing beside the source, and the vocabulary of a LiT
-    bundle, come along.
+    One array is in memory at a time, two where its type changes; Orbax may need three. Without
+    `dtype` every value keeps its bits. Of a file that holds more than the network (an optimizer, a
+    second tower) only the network is taken. The .json with the labels and the preprocessing beside
+    the source, and the vocabulary of a LiT bundle, come along.
 
     Args:
-      source: any file that `files.open_arrays` opens, with ":img" behind it for one tower of it.
+      source: any file that `formats.open_arrays` opens, with ":img" behind it for one tower of it.
       target: a name that ends in .npz, .safetensors or .orbax (a folder).
       style: the layout to write, one of `layouts.STYLES`.
       dtype: "float32" or "bfloat16", what to store numbers as; None for what they are.
@@ -70,35 +66,26 @@ def convert(
     with open_arrays(path) as stored:
         arrays = to_linen(stored, tower=tower, where=str(path))
         spec = read_spec(arrays, image_size=_noted_size(path), where=str(path))
-        companions = _companions(spec, path, target)
-        _check_free([target, *companions.values()], force)
+        endings = (".json", ".txt", ".model") if isinstance(spec, LiTSpec) else (".json",)
+        pairs = [(path.with_suffix(ending), target.with_suffix(ending)) for ending in endings]
+        sidecars = [(old, new) for old, new in pairs if old.resolve() != new.resolve()]
+        there = [str(new) for new in (target, *(new for _, new in sidecars)) if new.exists()]
+        if there and not force:
+            raise UserError(
+                f"{' and '.join(there)} is there already: choose another name, or say --force"
+            )
         if dtype is not None:
             arrays = {key: array.astype(DTYPES[dtype]) for key, array in arrays.items()}
         write_arrays(target, to_style(arrays, style))
-    written = []
-    for old, new in companions.items():
+    written = [target]
+    for old, new in sidecars:
         # The notes of a whole file are not those of one tower.
         if old.is_file() and tower is None:
             shutil.copyfile(old, new)
             written.append(new)
         else:  # Notes of the weights that were there before would be wrong for these.
             new.unlink(missing_ok=True)
-    return Converted(spec, len(arrays), (target, *written))
-
-
-def _companions(spec: AnySpec, source: Path, target: Path) -> dict[Path, Path]:
-    """The small files that belong beside weights, whether they are there or not."""
-    endings = (".json", ".txt", ".model") if isinstance(spec, LiTSpec) else (".json",)
-    pairs = {source.with_suffix(ending): target.with_suffix(ending) for ending in endings}
-    return {old: new for old, new in pairs.items() if old.resolve() != new.resolve()}
-
-
-def _check_free(targets: Sequence[Path], force: bool) -> None:
-    there = [str(path) for path in targets if path.exists()]
-    if there and not force:
-        raise UserError(
-            f"{' and '.join(there)} is there already: choose another name, or say --force"
-        )
+    return Converted(spec, len(arrays), tuple(written))
 
 
 def _noted_size(path: Path) -> tuple[int, int] | None:

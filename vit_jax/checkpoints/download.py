@@ -34,6 +34,7 @@ BACKOFF = 1.0  # Seconds before the second attempt; doubled for each further one
 LONGEST_WAIT = 60.0  # Seconds; a server may ask for less, not for more.
 
 _PIECE = 1 << 20
+_MARKS = {"etag", "generation", "md5", "crc32c"}  # By which a file is known again.
 
 _log = logging.getLogger(__name__)
 _Report = Callable[[int, int | None], None]  # (bytes there, bytes in all or None)
@@ -122,9 +123,10 @@ def _transfer(url: str, part: BufferedRandom, path: Path, attempts: int, timeout
                 most = max(most, _size(part))
                 if failed >= min(e.tries, attempts):
                     often = f", {failed} times in a row: try again later" if failed > 1 else ""
-                    kept = f"; {most:,} bytes are kept for another try" if _read_notes(path) else ""
+                    kept = _read_notes(path) and _size(part)
+                    rest = f"; {kept:,} bytes are kept for another try" if kept else ""
                     raise UserError(
-                        f"can't download {url}: {e}{often}{kept}; or fetch that address by hand "
+                        f"can't download {url}: {e}{often}{rest}; or fetch that address by hand "
                         f"and save it as {path}"
                     ) from e
                 wait = BACKOFF * 2 ** (failed - 1) if e.wait is None else e.wait
@@ -153,7 +155,8 @@ def _receive(
             start, _, total = response.headers.get("Content-Range", "").partition("/")
             remote["size"] = int(total) if total.isdecimal() else None
             same = all(known.get(k, v) == v for k, v in remote.items() if v is not None)
-            if not same or not _is_marked(remote) or not start.startswith(f"bytes {done}-"):
+            marked = _MARKS & remote.keys() & known.keys()
+            if not (same and marked and start.startswith(f"bytes {done}-")):
                 _discard(part, path)
                 raise _FailedError("the file has changed on the server")
             remote = known
@@ -161,7 +164,7 @@ def _receive(
             _discard(part, path)
             done = 0
             # Without any mark by which to know the file again, it can't be resumed.
-            if _is_marked(remote):
+            if _MARKS & remote.keys():
                 _notes(path).write_text(json.dumps(remote))
         size = remote.get("size")
         free = shutil.disk_usage(path.parent).free
@@ -238,10 +241,6 @@ def _describe(url: str, response: requests.Response) -> _Remote:
         told |= {kind: value for kind, _, value in pairs if kind in ("md5", "crc32c")}
     told["size"] = int(size) if size.isdecimal() else None
     return {"url": url} | {name: value for name, value in told.items() if value is not None}
-
-
-def _is_marked(remote: _Remote) -> bool:
-    return bool(remote.keys() & {"etag", "generation", "md5", "crc32c"})
 
 
 def _check(remote: _Remote, part: BufferedRandom, path: Path) -> None:

@@ -50,21 +50,13 @@ class LazyArray:
         self.read = read
 
     @property
-    def size(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """How much memory its values take."""
-        return self.size * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.read()
         return array if dtype is None else array.astype(dtype, copy=False)
-
-    def __repr__(self) -> str:
-        return f"LazyArray({self.shape}, {self.dtype})"
 
     def reshape(self, shape: tuple[int, ...]) -> "LazyArray":
         """Another shape of as many numbers."""

@@ -26,8 +26,7 @@ def add_parser(subparsers) -> None:
         "--style",
         choices=("linen", "prelinen", "2020"),
         default="linen",
-        help="names as today (default), as in the published files of 2020 and 2021, or as in the "
-        "first hybrids",
+        help="names as today (default), as published in 2020 and 2021, or as in the first hybrids",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="store numbers so; by default as they are"
