@@ -46,7 +46,8 @@ def _fields_help() -> str:
 
     lines = ["", "fields of the configuration, their defaults, what they mean:"]
     for field in FIELDS:
-        choices = f" ({field.expected})" if field.expected.startswith("one of") else ""
+        is_choice = field.values and isinstance(field.default, str)
+        choices = f" ({', '.join(field.values)})" if is_choice else ""
         default = "empty" if field.default in ("", ()) else field.default
         lines.append(f"  {field.name:<29} {default!s:<10} {field.help}{choices}")
     return "\n".join([*lines, ""])
