@@ -14,7 +14,6 @@ from vit_jax.models.kernels import ATTENTION
 from vit_jax.sharding import SHARDINGS
 from vit_jax.training import check_config, default_config
 from vit_jax.training.config import (
-    FIELD,
     FIELDS,
     config_from_json,
     config_to_json,
@@ -36,7 +35,7 @@ def table_of_fields() -> str:
     rows = ["| field | default | values | a run may go on with another | what |"]
     rows.append("|---|---|---|---|---|")
     changes = {"": "", "run": "yes", "process": "yes, in each process"}
-    for field in FIELDS:
+    for field in FIELDS.values():
         default = repr(field.default).replace("'", '"')
         cells = f"`{field.name}`", f"`{default}`", field.expected, changes[field.changes]
         rows.append(f"| {' | '.join((*cells, field.help))} |")
@@ -55,16 +54,16 @@ def test_help_lists_the_fields_and_imports_nothing_slow():
     program = program.replace("main([", "\ntry: main([") + f"\nfinally: {slow[2:]}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr == "[]\n"
-    for field in FIELDS:
+    for field in FIELDS.values():
         assert f"\n  {field.name} " in done.stdout
         assert field.help in done.stdout
 
 
 def test_choices_are_those_that_the_library_knows():
-    assert FIELD["sharding"].values == SHARDINGS
-    assert FIELD["remat"].values == tuple(REMAT)
-    assert FIELD["attention"].values == ("auto", *ATTENTION)
-    assert FIELD["augment"].values == tuple(AUGREG)
+    assert FIELDS["sharding"].values == SHARDINGS
+    assert FIELDS["remat"].values == tuple(REMAT)
+    assert FIELDS["attention"].values == ("auto", *ATTENTION)
+    assert FIELDS["augment"].values == tuple(AUGREG)
 
 
 def changed(*options):

@@ -45,7 +45,7 @@ def _fields_help() -> str:
     from vit_jax.training.config import FIELDS
 
     lines = ["", "fields of the configuration, their defaults, what they mean:"]
-    for field in FIELDS:
+    for field in FIELDS.values():
         is_choice = field.values and isinstance(field.default, str)
         choices = f" ({', '.join(field.values)})" if is_choice else ""
         default = "empty" if field.default in ("", ()) else field.default

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Self, TextIO
 
 from etils import epath
@@ -77,12 +76,7 @@ class RunLog:
         self._stack.enter_context(self._progress)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -127,14 +121,13 @@ class RunLog:
 class Progress:
     """Shows how far a run is, how well it goes and what it waits for.
 
-    On a terminal, two lines that stay at the bottom and fit 60 columns:
+    On a terminal, two lines that stay at the bottom and fit 60 columns; a wider one shows further
+    figures, as many as fit:
 
         120/600 ━━━━━━━━━━━━━                   20%  eta 0:01:12
         loss  0.4312  lr 9.2e-03    1,234 img/s  data wait   3%
 
-    A wider one shows further figures, as many as fit.
-    Elsewhere (a file, a pipe, a notebook) each update is one line of aligned columns. The time left
-    comes from the steps done since `restart_clock`.
+    Elsewhere (a file, a pipe, a notebook) each update is one line of aligned columns.
 
     Args:
         total_steps: number of the last step of the run.
@@ -210,12 +203,7 @@ class Progress:
             self._live.start(refresh=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -227,7 +215,7 @@ class Progress:
         return f"{self._step:>{len(str(self._total))}}/{self._total}"
 
     def _time_left(self, step: int) -> str:
-        """Time to the last step at the rate measured so far, as h:mm:ss."""
+        """Time to the last step at the rate since `restart_clock`, as h:mm:ss."""
         then, since = self._since
         if step <= then:
             return "-:--:--"
