@@ -5,7 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Self, TextIO
 
 from etils import epath
@@ -52,18 +53,19 @@ class RunLog:
 
     Attributes:
       accuracies: {step: "test/top1"} of the evaluations in metrics.jsonl.
-      say: prints a line.
+      say: prints a line. write, sync: see `MetricsWriter`.
     """
 
     def __init__(self, folder: epath.Path, config: ConfigDict, step: int, usage: Usage):
         self.folder, self._config, self._usage = folder, config, usage
-        self._writer: MetricsWriter | None = None
         self._stack = contextlib.ExitStack()
+        self.write: Callable[..., None] = lambda *_: None
+        self.sync: Callable[[], None] = lambda: None
         accuracies: list[tuple[int, float]] = []
         with raise_on_all_processes():
             if is_main_process():
-                self._writer = MetricsWriter(folder, resume_step=step)
-                self._stack.callback(self._writer.close)
+                writer = self._stack.enter_context(closing(MetricsWriter(folder, step)))
+                self.write, self.sync = writer.write, writer.sync
                 lines = read_metrics(folder / METRICS)
                 accuracies = [(x["step"], x["test/top1"]) for x in lines if "test/top1" in x]
         self.accuracies: dict[int, float] = dict(broadcast_from_main(accuracies))
@@ -78,16 +80,6 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a line to metrics.jsonl."""
-        if self._writer:
-            self._writer.write(step, values)
-
-    def sync(self) -> None:
-        """Once this returns, a power cut cannot lose what was written."""
-        if self._writer:
-            self._writer.sync()
 
     def restart_clock(self, clock: Clock, step: int | None = None) -> None:
         """Speed is measured from here on; with a step, the time that is left too."""
