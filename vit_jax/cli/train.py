@@ -37,6 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=kind, help=meaning)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run, takes_fields=True)
+    options_help = parser.format_help
+    parser.format_help = lambda: options_help() + _fields_help()  # type: ignore[method-assign]
+
+
+def _fields_help() -> str:
+    from vit_jax.training.config import FIELDS
+
+    lines = ["", "fields of the configuration, their defaults, what they mean:"]
+    for field in FIELDS.values():
+        is_choice = field.values and isinstance(field.default, str)
+        choices = f" ({', '.join(field.values)})" if is_choice else ""
+        default = "empty" if field.default in ("", ()) else field.default
+        lines.append(f"  {field.name:<29} {default!s:<10} {field.help}{choices}")
+    return "\n".join([*lines, ""])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,13 +69,12 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.workdir:
         raise UserError("--workdir is empty: name the folder of this run")
-    connect(args.coordinator, args.num_processes, args.process_id)
     recipe = args.config if args.data is None else f"finetune_folder:{args.data}"
-    config = load_config(recipe)
-    fields = list(args.fields)
-    if args.weights:
-        fields.append(f"--config.model_or_filename={args.weights}")
-    result = training.run(override(config, fields), args.workdir)
+    weights = [f"--config.model_or_filename={args.weights}"] if args.weights else []
+    # Before the others are waited for, whose time-out is one of its fields.
+    config = override(load_config(recipe), [*args.fields, *weights])
+    connect(args.coordinator, args.num_processes, args.process_id)
+    result = training.run(config, args.workdir)
     if is_main_process():
         print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
     return 0 if result.finished else EXIT_INTERRUPTED

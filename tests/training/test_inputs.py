@@ -1,22 +1,151 @@
-"""Who reads the images of a run: chosen by cores and configuration, and told."""
+"""Batches are on the device before they are needed, not too many of them, and only an idle device
+waits for them."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
 
-from tests.training.conftest import TINY
+from tests.training.conftest import TINY, run_module
 from vit_jax import data
 from vit_jax.errors import UserError
-from vit_jax.training import processes, run, trainer
-from vit_jax.training.task import open_task
+from vit_jax.sharding import batch_sharding, make_mesh
+from vit_jax.training import processes, run
+from vit_jax.training.inputs import DevicePrefetcher, open_data
+
+
+class Step:
+    """What a step gives, on a device that works as long as the test wants."""
+
+    def __init__(self, error=None):
+        self._done = threading.Event()
+        self._error = error
+
+    def finish(self):
+        self._done.set()
+
+    def block_until_ready(self):
+        self._done.wait(60)
+        if self._error:
+            raise self._error
+        return self
+
+
+class Batches:
+    """Endless batches, each of which takes a while."""
+
+    def __init__(self, seconds=0.0):
+        self.asked = 0
+        self.closed = False
+        self._seconds = seconds
+
+    def __next__(self):
+        self.asked += 1
+        time.sleep(self._seconds)
+        return {"image": np.full(8, self.asked)}
+
+    def close(self):
+        self.closed = True
+
+
+def prefetcher(batches, prefetch):
+    return DevicePrefetcher(batches, batch_sharding(make_mesh()), prefetch)
+
+
+def settled(batches):
+    """How many batches were asked for, when no more are."""
+    asked = -1
+    while asked != batches.asked:
+        asked = batches.asked
+        time.sleep(0.1)
+    return asked
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_beside_the_batch_at_work_no_more_than_prefetch_are_on_the_device(prefetch):
+    batches, steps = Batches(), []
+    feed = prefetcher(batches, prefetch)
+    for done in range(4):
+        # All that are there can be taken at once, but more come only when a step is done.
+        while len(steps) < done + prefetch + 1:
+            assert np.asarray(next(feed)["image"])[0] == len(steps) + 1
+            steps.append(Step())
+            feed.watch({"loss": steps[-1]})
+        assert settled(batches) == done + prefetch + 1
+        steps[done].finish()
+        assert settled(batches) == done + prefetch + 2
+    for step in steps:
+        step.finish()
+    feed.close()
+
+
+@pytest.mark.parametrize(("busy", "least", "most"), [(0.0, 0.7, 1.0), (0.4, 0.0, 0.2)])
+def test_only_the_time_in_which_the_device_has_nothing_to_do_is_idle(busy, least, most):
+    feed = prefetcher(Batches(0.2), 1)
+    done = None
+    for i in range(5):
+        next(feed)
+        step = Step()
+        if done is not None:
+            done.result()  # A device does one step after the other.
+        threading.Timer(busy, step.finish).start()
+        done = feed.watch({"loss": step})
+        if i == 1:
+            feed_begins = done.result()
+    clock = done.result()
+    assert clock.steps - feed_begins.steps == 3
+    assert least <= (clock.idle - feed_begins.idle) / (clock.at - feed_begins.at) <= most
+    feed.close()
+
+
+def test_what_passes_before_the_clock_is_restarted_is_not_idle():
+    feed = prefetcher(Batches(0.3), 1)
+    next(feed)
+    feed.restart_clock()
+    step = Step()
+    step.finish()
+    clock = feed.watch({"loss": step}).result()
+    assert clock.idle == 0
+    assert clock.at - feed.clock.at == 0
+    feed.close()
+
+
+def test_closing_ends_the_threads_and_the_reading_and_leaves_nothing_on_the_devices():
+    batches, before = Batches(), threading.active_count()
+    arrays = len(jax.live_arrays())
+    feed = prefetcher(batches, 2)
+    next(feed)
+    feed.close()
+    assert batches.closed
+    assert threading.active_count() == before
+    gc.collect()
+    assert len(jax.live_arrays()) == arrays
+
+
+def test_the_error_of_a_step_comes_where_its_metrics_are_read():
+    feed = prefetcher(Batches(), 1)
+    for _ in range(4):  # More than there is room for: the error keeps none of them away.
+        next(feed)
+        step = Step(RuntimeError("out of memory"))
+        step.finish()
+        done = feed.watch({"loss": step})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        done.result()
+    feed.close()
+
+
+# Who reads the images of a run: chosen by cores and configuration, and told.
 
 
 def readers(config, cores, sources=None):
-    return [str(chosen) for chosen in open_task(config, sources, cores).readers]
+    return [str(chosen) for chosen in open_data(config, sources, cores).readers]
 
 
 def test_by_default_processes_train_where_there_are_more_than_two_cores(tiny):
@@ -42,7 +171,7 @@ def test_the_first_line_of_a_run_says_who_reads_and_why_no_others(
             return digits.read_key(key)
 
     source = replace(digits, read_key=read)
-    monkeypatch.setattr(trainer, "share_of_cores", lambda: 3)
+    monkeypatch.setattr(run_module, "share_of_cores", lambda: 3)
     fields = ("total_steps=1", "warmup_steps=0", "eval_every=0")
     run(tiny(*fields, "threads=0"), tmp_path / "run", sources=(source, source))
     first = capsys.readouterr().err.splitlines()[0]
@@ -119,6 +248,6 @@ def test_a_script_that_nothing_guards_trains_with_worker_processes(tmp_path):
 def test_processes_of_one_machine_share_its_cores_out(own, others, share, monkeypatch):
     monkeypatch.setattr(processes.platform, "node", lambda: "here")
     monkeypatch.setattr(processes.os, "sched_getaffinity", lambda pid: set(own))
-    monkeypatch.setattr(processes, "gather", lambda value: [value, *others])
+    monkeypatch.setattr(processes, "allgather", lambda value: [value, *others])
     monkeypatch.setattr(data.workers, "_QUOTA", "/nowhere")
     assert processes.share_of_cores() == share
