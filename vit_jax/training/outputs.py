@@ -78,7 +78,7 @@ def write_outputs(
 
 
 def last_test(workdir: epath.Path) -> dict[str, float]:
-    """The last "test/..." figures in the metrics of a run; empty if there are none."""
+    """The last "test/..." figures in the metrics of a run, if there are any."""
     lines = [line for line in read_metrics(workdir / METRICS) if "test/top1" in line]
     return {k: v for k, v in lines[-1].items() if k.startswith("test/")} if lines else {}
 

@@ -122,9 +122,8 @@ class Progress:
     Elsewhere (a file, a pipe, a notebook) each update is one line of aligned columns.
 
     Args:
-        total_steps: number of the last step of the run.
-        start_step: the step the run starts or resumes from.
-        stream: where to write; standard error if None.
+      total_steps, start_step: the last step of the run, and the one that it starts from.
+      stream: where to write; standard error if None.
     """
 
     def __init__(self, total_steps: int, start_step: int, *, stream: TextIO | None = None):
@@ -155,16 +154,9 @@ class Progress:
         wait_share: float,
         more: Mapping[str, float] | None = None,
     ) -> None:
-        """Shows the state after `step`.
-
-        Args:
-            step: number of updates done.
-            loss: training loss of the last step.
-            lr: learning rate of the last update.
-            images_per_s: training images a second, all devices together; NaN if not measured yet.
-            wait_share: share in [0, 1] of the time in which the devices waited for data, or NaN.
-            more: further figures by short names, the most important first.
-        """
+        """Shows the state after so many updates: images a second of all devices together and the
+        share of the time in which they waited for data, both NaN if not measured yet; and more
+        figures by short names, the most important first."""
         self._step = step
         self._eta = self._time_left(step)
         self._numbers = (
