@@ -7,89 +7,52 @@ def add_parser(subparsers) -> None:
     """Adds the command."""
     from vit_jax.cli import add_command, positive
 
-    parser = add_command(
-        subparsers,
-        "evaluate",
-        run,
-        "measure accuracy and loss on labelled images",
-        "vit-jax evaluate runs/digits --csv=predictions.csv",
+    help = "measure accuracy and loss on labelled images"
+    example = "vit-jax evaluate runs/digits --csv=predictions.csv"
+    add = add_command(subparsers, "evaluate", run, help, example).add_argument
+    add("weights", help="a file or name of weights, or the workdir of a finished run")
+    add(
+        "data", nargs="?", help="a folder of images, a table, a TFDS name; by default the run's own"
     )
-    parser.add_argument(
-        "weights", help="a file or name of weights, or the workdir of a finished run"
-    )
-    parser.add_argument(
-        "data",
-        nargs="?",
-        help="a folder of images, a table, a TFDS name; by default the run's own",
-    )
-    parser.add_argument(
-        "--split", help='"test", "train[:10%%]", ...; by default the run\'s own, or test'
-    )
-    parser.add_argument("--batch", type=positive, default=64, help="images at once (default: 64)")
-    parser.add_argument(
-        "--corrupt",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with unreadable ones",
-    )
-    parser.add_argument("--csv", metavar="FILE", help="write every prediction to this file")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add("--split", help='"test", "train[:10%%]", ...; by default the run\'s own, or test')
+    add("--batch", type=positive, default=64, help="images at once (default: 64)")
+    corrupt = "what to do with unreadable ones"
+    add("--corrupt", choices=("error", "skip"), default="error", help=corrupt)
+    add("--csv", metavar="FILE", help="write every prediction to this file")
+    add("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints top-1, top-5, loss and the accuracy of each class."""
     import dataclasses
     import json
-    import os
 
-    import numpy as np
-
-    from vit_jax import data
-    from vit_jax.errors import UserError
     from vit_jax.evaluation.images import evaluate_images, write_predictions
     from vit_jax.evaluation.zero_shot import zero_shot
     from vit_jax.pretrained import PretrainedLiT, load
-    from vit_jax.training.workdir import check_named, read_config
 
     vit = load(args.weights)
-    dataset, split, seed, loss, places = args.data, "test", 0, "softmax", {}
-    if os.path.isfile(os.path.join(args.weights, "config.json")):
-        config = read_config(args.weights)
-        places = {"data_dir": config.tfds_data_dir, "manual_dir": config.tfds_manual_dir}
-        if dataset is None:
-            check_named(args.weights, config)
-            dataset, split = config.dataset, config.splits.test
-            seed, loss = config.seed, config.loss
-    elif dataset is None:
-        raise UserError(
-            f"on which images? {args.weights} doesn't tell, only a run does: "
-            "add a folder of images or a known name"
-        )
-    source = data.open_source(dataset, args.split or split, seed=seed, **places)
+    source, loss = _open_source(args)
+    options = {"batch_size": args.batch, "corrupt": args.corrupt}
     if isinstance(vit, PretrainedLiT):
-        scores = zero_shot(vit, source, batch_size=args.batch, corrupt=args.corrupt)
+        scores = zero_shot(vit, source, **options)
         vit = dataclasses.replace(vit, labels=source.labels)
     else:
-        scores = evaluate_images(
-            vit, source, batch_size=args.batch, corrupt=args.corrupt, loss=loss
-        )
+        scores = evaluate_images(vit, source, loss=loss, **options)
     labels = [vit.label(i) for i in range(len(scores.per_class))]
-    counts = scores.confusion.sum(axis=1)
+    counts = scores.confusion.sum(axis=1).tolist()
+    classes = list(zip(labels, scores.per_class.tolist(), counts, strict=True))
     if args.csv:
         write_predictions(args.csv, source, vit, scores)
     if args.json:
-        per_class = [
-            {"label": label, "accuracy": None if np.isnan(share) else share, "count": count}
-            for label, share, count in zip(
-                labels, scores.per_class.tolist(), counts.tolist(), strict=True
-            )
+        said = {k: getattr(scores, k) for k in ("count", "skipped", "top1", "top5", "loss")}
+        said["per_class"] = [
+            {"label": label, "accuracy": share if count else None, "count": count}
+            for label, share, count in classes
         ]
-        names = ("count", "skipped", "top1", "top5", "loss")
-        print(
-            json.dumps({n: getattr(scores, n) for n in names} | {"per_class": per_class}, indent=1)
-        )
+        print(json.dumps(said, indent=1))
         return
-    right = int(np.trace(scores.confusion))
+    right = int(scores.confusion.trace())
     print(f"top-1     {scores.top1:7.2%}  {right:,} of {scores.count:,}")
     print(f"top-5     {scores.top5:7.2%}")
     print(f"loss      {scores.loss:7.4f}")
@@ -97,8 +60,32 @@ def run(args: argparse.Namespace) -> None:
         print(f"skipped   {scores.skipped:7,}  unreadable images, not counted")
     print("\naccuracy of each class")
     width = min(max(map(len, labels)), 40)
-    for label, share, count in zip(labels, scores.per_class, counts, strict=True):
+    for label, share, count in classes:
         if count:
             print(f"  {label[:40]:<{width}} {share:7.1%}  of {count:,}")
     if args.csv:
         print(f"\npredictions in {args.csv}")
+
+
+def _open_source(args: argparse.Namespace):
+    """(images, loss): those that were asked for, or the run's own."""
+    import os
+
+    from vit_jax import data
+    from vit_jax.errors import UserError
+    from vit_jax.training.workdir import check_named, read_config
+
+    if not os.path.isfile(os.path.join(args.weights, "config.json")):
+        if args.data is None:
+            raise UserError(
+                f"on which images? {args.weights} doesn't tell, only a run does: "
+                "add a folder of images or a known name"
+            )
+        return data.open_source(args.data, args.split or "test"), "softmax"
+    config = read_config(args.weights)
+    places = {"data_dir": config.tfds_data_dir, "manual_dir": config.tfds_manual_dir}
+    if args.data is not None:
+        return data.open_source(args.data, args.split or "test", **places), "softmax"
+    check_named(args.weights, config)
+    split = args.split or config.splits.test
+    return data.open_source(config.dataset, split, seed=config.seed, **places), config.loss

@@ -7,36 +7,24 @@ def add_parser(subparsers) -> None:
     """Adds the command."""
     from vit_jax.cli import add_command
 
-    parser = add_command(
-        subparsers,
-        "explain",
-        run,
-        "show what a network looks at on images",
-        "vit-jax explain runs/photos photo.jpg --out page.html",
+    help = "show what a network looks at on images"
+    example = "vit-jax explain runs/photos photo.jpg --out page.html"
+    add = add_command(subparsers, "explain", run, help, example).add_argument
+    add("weights", help="a file or name of weights, or the workdir of a finished run")
+    add("images", nargs="+", metavar="image", help="image files")
+    out = (
+        "the page to write: .png to print, .html to look around in, one file that needs no network"
     )
-    parser.add_argument(
-        "weights", help="a file or name of weights, or the workdir of a finished run"
+    add("--out", required=True, metavar="PAGE", help=out)
+    classes = (
+        "a class, by name or index, whose relevance is shown, in place of the two most "
+        "probable; of LiT weights a text, one of those chosen from; may be given several times"
     )
-    parser.add_argument("images", nargs="+", metavar="image", help="image files")
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="PAGE",
-        help="the page to write: .png to print, .html to look around in, one file that needs no "
-        "network",
-    )
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        action="append",
-        metavar="CLASS",
-        help="a class, by name or index, whose relevance is shown, in place of the two most "
-        "probable; of LiT weights a text, one of those chosen from; may be given several times",
-    )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add("--class", dest="classes", action="append", metavar="CLASS", help=classes)
+    add("--json", action="store_true", help="print the figures as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Writes the page and says what the network saw."""
     import json
 
@@ -44,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax.files import atomic_write
     from vit_jax.pretrained import load
 
-    kind = page.kind_of(args.out)
+    html = page.kind_of(args.out) == "html"
     vit = load(args.weights)
     explained = list(explain.explanations(vit, args.images, args.classes))
-    if kind == "html":
+    if html:
         content = explain.page_html(vit, explained)
     else:
         content = page.png(explain.page_figure(vit, explained))
@@ -55,16 +43,15 @@ def run(args: argparse.Namespace) -> int:
         out.write(content)
     if args.json:
         print(json.dumps([_record(e) for e in explained], ensure_ascii=False))
-        return 0
+        return
     for e in explained:
         answer = f": {e.classes[0][0]} ({e.classes[0][1]:.1%})" if e.classes else ""
         print(f"{e.name}{answer}")
     print(f"page written to {args.out}")
-    return 0
 
 
 def _record(e) -> dict:
-    """The figures of an `Explanation`."""
+    """The numbers of an `Explanation`."""
 
     def rounded(values) -> list:
         return [[float(f"{x:.5g}") for x in row] for row in values.tolist()]

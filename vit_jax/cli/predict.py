@@ -8,28 +8,15 @@ def add_parser(subparsers) -> None:
     """Adds the command."""
     from vit_jax.cli import add_command, positive
 
-    parser = add_command(
-        subparsers,
-        "predict",
-        run,
-        "say what is on images",
-        "vit-jax predict runs/photos photo.jpg",
-    )
-    parser.add_argument(
-        "weights", help="a file or name of weights, or the workdir of a finished run"
-    )
-    images = parser.add_argument(
-        "images", nargs="+", metavar="image", help="image files; they may stand last, too"
-    )
+    example = "vit-jax predict runs/photos photo.jpg"
+    add = add_command(subparsers, "predict", run, "say what is on images", example).add_argument
+    add("weights", help="a file or name of weights, or the workdir of a finished run")
+    images = add("images", nargs="+", metavar="image", help="image files; they may stand last, too")
     images.required = False  # --labels takes all that follows it, see `_split`.
-    parser.add_argument(
-        "--labels",
-        nargs="+",
-        metavar="WORDS",
-        help='of LiT weights: what may be on the images, e.g. "a cat" "a dog"',
-    )
-    parser.add_argument("--top", type=positive, default=5, help="classes to name (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    words = 'of LiT weights: what may be on the images, e.g. "a cat" "a dog"'
+    add("--labels", nargs="+", metavar="WORDS", help=words)
+    add("--top", type=positive, default=5, help="classes to name (default: 5)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,7 +83,8 @@ def _split(
 
 
 def _each(look: Callable[[list[str]], list], images: list[str]) -> tuple[list, list[str]]:
-    """((image, answer) of each image, what is wrong with the others); many at once."""
+    """((image, answer) of each image, what is wrong with the others); 32 at once, and one by one
+    where there is something wrong."""
     from vit_jax.errors import UserError
 
     answers: list = []

@@ -8,21 +8,14 @@ def add_parser(subparsers) -> None:
     """Adds the command."""
     from vit_jax.cli import add_command, positive
 
-    parser = add_command(
-        subparsers,
-        "report",
-        run,
-        "show how a run went: curves, confusion matrix, calibration, mistakes",
-        "vit-jax report runs/digits --out=page.html",
-    )
-    parser.add_argument("workdir", help="of a run, also of one that has not finished")
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        help="page.html or page.png; by default report.html and report.png in the workdir",
-    )
-    parser.add_argument("--batch", type=positive, default=64, help="images at once (default: 64)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    help = "show how a run went: curves, confusion matrix, calibration, mistakes"
+    example = "vit-jax report runs/digits --out=page.html"
+    add = add_command(subparsers, "report", run, help, example).add_argument
+    add("workdir", help="of a run, also of one that has not finished")
+    out = "page.html or page.png; by default report.html and report.png in the workdir"
+    add("--out", metavar="FILE", help=out)
+    add("--batch", type=positive, default=64, help="images at once (default: 64)")
+    add("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> None:

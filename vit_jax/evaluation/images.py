@@ -68,12 +68,9 @@ def score(
     corrupt: str,
     loss: str = "softmax",
 ) -> Scores:
-    """Scores of a model, a Linen module for all devices, on labelled images.
+    """Scores of a model, a Linen module for all devices, on labelled images; see `evaluate_images`.
 
-    Args:
-      preprocess: of the images.
-      classes: int32 (classes of the source,), which of the model's `num_classes` each is.
-      others: see `evaluate_images`.
+    `classes` says which of the model's `num_classes` each class of the source is.
     """
     images = data.eval_batches(
         source,

@@ -54,8 +54,7 @@ class Calibration:
 
     Attributes:
       count: int64 (bins,), examples in each.
-      confidence, accuracy: float64 (bins,), mean confidence and share of right ones; nan where
-        there are none.
+      confidence, accuracy: float64 (bins,), mean confidence and share of right ones, nan of none.
     """
 
     count: np.ndarray
@@ -73,13 +72,8 @@ class Calibration:
 
 
 def calibrate(probability: np.ndarray, right: np.ndarray, bins: int = BINS) -> Calibration:
-    """Sorts examples into bins.
-
-    Args:
-      probability: (n,) in [0, 1], of the predicted class. Examples with nan are left out.
-      right: bool (n,), whether the prediction was right.
-      bins: how many.
-    """
+    """Sorts examples into bins by the probability (n,) of the predicted class, in [0, 1]; `right`,
+    bool (n,), says whether it was true. Examples with nan are left out."""
     known = ~np.isnan(probability)
     p, hits = probability[known].astype(np.float64), right[known].astype(np.float64)
     inner = np.arange(1, bins) / bins
@@ -122,14 +116,12 @@ class Scores:
 
     @property
     def per_class(self) -> np.ndarray:
-        """float64 (classes,): share of each class's examples that were right; nan without
-        examples."""
+        """float64 (classes,): share of each class's examples that were right; nan of none."""
         return self._right_of(self.confusion.sum(axis=1))
 
     @property
     def precision(self) -> np.ndarray:
-        """float64 (classes,): share of the predictions of each class that were right; nan without
-        predictions."""
+        """float64 (classes,): share of the predictions of each class that were right; nan of none."""
         return self._right_of(self.confusion.sum(axis=0))
 
     def _right_of(self, total: np.ndarray) -> np.ndarray:

@@ -1,12 +1,11 @@
 """A report of a training run: as a page, report.html, and as an image, report.png."""
 
 import dataclasses
-import functools
 import math
 import os
 import platform
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from vit_jax import __version__, page
 from vit_jax.data import Source
-from vit_jax.evaluation.metrics import Calibration, Scores
+from vit_jax.evaluation.metrics import BINS, Calibration, Scores
 from vit_jax.files import atomic_write
 from vit_jax.page import BLUE, GREY, ORANGE, elide, new_figure, styled
 from vit_jax.sharding import device_kinds
@@ -67,7 +66,7 @@ class Report:
 
     Attributes:
       title: headline, such as the model and the data set.
-      metrics: records of metrics.jsonl; see `_panels`.
+      metrics: records of metrics.jsonl; see `_curves`.
       labels: the class names.
       scores: on the test images, or None if there are no weights to evaluate.
       examples: see `choose_examples`.
@@ -151,60 +150,58 @@ def write_report(report: Report, path: str | os.PathLike) -> None:
 
 @styled
 def _page(report: Report) -> bytes:
-    curves = {}
-    for name, draw in _panels(report.metrics).items():
+    scores, labels, curves = report.scores, report.labels, {}
+    for name in _curves(report.metrics):
         curves[name] = new_figure(4, 2.4)  # As wide as a phone: there it has its own size.
-        draw(curves[name].subplots())
+        _draw_curve(curves[name].subplots(), name, report.metrics)
         curves[name].axes[0].set_xlabel("step")
-    values = _values_of(report, report.scores) if report.scores else {}
-    return page.render("report", report.title, report=report, curves=curves, **values)
-
-
-def _values_of(report: Report, scores: Scores) -> dict[str, Any]:
-    """What the page says of the scores."""
-    labels, counts = report.labels, scores.confusion
-    images, said = counts.sum(axis=1).tolist(), counts.sum(axis=0).tolist()
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    if scores is None:
+        return page.render("report", report.title, report=report, scores=None, curves=curves)
+    counts, share = scores.confusion, _row_shares(scores.confusion)
     off = np.where(np.eye(len(labels), dtype=bool), 0, counts)
     worst = np.argsort(-off, axis=None, kind="stable")[:CONFUSIONS]
     pairs = [divmod(int(i), len(labels)) for i in worst if off.flat[i]]
-    recall, precision = scores.per_class.tolist(), scores.precision.tolist()
-    classes = list(zip(labels, images, recall, precision, strict=True))
-    there = [i for i in range(len(labels)) if images[i] or said[i]]
-    few = len(labels) <= TABLE_CLASSES
+    there = np.flatnonzero(counts.sum(axis=0) + counts.sum(axis=1)).tolist()
+    columns = (counts.sum(axis=1), scores.per_class, scores.precision)
     calibration, reliability = scores.calibration, new_figure(4, 3.6)
-    bins = len(calibration.count)
-    ends = [f"{100 * m / bins:.0f}\u2011{(m + 1) / bins:.0%}" for m in range(bins)]
-    columns = (calibration.count, calibration.confidence, calibration.accuracy)
     _draw_reliability(reliability, calibration)
-    return {
-        "scores": scores,
-        "calibration": calibration,
-        "share": share,
-        "short": max(map(len, labels), default=0) <= SHORT,
-        "matrix": None if few else _matrix(labels, counts, share, there),
-        "confusions": [
+    bins = (calibration.count, calibration.confidence, calibration.accuracy)
+    ends = [f"{100 * m / BINS:.0f}\u2011{(m + 1) / BINS:.0%}" for m in range(BINS)]
+    return page.render(
+        "report",
+        report.title,
+        report=report,
+        scores=scores,
+        curves=curves,
+        share=share,
+        short=max(map(len, labels), default=0) <= SHORT,
+        matrix=_matrix(labels, counts, there) if len(labels) > TABLE_CLASSES else None,
+        confusions=[
             (labels[r], labels[c], int(counts[r, c]), float(share[r, c])) for r, c in pairs
         ],
-        "classes": [classes[i] for i in there],
-        "reliability": reliability,
-        "bins": [row for row in zip(ends, *(c.tolist() for c in columns), strict=True) if row[1]],
-        "mistakes": [e for e in report.examples if not e.right],
-        "total": int(((scores.truth != scores.prediction) & (scores.truth >= 0)).sum()),
-    }
+        classes=[(labels[i], *(column[i].item() for column in columns)) for i in there],
+        calibration=calibration,
+        bins=[(end, *(b[i].item() for b in bins)) for i, end in enumerate(ends) if bins[0][i]],
+        reliability=reliability,
+        mistakes=[e for e in report.examples if not e.right],
+        total=int(((scores.truth != scores.prediction) & (scores.truth >= 0)).sum()),
+    )
 
 
-def _matrix(
-    labels: Sequence[str], counts: np.ndarray, share: np.ndarray, there: Sequence[int]
-) -> dict[str, Any]:
+def _matrix(labels: Sequence[str], counts: np.ndarray, there: Sequence[int]) -> dict[str, Any]:
     """The confusion matrix of many classes as an image, and what report.js has to know of it; of
     those that occur: of 1,000 classes and few images, each cell can still be seen."""
-    counts, share = counts[np.ix_(there, there)], share[np.ix_(there, there)]
+    counts = counts[np.ix_(there, there)]
     # A square root, so that rare mistakes are seen; what is transparent has the page's colour.
     pixels = np.full((*counts.shape, 4), (40, 125, 215, 0), np.uint8)
-    pixels[..., 3] = np.ceil(255 * np.sqrt(share))
+    pixels[..., 3] = np.ceil(255 * np.sqrt(_row_shares(counts)))
     rows = [{int(c): int(row[c]) for c in np.flatnonzero(row)} for row in counts]
     return {"pixels": pixels, "data": {"names": [labels[i] for i in there], "counts": rows}}
+
+
+def _row_shares(counts: np.ndarray) -> np.ndarray:
+    """A confusion matrix as shares of the true classes."""
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 @styled
@@ -228,11 +225,11 @@ def draw_report(report: Report) -> "Figure":
         _draw_confusion(right, report.scores.confusion, names)
         _draw_reliability(left, report.scores.calibration)
         _draw_classes(middle.subplots(), report.scores, names)
-    if panels := _panels(report.metrics):
-        ratios = [3.0 if name in ("loss", "accuracy") else 1.0 for name in panels]
-        axes = curves.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=ratios)
-        for draw, ax in zip(panels.values(), axes[:, 0], strict=True):
-            draw(ax)
+    if names_of_curves := list(_curves(report.metrics)):
+        ratios = [3.0 if name in ("loss", "accuracy") else 1.0 for name in names_of_curves]
+        axes = curves.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
+        for name, ax in zip(names_of_curves, axes[:, 0], strict=True):
+            _draw_curve(ax, name, report.metrics)
         axes[-1, 0].set_xlabel("step")
     _write_settings(settings.subplots(), report)
     if rows:
@@ -240,42 +237,42 @@ def draw_report(report: Report) -> "Figure":
     return figure
 
 
-def _panels(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Callable[["Axes"], None]]:
-    """What draws each of a run's curves, by their names; those without a finite point are left out.
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Points]]:
+    """The lines of each of a run's curves, by its name; curves without a finite point are left out.
 
     Args:
-      metrics: records of metrics.jsonl, each with "step" and any of "train/loss", "test/loss",
-        "train/lr", "test/top1" (a fraction), "time/images_per_s".
+      metrics: records of metrics.jsonl, each with "step" and any of the keys below.
     """
+    keys = {
+        "loss": ("train/loss", "test/loss"),
+        "accuracy": ("test/top1",),  # a fraction
+        "learning rate": ("train/lr",),
+        "throughput": ("time/images_per_s",),
+    }
 
     def points(key: str) -> Points:
         found = [(record["step"], record[key]) for record in metrics if key in record]
         return [(step, value) for step, value in found if math.isfinite(value)]
 
-    train, test, top1 = points("train/loss"), points("test/loss"), points("test/top1")
-    rates, speeds = points("train/lr"), points("time/images_per_s")
-    last = max((step for step, _ in (*train, *test, *top1, *rates, *speeds)), default=1)
-    drawn: dict[str, tuple[Points, Callable[[Axes], None]]] = {
-        "loss": (train or test, lambda ax: _draw_loss(ax, train, test)),
-        "accuracy": (top1, lambda ax: _draw_accuracy(ax, top1)),
-        "learning rate": (rates, lambda ax: _draw_single(ax, rates, "Learning rate", "{x:.2g}")),
-        "throughput": (
-            speeds,
-            lambda ax: _draw_single(ax, speeds, "Training: images a second", "{x:,.0f}"),
-        ),
-    }
-    return {
-        name: functools.partial(_draw_panel, draw, last)
-        for name, (there, draw) in drawn.items()
-        if there
-    }
+    curves = {name: [points(key) for key in lines] for name, lines in keys.items()}
+    return {name: lines for name, lines in curves.items() if any(lines)}
 
 
-def _draw_panel(draw: Callable[["Axes"], None], last: int, ax: "Axes") -> None:
-    """One curve, over steps up to the last."""
+def _draw_curve(ax: "Axes", name: str, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """One of `_curves`, over the steps of all of them."""
     from matplotlib.ticker import MaxNLocator
 
-    draw(ax)
+    curves = _curves(metrics)
+    lines = curves[name]
+    if name == "loss":
+        _draw_loss(ax, *lines)
+    elif name == "accuracy":
+        _draw_accuracy(ax, *lines)
+    elif name == "learning rate":
+        _draw_single(ax, *lines, "Learning rate", "{x:.2g}")
+    else:
+        _draw_single(ax, *lines, "Training: images a second", "{x:,.0f}")
+    last = max(step for lines in curves.values() for points in lines for step, _ in points)
     ax.grid()
     ax.set_xlim(0, max(last, 1) * 1.02)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -334,7 +331,7 @@ def _draw_confusion(figure: "FigureBase", counts: np.ndarray, names: Sequence[st
 
     ax = figure.subplots()
     k, total, right = len(names), int(counts.sum()), int(np.trace(counts))
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    share = _row_shares(counts)
     # Linear where the counts can be read; else a square root, so that rare mistakes are seen.
     scale = PowerNorm(1 if k <= COUNTED_CLASSES else 0.5, 0, 1)
     image = ax.imshow(share, cmap="Blues", interpolation_stage="data", norm=scale)

@@ -12,30 +12,11 @@ import numpy as np
 from vit_jax import page
 from vit_jax.checkpoints.labels import ranked
 from vit_jax.errors import UserError
+from vit_jax.explain import features, figures
 from vit_jax.explain.attention import head_maps, rollout_map
-from vit_jax.explain.features import (
-    draw_positions,
-    plot_position_similarity,
-    position_similarity,
-    positions_height,
-)
-from vit_jax.explain.figures import (
-    TITLE_CHARS,
-    ImageView,
-    TitledMaps,
-    draw_image,
-    empty_axes,
-    overlay,
-    views,
-)
+from vit_jax.explain.figures import ImageView, TitledMaps, draw_image, overlay
 from vit_jax.explain.network import Tower, observe, on_grid, open_tower
-from vit_jax.explain.relevance import (
-    class_name,
-    class_vectors,
-    first_name,
-    gives_classes,
-    relevance_map,
-)
+from vit_jax.explain.relevance import class_targets, first_name, gives_classes, relevance_map
 from vit_jax.pretrained import Pretrained, PretrainedLiT
 
 if TYPE_CHECKING:
@@ -81,6 +62,12 @@ class Explanation(NamedTuple):
     relevance: TitledMaps
     heads: TitledMaps
 
+    @property
+    def maps(self) -> TitledMaps:
+        """Rollout and relevance."""
+        relevance = ((f"relevance: {name}", values) for name, values in self.relevance)
+        return [("attention rollout", self.rollout), *relevance]
+
 
 def explanations(
     vit: Pretrained,
@@ -102,16 +89,19 @@ def explanations(
     read.
     """
     tower = open_tower(vit)
-    for name, view in zip(images, views(vit, images), strict=True):
+    for name, view in zip(images, figures.views(vit, images), strict=True):
         seen = observe(tower, view.pixels)
-        answers = _ranked(vit, seen.answer, classes)
+        answers: list[tuple[Any, float]] = []  # Of classes by index, of LiT weights of texts.
+        if isinstance(vit, PretrainedLiT) and classes:
+            embeddings = np.stack([embedding for _, embedding in class_targets(vit, classes)])
+            cosine = embeddings @ (seen.answer / np.linalg.norm(seen.answer))
+            answers = ranked(np.exp(np.asarray(vit.params["t"])) * cosine, list(map(str, classes)))
+        elif not isinstance(vit, PretrainedLiT) and gives_classes(vit):
+            answers = ranked(seen.answer, range(len(seen.answer)))
         shown = classes or [c for c, _ in answers[:2]]
-        targets = class_vectors(vit, shown) if shown else ()
-        maps = [relevance_map(vit, tower, view.pixels, target) for target in targets]
-        heads = [
-            (f"block {tower.spec.num_layers}, head {i + 1}", m)
-            for i, m in enumerate(head_maps(tower, seen))
-        ]
+        targets = class_targets(vit, shown) if shown else []
+        block = f"block {tower.spec.num_layers}"
+        heads = [(f"{block}, head {i + 1}", m) for i, m in enumerate(head_maps(tower, seen))]
         if seen.pooling is not None:
             pooled = on_grid(tower, seen.pooling)
             heads += [(f"pooling, head {i + 1}", m) for i, m in enumerate(pooled)]
@@ -121,24 +111,9 @@ def explanations(
             attention_data(seen.attention, MAX_BYTES // len(images)),
             [(vit.label(c) if isinstance(c, int) else c, p) for c, p in answers[:top]],
             rollout_map(tower, seen),
-            [(class_name(vit, c), m) for c, m in zip(shown, maps, strict=True)],
+            [(called, relevance_map(vit, tower, view.pixels, y)) for called, y in targets],
             heads,
         )
-
-
-def _ranked(
-    vit: Pretrained, answer: np.ndarray, texts: Sequence[int | str] | None
-) -> list[tuple[int | str, float]]:
-    """(class, probability), best first: indices, or of LiT weights the texts."""
-    if not gives_classes(vit):
-        return []
-    if not isinstance(vit, PretrainedLiT):
-        return ranked(answer, range(len(answer)))
-    if not texts:
-        return []
-    names = [str(text) for text in texts]
-    cosine = class_vectors(vit, names) @ (answer / np.linalg.norm(answer))
-    return ranked(np.exp(np.asarray(vit.params["t"])) * cosine, names)
 
 
 def attention_data(attention: np.ndarray, budget: int) -> dict[str, Any]:
@@ -189,8 +164,8 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
         + [2.6 * e.view.aspect + 0.35] * math.ceil(len(e.heads) / COLUMNS)
         for first, e in zip(firsts, explained, strict=True)
     ]
-    similarity = position_similarity(vit)
-    heights = [*map(sum, rows), max(positions_height(similarity, 6), 3)]
+    similarity = features.position_similarity(vit)
+    heights = [*map(sum, rows), max(features.positions_height(similarity, 6), 3)]
     figure = page.new_figure(13, sum(heights))
     if (pixels := figure.bbox.height) > MAX_PIXELS:
         raise UserError(
@@ -200,16 +175,14 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
     figure.suptitle(_title(vit), fontsize=13)
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, first, inches, e in zip(parts, firsts, rows, explained, strict=False):
-        axes = empty_axes(part, inches, COLUMNS)
+        axes = figures.empty_axes(part, inches, COLUMNS)
         draw_image(axes[0, 0], e.view, Path(e.name).name)
         _draw_classes(axes[0, 1], e.classes)
-        maps = [("attention rollout", e.rollout), *((f"relevance: {n}", m) for n, m in e.relevance)]
-        for ax, (title, values) in zip(axes.ravel()[2:], maps, strict=False):
-            draw_image(ax, e.view, title, values)
-        for ax, (title, values) in zip(axes[first:].ravel(), e.heads, strict=False):
-            draw_image(ax, e.view, title, values)
+        for places, maps in ((axes.ravel()[2:], e.maps), (axes[first:].ravel(), e.heads)):
+            for ax, (title, values) in zip(places, maps, strict=False):
+                draw_image(ax, e.view, title, values)
     left, right = parts[-1].subplots(1, 2)
-    draw_positions(left, similarity)
+    features.draw_positions(left, similarity)
     right.axis("off")
     notes = [_about(open_tower(vit)), *(f"{title}: {note}" for title, note in NOTES.items())]
     right.text(0, 1, "\n\n".join(notes), va="top", wrap=True, fontsize=9)
@@ -220,7 +193,7 @@ def _draw_classes(ax: "Axes", classes: Sequence[tuple[str, float]]) -> None:
     """The most probable classes as bars with their names above."""
     for row, (label, probability) in enumerate(classes):
         ax.barh(row + 0.25, probability, height=0.3, color=page.BLUE)
-        text = f"{probability:.1%}  {page.elide(first_name(label), TITLE_CHARS)}"
+        text = f"{probability:.1%}  {page.elide(first_name(label), figures.TITLE_CHARS)}"
         ax.text(0, row, text, va="bottom", fontsize=8)
     ax.set(xlim=(0, 1), ylim=(max(len(classes), 1), -0.6))
 
@@ -235,14 +208,13 @@ def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
     tower = open_tower(vit)
     sections = []
     for e in explained:
-        maps = [("attention rollout", e.rollout), *((f"relevance: {n}", m) for n, m in e.relevance)]
         place = {"grid": tower.spec.grid_size, "first": tower.first_patch, "box": e.view.box}
         sections.append(
             {
                 "name": Path(e.name).name,
                 "image": overlay(e.view),
                 "classes": [(first_name(label), probability) for label, probability in e.classes],
-                "maps": [(title, overlay(e.view, m)) for title, m in maps],
+                "maps": [(title, overlay(e.view, m)) for title, m in e.maps],
                 "heads": [(title, overlay(e.view, m)) for title, m in e.heads],
                 "attention": place | e.attention,
             }
@@ -253,7 +225,7 @@ def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
         about=_about(tower),
         notes=NOTES,
         sections=sections,
-        positions=plot_position_similarity(vit),
+        positions=features.plot_position_similarity(vit),
     )
 
 

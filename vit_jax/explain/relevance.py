@@ -47,13 +47,11 @@ def relevance(
     tower = open_tower(vit)
     if classes is None and isinstance(vit, PretrainedLiT):
         raise UserError("LiT weights classify by words: say which texts are to be explained")
-    targets = None if classes is None else class_vectors(vit, classes)
+    targets = class_targets(vit, classes) if classes is not None else None
     result = []
     for view in views(vit, images):
-        shown = targets
-        if shown is None:
-            shown = class_vectors(vit, [int(observe(tower, view.pixels).answer.argmax())])
-        result.append([relevance_map(vit, tower, view.pixels, target) for target in shown])
+        best = targets or class_targets(vit, [int(observe(tower, view.pixels).answer.argmax())])
+        result.append([relevance_map(vit, tower, view.pixels, target) for _, target in best])
     return np.array(result, np.float32)
 
 
@@ -62,10 +60,10 @@ def plot_relevance(
 ) -> "Figure":
     """`relevance` over each image, an overlay a class, each with its own scale."""
     maps = relevance(vit, images, classes)
-    names = [class_name(vit, c) for c in classes or ()] or ["the most probable class"]
-    return plot_maps(
-        vit, images, [[(f"for {n}", m) for n, m in zip(names, ms, strict=True)] for ms in maps]
-    )
+    titles = ["for the most probable class"]
+    if classes is not None:
+        titles = [f"for {name}" for name, _ in class_targets(vit, classes)]
+    return plot_maps(vit, images, [list(zip(titles, m, strict=True)) for m in maps])
 
 
 def gives_classes(vit: Pretrained) -> bool:
@@ -74,8 +72,9 @@ def gives_classes(vit: Pretrained) -> bool:
     return lit or (vit.spec.num_classes is not None and vit.spec.classifier in POOLED)
 
 
-def class_vectors(vit: Pretrained, classes: Sequence[int | str]) -> np.ndarray:
-    """float32 (k, width): what the network's answer is multiplied with to give y of each class.
+def class_targets(vit: Pretrained, classes: Sequence[int | str]) -> list[tuple[str, np.ndarray]]:
+    """(name, target) of each class: what it is called in few words, a text itself, and what the
+    network's answer is multiplied with to give its y, float32 (width,).
 
     Raises UserError if the network gives no classes, or not one of these.
     """
@@ -84,9 +83,12 @@ def class_vectors(vit: Pretrained, classes: Sequence[int | str]) -> np.ndarray:
     if isinstance(classes, str) or not len(classes):
         raise UserError(f"classes are {classes!r}, expected a list of names or indices")
     if isinstance(vit, PretrainedLiT):
-        return vit.embed_texts([str(text) for text in classes])
+        texts = [str(text) for text in classes]
+        return list(zip(texts, vit.embed_texts(texts), strict=True))
     assert vit.spec.num_classes is not None  # It gives classes.
-    return np.eye(vit.spec.num_classes, dtype=np.float32)[[class_index(vit, c) for c in classes]]
+    one_hot = np.eye(vit.spec.num_classes, dtype=np.float32)
+    indices = [class_index(vit, name) for name in classes]
+    return [(first_name(vit.label(i)), one_hot[i]) for i in indices]
 
 
 def class_index(vit: Pretrained, name: int | str) -> int:
@@ -107,13 +109,6 @@ def class_index(vit: Pretrained, name: int | str) -> int:
     near = difflib.get_close_matches(str(name), sorted(words), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"give a name or an index, 0 to {count - 1}"
     raise UserError(f"the weights know no class {name!r}: {hint}")
-
-
-def class_name(vit: Pretrained, name: int | str) -> str:
-    """What a class is called in few words: the first of its names, a text itself."""
-    if isinstance(vit, PretrainedLiT):
-        return str(name)
-    return first_name(vit.label(class_index(vit, name)))
 
 
 def first_name(label: str) -> str:
