@@ -10,11 +10,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vit_jax.checkpoints.architecture import read_spec
 from vit_jax.checkpoints.files import check_ending, open_arrays, split_tower, write_arrays
+from vit_jax.checkpoints.infer import read_spec
 from vit_jax.checkpoints.layouts import to_linen, to_style
-from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
+from vit_jax.models import Spec
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -22,7 +22,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 class Converted(NamedTuple):
     """What `convert` wrote: the architecture, the number of arrays, and the files."""
 
-    spec: AnySpec
+    spec: Spec
     arrays: int
     files: tuple[Path, ...]
 
@@ -86,9 +86,9 @@ def convert(
     return Converted(spec, len(arrays), (target, *written))
 
 
-def _companions(spec: AnySpec, source: Path, target: Path) -> dict[Path, Path]:
+def _companions(spec: Spec, source: Path, target: Path) -> dict[Path, Path]:
     """The small files that belong beside weights, whether they are there or not."""
-    endings = (".json", ".txt", ".model") if isinstance(spec, LiTSpec) else (".json",)
+    endings = (".json", ".txt", ".model") if spec.classifies_by_text else (".json",)
     pairs = {source.with_suffix(ending): target.with_suffix(ending) for ending in endings}
     return {old: new for old, new in pairs.items() if old.resolve() != new.resolve()}
 

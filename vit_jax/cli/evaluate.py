@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.errors import UserError
     from vit_jax.evaluation.images import evaluate_images, write_predictions
     from vit_jax.evaluation.zero_shot import zero_shot
-    from vit_jax.pretrained import PretrainedLiT, load
+    from vit_jax.pretrained import load
     from vit_jax.training.workdir import check_named, read_config
 
     vit = load(args.weights)
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
             "add a folder of images or a known name"
         )
     source = data.open_source(dataset, args.split or split, seed=seed, **places)
-    if isinstance(vit, PretrainedLiT):
+    if vit.classifies_by_text:
         scores = zero_shot(vit, source, batch_size=args.batch, corrupt=args.corrupt)
         vit = dataclasses.replace(vit, labels=source.labels)
     else:

@@ -12,7 +12,7 @@ from vit_jax.explain.images import View, small, views
 from vit_jax.explain.network import observe, on_grid, open_tower
 from vit_jax.explain.relevance import class_name, class_vectors, gives_classes, relevance_map
 from vit_jax.explain.viewer import MAX_BYTES, Levels, levels
-from vit_jax.pretrained import Pretrained, PretrainedLiT
+from vit_jax.pretrained import Pretrained
 
 TitledMaps = list[tuple[str, np.ndarray]]  # Maps are float32 (rows, columns).
 
@@ -89,7 +89,7 @@ def _ranked(
 ) -> list[tuple[int | str, float]]:
     """(class, probability), best first: indices, or of LiT weights the texts."""
     names: Sequence[int | str] = range(len(answer))
-    if isinstance(vit, PretrainedLiT):
+    if vit.classifies_by_text:
         if not texts:
             return []
         names = [str(text) for text in texts]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate
-from vit_jax.models.blocks import unstack_blocks
+from vit_jax.models.stack import unstack_blocks
 from vit_jax.pretrained import Pretrained
 from vit_jax.sharding import batch_sharding, to_host
 from vit_jax.training.checkpointing import Checkpoints

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
-from vit_jax.models.blocks import BlockLoop, in_block
+from vit_jax.models.stack import BlockLoop, in_block
 from vit_jax.sharding import batch_sharding, make_mesh, replicated, shardings
 from vit_jax.training.guard import at_step, judge
 from vit_jax.training.mixing import mix
@@ -83,7 +83,7 @@ def make_train_step(
     loop, of_blocks = getattr(model, "loop", BlockLoop()), hasattr(model, "loop")
     gather = functools.partial(_gathered, mesh=mesh)
     if in_parts and of_blocks:  # Inside of them, so that each is gathered when its turn comes.
-        model = model.clone(loop=dataclasses.replace(loop, gather=gather))
+        model = model.clone(loop=dataclasses.replace(loop, param_transform=gather))
 
     def whole(path: Any, x: jax.Array) -> jax.Array:
         return x if of_blocks and in_block(path) else gather(x)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import data
 from vit_jax.errors import UserError
-from vit_jax.notes import original_preprocess
+from vit_jax.pretrained import original_preprocess
 from vit_jax.sharding import divisible, process_slice
 
 
