@@ -5,7 +5,6 @@ ones, so that the notebooks read them with the same lines of code.
 """
 
 import csv
-import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import optax
 import vit_jax
 from vit_jax import data, tokenizers, training
 from vit_jax.checkpoints import hub
-from vit_jax.checkpoints.spec import LiTSpec
+from vit_jax.models import LiT, Spec
 from vit_jax.pretrained import PretrainedLiT
 
 COLOURS = {
@@ -183,7 +182,7 @@ def lit(path: Path, *, unseen: Sequence[str] = (), steps: int = 400) -> None:
     ]
     weights(Path(path).with_suffix(".img.npz"), names=EVERY, steps=300)
     tower = vit_jax.load(Path(path).with_suffix(".img.npz"))
-    headless = dataclasses.replace(tower.spec, num_classes=None)
+    headless = tower.spec.replace(num_classes=None)
     locked = {key: value for key, value in tower.params.items() if key != "head"}
     images, labels = discs(names, 20, 2)
     ready = np.stack([data.parse(tower.preprocess)(image) for image in images])
@@ -193,8 +192,9 @@ def lit(path: Path, *, unseen: Sequence[str] = (), steps: int = 400) -> None:
 
     width = headless.hidden_size
     text = dict(hidden_size=64, num_layers=1, num_heads=1, mlp_dim=128, vocab_size=len(words))
-    spec = LiTSpec(headless, "bert", tuple((text | dict(max_len=16)).items()), text_classes=width)
-    model = spec.model()
+    image = {k: v for k, v in headless.architecture().items() if k != "num_classes"}
+    model = LiT(image, "bert", text | dict(max_len=16), out_dim=(None, width))
+    spec = Spec(model, headless.image_size, headless.channels)
 
     def loss(params, texts, true):
         _, ztxt, out = model.apply({"params": params}, tokens=texts)

@@ -24,12 +24,11 @@ ALLOWED = {
     "data": {"models", "files"},
     "tokenizers": set(),
     "sharding": {"models"},
-    "notes": {"models", "checkpoints", "data"},
-    "pretrained": {"models", "checkpoints", "data", "notes", "tokenizers"},
+    "pretrained": {"models", "checkpoints", "data", "tokenizers"},
     "evaluation": {"models", "checkpoints", "data", "pretrained", "sharding", "page"},
     "explain": {"models", "checkpoints", "data", "pretrained", "page"},
     "training": {
-        *("models", "checkpoints", "data", "notes", "pretrained"),
+        *("models", "checkpoints", "data", "pretrained"),
         *("sharding", "evaluation", "explain", "files"),
     },
     "cli": {

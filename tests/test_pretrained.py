@@ -9,30 +9,20 @@ import numpy as np
 import pytest
 
 from tests import reference
+from tests.families import vit_spec
 from vit_jax import checkpoints
-from vit_jax.checkpoints import Spec
 from vit_jax.errors import UserError
+from vit_jax.models.positions import resample
 from vit_jax.pretrained import Pretrained, find_weights, load
 
-SPEC = Spec(
-    patch_size=(4, 4),
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    mlp_dim=24,
-    classifier="token",
-    representation_size=None,
-    num_classes=5,
-    channels=3,
-    image_size=(16, 16),
-)
+SPEC = vit_spec()
 LABELS = ("ape", "bär", "cat", "狗", "eel")
 
 
 def make(**changes) -> Pretrained:
     fields = {"labels": LABELS, "preprocess": "resize(16)|value_range(-1, 1)"}
     fields |= {key: changes.pop(key) for key in list(changes) if key in fields}
-    spec = dataclasses.replace(SPEC, **changes)
+    spec = SPEC.replace(**changes)
     params = checkpoints.to_tree(reference.make_params(spec.shapes(), seed=2))
     return Pretrained(model=spec.model(), params=params, spec=spec, **fields)
 
@@ -137,7 +127,7 @@ def test_a_size_with_as_many_patches_as_the_stored_square_grid_is_resampled(save
     assert found.spec.grid_size == (2, 8)
     position = found.params["Transformer"]["posembed_input"]["pos_embedding"]
     stored = make().params["Transformer"]["posembed_input"]["pos_embedding"]
-    expected = checkpoints.resample(stored, (4, 4), (2, 8), class_token=True)
+    expected = resample(stored, (4, 4), (2, 8), prefix=1)
     np.testing.assert_array_equal(position, expected)
 
 

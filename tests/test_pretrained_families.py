@@ -1,6 +1,5 @@
 """Files of every family are loaded, used and adapted to another task."""
 
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tests import reference
 from tests.families import LABELS, LITS, OTHERS, SPECS, WORDS, make
 from vit_jax import checkpoints
 from vit_jax.errors import UserError
+from vit_jax.models.positions import resample
 from vit_jax.pretrained import PretrainedLiT, load
 
 
@@ -185,7 +185,7 @@ def test_one_tower_of_a_bundle_is_a_vit_that_can_be_fine_tuned(saved):
 
     tower = load(f"{path}:img", num_classes=3)
 
-    assert tower.spec == dataclasses.replace(SPECS["LiT"].image, num_classes=3)
+    assert tower.spec == SPECS["LiT"].image_tower().replace(num_classes=3)
     np.testing.assert_array_equal(tower(images(2)), np.zeros((2, 3), np.float32))
 
 
@@ -200,7 +200,7 @@ def test_a_hybrid_is_resampled_at_its_stride(saved):
 
     after = found.params["Transformer"]["posembed_input"]["pos_embedding"]
     assert (found.spec.grid_size, found.spec.num_tokens) == ((12, 17), 205)
-    expected = checkpoints.resample(before, (8, 8), (12, 17), class_token=True)
+    expected = resample(before, (8, 8), (12, 17), prefix=1)
     np.testing.assert_array_equal(after, expected)
     assert found(np.zeros((1, 96, 129, 3), np.float32)).shape == (1, 2)
 
@@ -220,7 +220,7 @@ def test_a_mixer_keeps_its_size_and_takes_a_new_head(saved):
     assert load(path, image_size=15).spec.grid_size == (4, 4)  # The border is padded.
     with pytest.raises(UserError, match=r"has 16 tokens, for images of 16x16.* can't take 24x24"):
         load(path, image_size=24)
-    with pytest.raises(UserError, match="a Mixer has no pre_logits layer"):
+    with pytest.raises(UserError, match="the weights have no pre_logits layer"):
         load(path, num_classes=3, pre_logits=True)
     with pytest.raises(UserError, match="has no dropout_rate: leave it out"):
         load(path, dropout_rate=0.1)
@@ -231,7 +231,7 @@ def test_a_lit_bundle_is_resampled_and_has_no_head_to_change(saved):
 
     found = load(path, image_size=24)
 
-    assert found.spec.image.grid_size == (6, 6)
+    assert found.spec.grid_size == (6, 6)
     assert found.preprocess == "resize(24)|uint8|value_range(-1, 1)"
     assert found.embed_images(images(2, 24)).shape == (2, 64)
     for wish in ({"num_classes": 3}, {"pre_logits": True}):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +16,14 @@ import numpy as np
 
 from vit_jax import checkpoints, data
 from vit_jax.checkpoints import hub
-from vit_jax.checkpoints.spec import AnySpec, LiTSpec
+from vit_jax.checkpoints.hub import class_names
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
-from vit_jax.models import POOLED, LiT
+from vit_jax.models import FAMILIES, LiT, Spec
+from vit_jax.models.family import weightless_fields
 from vit_jax.models.kernels import choose_kernels
-from vit_jax.notes import (
-    Notes,
-    class_labels,
-    height_width,
-    is_count,
-    preprocess_for,
-    read_notes,
-)
 
 WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
-
-# Fields of the network that have no weights, so that they may be chosen for stored weights.
-WEIGHTLESS = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate", "dtype")
 
 _BATCH = 32  # Images that `Pretrained.__call__` puts through the network at once.
 
@@ -51,9 +43,14 @@ class Pretrained:
 
     model: nn.Module
     params: Mapping[str, Any]
-    spec: AnySpec
+    spec: Spec
     labels: tuple[str, ...] | None
     preprocess: str
+
+    @property
+    def classifies_by_text(self) -> bool:
+        """Whether classes are texts, see `PretrainedLiT`; else the network has a head for them."""
+        return self.spec.classifies_by_text
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -130,12 +127,12 @@ class Pretrained:
 
         Raises UserError if an image can't be read or the network has no head.
         """
-        if isinstance(self.spec, LiTSpec):
+        if self.classifies_by_text:
             raise UserError(
                 "these weights are a LiT bundle, which classifies by words: give labels, with "
                 "evaluation.classify(vit, images, labels) or vit-jax predict --labels"
             )
-        if self.spec.num_classes is None or self.spec.classifier not in POOLED:
+        if not self.spec.gives_classes:
             raise UserError("these weights give no classes: load weights that have a head")
         if isinstance(images, str | os.PathLike | np.ndarray):
             raise UserError("predict takes a list of images: write predict([image])")
@@ -172,6 +169,14 @@ class Pretrained:
         """The name of a class, or its index as text."""
         return self.labels[index] if self.labels else str(int(index))
 
+    def embed_images(self, images: np.ndarray) -> np.ndarray:
+        """See `PretrainedLiT`. Raises UserError for any other weights."""
+        raise UserError("these weights have no text tower: load a LiT bundle")
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """See `PretrainedLiT`. Raises UserError for any other weights."""
+        raise UserError("these weights have no text tower: load a LiT bundle")
+
     def save(self, path: str | os.PathLike, *, style: str = "linen") -> None:
         """Writes the weights in the official layout; the original code reads the .npz too.
 
@@ -187,7 +192,15 @@ class Pretrained:
         """
         path = Path(path)
         checkpoints.check_ending(path)
-        notes = Notes(self.spec.classifier, self.image_size, self.preprocess, self.labels)
+        defaults = {f.name: f.default for f in dataclasses.fields(self.spec.module)}
+        untold = {name: getattr(self.spec, name) for name in self.spec.untold}
+        notes = Notes(
+            self.spec.classifier,
+            self.image_size,
+            self.preprocess,
+            self.labels,
+            {name: value for name, value in untold.items() if value != defaults[name]},
+        )
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
         # Both are written before either takes its name, so that the notes of other weights stand
         # beside these, if a crash comes just then, for a moment only.
@@ -207,7 +220,6 @@ class PretrainedLiT(Pretrained):
     """
 
     model: LiT
-    spec: LiTSpec
     vocabulary: Path | None = None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -241,7 +253,7 @@ class PretrainedLiT(Pretrained):
         if isinstance(texts, str):
             raise UserError("embed_texts takes a list of texts: write embed_texts([text])")
         tokens = self._tokenizer(texts)
-        known = dict(self.spec.text)["vocab_size"]
+        known = self.spec.text["vocab_size"]
         if tokens.max(initial=0) >= known:  # The network would answer with NaN.
             raise UserError(
                 f"{self.vocabulary} has a piece number {tokens.max()}, but these weights know "
@@ -324,24 +336,24 @@ def load(
 
     Raises UserError if the source can't be read or doesn't fit.
     """
+    known = weightless_fields()
     for field in overrides:
-        if field not in WEIGHTLESS:
-            raise UserError(f"load takes no {field!r}: of the model only {', '.join(WEIGHTLESS)}")
+        if field not in known:
+            raise UserError(f"load takes no {field!r}: of the model only {', '.join(known)}")
     if num_classes is not None and not is_count(num_classes):
         raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
     arrays, spec, notes = read_weights(path, tower, likely_size=size)
-    arrays, new = checkpoints.adapt(
+    arrays, new = spec.adapt(
         arrays,
-        spec,
         num_classes=None if num_classes is None else int(num_classes),
         image_size=size,
         pre_logits=pre_logits,
     )
-    known = {f.name for f in dataclasses.fields(type(new.model()))}
-    for field in overrides.keys() - known:
-        raise UserError(f"{new.name or 'this network'} has no {field}: leave it out")
+    for field in overrides:
+        if field not in new.weightless:
+            raise UserError(f"{new.name or 'this network'} has no {field}: leave it out")
     bundle: dict[str, Any] = {
         "model": new.model(**overrides),
         "params": checkpoints.to_tree(arrays),
@@ -349,7 +361,7 @@ def load(
         "labels": class_labels(path, notes, new) if num_classes is None else None,
         "preprocess": preprocess_for(notes, spec, new),
     }
-    if isinstance(new, LiTSpec):
+    if new.classifies_by_text:
         return PretrainedLiT(**bundle, vocabulary=_vocabulary(path, new.text_model))
     return Pretrained(**bundle)
 
@@ -379,25 +391,130 @@ def read_weights(
     *,
     likely_size: tuple[int, int] | None = None,
     values: bool = True,
-) -> tuple[dict[str, np.ndarray], AnySpec, Notes | None]:
+) -> tuple[dict[str, np.ndarray], Spec, "Notes | None"]:
     """(arrays, spec, notes) of what `find_weights` gave; see `checkpoints.load_weights`.
 
     Raises UserError if the file can't be read, or the notes are about other weights.
     """
     notes = read_notes(path)
-    # The notes are those of the whole file: of LiT they don't tell how its tower pools.
-    classifier = notes.classifier if notes and not tower else None
-    arrays, spec = checkpoints.load_weights(
-        path,
-        tower=tower,
-        classifier=None if classifier == LiTSpec.classifier else classifier,
-        image_size=notes.image_size if notes else None,
-        likely_size=likely_size,
-        values=values,
-    )
-    if classifier and (classifier == LiTSpec.classifier) != isinstance(spec, LiTSpec):
+    hints: dict[str, Any] = {"likely_size": likely_size}
+    if notes:
+        hints["image_size"] = notes.image_size
+        if not tower:  # The notes are those of the whole file: they don't tell how its tower pools.
+            hints |= {"classifier": notes.classifier, "untold": notes.untold}
+    arrays, spec = checkpoints.load_weights(path, tower=tower, values=values, **hints)
+    if notes and not tower and notes.classifier not in spec.classifiers:
         raise UserError(
             f"{path.with_suffix('.json')} is about other weights than {path}, which are "
             f"{spec.description}: mend or remove it"
         )
     return arrays, spec, notes
+
+
+# What the official layouts have no place for is kept in a small .json file beside the weights.
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """How weights are to be used.
+
+    Attributes:
+      classifier: one of the family's `ImageModel.classifiers`.
+      image_size: (height, width) in pixels.
+      preprocess: how images are made ready, e.g. "resize(224)|value_range(-1, 1)".
+      labels: names of the classes, or None.
+      untold: the fields of `ImageModel.untold` that are not as they are by default.
+    """
+
+    classifier: str
+    image_size: tuple[int, int]
+    preprocess: str
+    labels: tuple[str, ...] | None
+    untold: Mapping[str, Any]
+
+    def to_json(self) -> bytes:
+        """The content of the file."""
+        notes = dataclasses.asdict(self)
+        if not self.untold:
+            del notes["untold"]
+        return json.dumps(notes, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def read_notes(weights: Path) -> Notes | None:
+    """The notes beside a file of weights; None if there are none. Raises UserError if they are
+    damaged."""
+    file = weights.with_suffix(".json")
+    if file == weights or not file.is_file():
+        return None
+    try:
+        notes = json.loads(file.read_text(encoding="utf-8"))
+        labels, classifier = notes["labels"], notes["classifier"]
+        known = list(dict.fromkeys(c for family in FAMILIES for c in family.classifiers))
+        if classifier not in known:
+            raise ValueError(f"classifier {classifier!r} is none of {', '.join(known)}")
+        if labels is not None and type(labels) is not list:
+            raise ValueError("labels is no list")
+        data.parse(notes["preprocess"])
+        return Notes(
+            classifier,
+            height_width([int(size) for size in notes["image_size"]]),
+            notes["preprocess"],
+            tuple(map(str, labels)) if labels else None,
+            dict(notes.get("untold", {})),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(
+            f"{file} is damaged ({type(e).__name__}: {e}): mend it, or remove it"
+        ) from e
+
+
+def original_preprocess(image_size: tuple[int, int]) -> str:
+    """How the original evaluates: the whole image squeezed to (h, w), values in [-1, 1]."""
+    height, width = image_size
+    size = height if height == width else (height, width)
+    return f"resize({size})|value_range(-1, 1)"
+
+
+def preprocess_for(notes: Notes | None, stored: Spec, new: Spec) -> str:
+    """How images are made ready for stored weights, perhaps resampled for `new.image_size`.
+
+    Without notes it is the original's preprocessing; for another size too, but with the recorded
+    range of values.
+    """
+    if notes and new.image_size == stored.image_size:
+        return notes.preprocess
+    resize = original_preprocess(new.image_size).split("|")[0]
+    recorded = re.findall(
+        # Numbers in brackets, for each channel, may stand in the brackets.
+        r"(?:uint8\|)?(?:value_range|normalize)\((?:[^()]|\([^()]*\))*\)",
+        notes.preprocess if notes else "",
+    )
+    return f"{resize}|{recorded[-1] if recorded else new.value_range}"
+
+
+def class_labels(weights: Path, notes: Notes | None, spec: Spec) -> tuple[str, ...] | None:
+    """The names of the classes: those noted, without notes those of the published heads.
+
+    Raises UserError if they are not as many as the head has.
+    """
+    labels = notes.labels if notes else class_names(spec.num_classes)
+    if labels is not None and len(labels) != spec.num_classes:
+        raise UserError(
+            f"{weights.with_suffix('.json')} names {len(labels)} classes, but the head has "
+            f"{spec.num_classes}: mend or remove that file"
+        )
+    return labels
+
+
+def height_width(image_size: Any) -> tuple[int, int]:
+    """(height, width) of one number of pixels or two. Raises UserError for anything else."""
+    pair = list(image_size) if np.ndim(image_size) == 1 else [image_size] * 2
+    if len(pair) != 2 or not all(is_count(size) for size in pair):
+        raise UserError(f"image_size is {image_size!r}, expected pixels or (height, width) of them")
+    return int(pair[0]), int(pair[1])
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and value >= 1

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
-from vit_jax.models.blocks import in_stack
+from vit_jax.models.stack import in_stack
 
 SHARDINGS = ("replicate", "fsdp", "hybrid")
 # Arrays with fewer elements stay whole: moving them costs more than keeping them.
@@ -76,7 +76,7 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Where the arrays of a state lie: each split along its largest axis that the parts of the mesh
     divide, the last one of equals; whole if there is none, or it is small. Of stacked blocks
-    (`models.blocks.stack_blocks`) each is split as it would be alone.
+    (`models.stack.stack_blocks`) each is split as it would be alone.
 
     Args:
       tree: arrays, or their shapes (`jax.eval_shape`).

@@ -1,29 +1,18 @@
 """Official files come in and go out unchanged, and are changed for other tasks as officially."""
 
-import dataclasses
-
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from tests import reference
+from tests.families import vit_spec
 from vit_jax import checkpoints
-from vit_jax.checkpoints import Spec, adapt, load_weights, save_weights, to_style, to_tree
+from vit_jax.checkpoints import load_weights, save_weights, to_style, to_tree
 from vit_jax.errors import UserError
+from vit_jax.models.positions import resample
 
-SPEC = Spec(
-    patch_size=(4, 4),
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    mlp_dim=24,
-    classifier="token",
-    representation_size=16,
-    num_classes=5,
-    channels=3,
-    image_size=(16, 16),
-)
+SPEC = vit_spec(representation_size=16)
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 ARRAYS = reference.make_params(SPEC.shapes(), seed=1)
 
@@ -103,7 +92,7 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path):
 
 
 def test_without_wishes_nothing_changes():
-    arrays, spec = adapt(ARRAYS, SPEC)
+    arrays, spec = SPEC.adapt(ARRAYS)
 
     assert spec == SPEC
     assert all(arrays[key] is ARRAYS[key] for key in ARRAYS)
@@ -111,7 +100,7 @@ def test_without_wishes_nothing_changes():
 
 @pytest.mark.parametrize("num_classes", [1, 5, 7])
 def test_a_new_head_is_zeros_even_for_as_many_classes(num_classes):
-    arrays, spec = adapt(ARRAYS, SPEC, num_classes=num_classes)
+    arrays, spec = SPEC.adapt(ARRAYS, num_classes=num_classes)
 
     assert (spec.num_classes, spec.representation_size) == (num_classes, None)
     zeros = np.zeros((16, num_classes), np.float32)
@@ -123,7 +112,7 @@ def test_a_new_head_is_zeros_even_for_as_many_classes(num_classes):
 
 def test_pre_logits_go_with_a_new_head_and_stay_with_the_old_one_unless_said_otherwise():
     def kept(**wishes):
-        arrays, spec = adapt(ARRAYS, SPEC, **wishes)
+        arrays, spec = SPEC.adapt(ARRAYS, **wishes)
         assert {k: v.shape for k, v in arrays.items()} == spec.shapes()
         return "pre_logits/kernel" in arrays
 
@@ -139,39 +128,39 @@ def test_pre_logits_of_another_width_stay_with_the_old_head():
     arrays, spec = _with_pre_logits(width=9)
 
     with pytest.raises(UserError, match=r"takes 9 features and does not fit .* leaves 16"):
-        adapt(arrays, spec, pre_logits=False)
-    new, _ = adapt(arrays, spec, num_classes=3, pre_logits=True)
+        spec.adapt(arrays, pre_logits=False)
+    new, _ = spec.adapt(arrays, num_classes=3, pre_logits=True)
     assert new["head/kernel"].shape == (9, 3)
-    new, _ = adapt(arrays, spec, num_classes=3)
+    new, _ = spec.adapt(arrays, num_classes=3)
     assert new["head/kernel"].shape == (16, 3)
 
 
 def _with_pre_logits(width: int):
-    spec = dataclasses.replace(SPEC, representation_size=width)
+    spec = SPEC.replace(representation_size=width)
     return reference.make_params(spec.shapes(), seed=1), spec
 
 
 def test_pre_logits_that_are_not_there_can_not_be_kept():
-    arrays, spec = adapt(ARRAYS, SPEC, num_classes=3)
+    arrays, spec = SPEC.adapt(ARRAYS, num_classes=3)
 
     with pytest.raises(UserError, match="the weights have no pre_logits layer: leave it out"):
-        adapt(arrays, spec, pre_logits=True)
+        spec.adapt(arrays, pre_logits=True)
 
 
 def test_no_classes_are_refused():
     with pytest.raises(UserError, match="num_classes is 0, expected at least 1"):
-        adapt(ARRAYS, SPEC, num_classes=0)
+        SPEC.adapt(ARRAYS, num_classes=0)
 
 
 def test_another_size_resamples_the_positions_and_nothing_else():
-    arrays, spec = adapt(ARRAYS, SPEC, image_size=(24, 8))
+    arrays, spec = SPEC.adapt(ARRAYS, image_size=(24, 8))
 
     assert (spec.image_size, spec.grid_size) == ((24, 8), (6, 2))
-    expected = checkpoints.resample(ARRAYS[POSITIONS], (4, 4), (6, 2), class_token=True)
+    expected = resample(ARRAYS[POSITIONS], (4, 4), (6, 2), prefix=1)
     np.testing.assert_array_equal(arrays[POSITIONS], expected)
     assert all(arrays[key] is ARRAYS[key] for key in ARRAYS if key != POSITIONS)
     with pytest.raises(UserError, match="3x8 pixels is smaller than one patch"):
-        adapt(ARRAYS, SPEC, image_size=(3, 8))
+        SPEC.adapt(ARRAYS, image_size=(3, 8))
 
 
 @pytest.mark.parametrize("case", list(reference.facts("interp")))
@@ -186,7 +175,7 @@ def test_the_original_codes_numbers_come_out_at_another_resolution(case, tmp_pat
 
     size = (facts["dst_res"],) * 2
     arrays, spec = load_weights(tmp_path / "in.npz")
-    arrays, spec = adapt(arrays, spec, num_classes=facts["dst_classes"], image_size=size)
+    arrays, spec = spec.adapt(arrays, num_classes=facts["dst_classes"], image_size=size)
 
     changed = [k for k in source if k not in arrays or not np.array_equal(arrays[k], source[k])]
     assert changed == sorted(facts["changed_keys"])

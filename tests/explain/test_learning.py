@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
+from tests.families import vit_spec
 from vit_jax import explain
-from vit_jax.checkpoints.spec import Spec
 from vit_jax.pretrained import Pretrained
 
 GRID, PATCH, OBJECT = 6, 4, 2  # patches a side, their pixels, and the patches a side of the object
@@ -29,15 +29,12 @@ def scenes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module", params=["token", pytest.param("gap", marks=pytest.mark.slow)])
 def trained(request) -> Pretrained:
-    spec = Spec(
+    spec = vit_spec(
         patch_size=(PATCH, PATCH),
         hidden_size=32,
-        num_layers=2,
-        num_heads=2,
         mlp_dim=32,
         classifier=request.param,
         num_classes=len(COLOURS),
-        channels=3,
         image_size=(GRID * PATCH, GRID * PATCH),
     )
     model, tx = spec.model(), optax.adam(6e-3)

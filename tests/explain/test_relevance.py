@@ -10,9 +10,9 @@ from jax.flatten_util import ravel_pytree
 from tests.explain.conftest import random_images
 from vit_jax import explain
 from vit_jax.errors import UserError
-from vit_jax.explain.network import observe, open_tower, stacked_weights
+from vit_jax.explain.network import observe, open_tower
 from vit_jax.explain.relevance import class_index
-from vit_jax.models.attention import ATTENTION_NAME
+from vit_jax.models.layers import ATTENTION_NAME
 from vit_jax.pretrained import Pretrained
 
 
@@ -35,7 +35,7 @@ def slopes(vit: Pretrained, image: np.ndarray, index: int) -> tuple:
     every = np.arange(len(flat))
     eps = np.full(len(flat), 1e-2, np.float32)
     found = (np.asarray(y(every, eps)) - np.asarray(y(every, -eps))) / 2e-2
-    return jax.device_get(stacked_weights(vit.model, build(found)))
+    return jax.device_get(vit.model.attention_weights(build(found)))
 
 
 @pytest.mark.parametrize("kind", ["token", "MAP"])

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict
 import vit_jax
 from tests import reference
 from vit_jax import models
-from vit_jax.checkpoints import Spec
 from vit_jax.errors import UserError
+from vit_jax.models import Spec
 
 NAMES = list(reference.facts("manifests"))
 HEADS = {
@@ -37,13 +37,8 @@ def _shapes(model, images: tuple[int, ...] = (1, 224, 224, 3)) -> dict[str, tupl
 
 def _spec(name: str, num_classes: int | None, representation_size: int | None, size: int) -> Spec:
     architecture = {k: v for k, v in models.variant(name).items() if k != "dropout_rate"}
-    return Spec(
-        **architecture,
-        num_classes=num_classes,
-        representation_size=representation_size,
-        channels=3,
-        image_size=(size, size),
-    )
+    head = dict(num_classes=num_classes, representation_size=representation_size)
+    return Spec(models.VisionTransformer(**architecture, **head), (size, size), 3)
 
 
 def test_the_official_names_are_known():
@@ -143,5 +138,5 @@ def test_an_unknown_field_is_answered_with_the_nearest_one():
 def test_every_field_of_a_variant_is_a_field_of_the_model():
     for name, fields in models.VARIANTS.items():
         module = models.MlpMixer if name.startswith("Mixer") else models.VisionTransformer
-        assert models.model_class(fields) is module
+        assert models.family_of(name) is module
         assert set(fields) <= {field.name for field in dataclasses.fields(module)}

@@ -13,7 +13,8 @@ from tests import published, reference
 from vit_jax import create_model
 from vit_jax.errors import UserError
 from vit_jax.models import CLASSIFIERS, VisionTransformer
-from vit_jax.models.vit import EncoderBlock, MlpBlock
+from vit_jax.models.layers import Mlp
+from vit_jax.models.vit import EncoderBlock
 
 TINY = dict(patch_size=(4, 4), hidden_size=16, num_layers=1, num_heads=2, mlp_dim=24)
 
@@ -239,7 +240,7 @@ def _assert_mean(samples: np.ndarray, expected: np.ndarray) -> None:
 
 def test_dropout_preserves_the_expected_output_of_the_mlp():
     x = _copies(random_images(3, 16), 4000)
-    plain, dropping = MlpBlock(24), MlpBlock(24, dropout_rate=0.3)
+    plain, dropping = Mlp(24), Mlp(24, dropout_rate=0.3)
     params, _ = seeded(plain, x, deterministic=True)
 
     samples = apply(dropping, params, x, seed=1, deterministic=False)

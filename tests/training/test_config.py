@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from vit_jax.data import AUGREG
 from vit_jax.errors import UserError
-from vit_jax.models.blocks import REMAT
 from vit_jax.models.kernels import ATTENTION
+from vit_jax.models.stack import REMAT
 from vit_jax.sharding import SHARDINGS
 from vit_jax.training import check_config, default_config
 from vit_jax.training.config import (

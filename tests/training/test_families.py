@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.training.conftest import TINY
-from vit_jax.checkpoints.spec import MixerSpec, Spec
 from vit_jax.errors import UserError
+from vit_jax.models import MlpMixer, VisionTransformer
 from vit_jax.pretrained import load
 from vit_jax.training import run
 from vit_jax.training.options import load_config, override
@@ -54,7 +54,7 @@ def test_any_family_is_trained_from_scratch_and_then_from_its_file(family, tmp_p
 
     first, second = load(tmp_path / "a"), load(tmp_path / "b")
     assert first.spec == second.spec
-    assert type(first.spec) is (MixerSpec if family == "Mixer" else Spec)
+    assert type(first.model) is (MlpMixer if family == "Mixer" else VisionTransformer)
     assert first.labels == tuple("0123456789")
     assert np.any(second.params["head"]["kernel"])
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.params, second.params)

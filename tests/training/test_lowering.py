@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from vit_jax import create_model
 from vit_jax.models import kernels as kernels_module
-from vit_jax.models.blocks import BlockLoop, stack_blocks
 from vit_jax.models.kernels import CUDNN, Kernels, choose_kernels, cpu_kernels
+from vit_jax.models.stack import BlockLoop, stack_blocks
 from vit_jax.sharding import shardings
 from vit_jax.training import TrainState, default_config, make_mesh, make_optimizer, make_train_step
 from vit_jax.training.state import new_guard

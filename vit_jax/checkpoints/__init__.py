@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.adapt import adapt
-from vit_jax.checkpoints.architecture import check_arrays, read_spec
 from vit_jax.checkpoints.formats import (
     ENDINGS,
     check_ending,
@@ -19,16 +17,14 @@ from vit_jax.checkpoints.formats import (
     write_arrays,
     write_npz,
 )
+from vit_jax.checkpoints.infer import check_arrays, read_spec
 from vit_jax.checkpoints.layouts import STYLES, read_layout, to_linen, to_style
-from vit_jax.checkpoints.positions import resample
-from vit_jax.checkpoints.spec import AnySpec, Spec
+from vit_jax.models.family import Spec
 
 __all__ = [
     "ENDINGS",
     "STYLES",
-    "AnySpec",
     "Spec",
-    "adapt",
     "check_arrays",
     "check_ending",
     "is_orbax",
@@ -37,7 +33,6 @@ __all__ = [
     "read_layout",
     "read_npz",
     "read_spec",
-    "resample",
     "save_weights",
     "split_tower",
     "to_linen",
@@ -49,22 +44,16 @@ __all__ = [
 
 
 def load_weights(
-    path: str | os.PathLike,
-    *,
-    tower: str | None = None,
-    classifier: str | None = None,
-    image_size: tuple[int, int] | None = None,
-    likely_size: tuple[int, int] | None = None,
-    values: bool = True,
-) -> tuple[dict[str, np.ndarray], AnySpec]:
+    path: str | os.PathLike, *, tower: str | None = None, values: bool = True, **hints: Any
+) -> tuple[dict[str, np.ndarray], Spec]:
     """Reads a file of weights of any kind, in any layout that was published.
 
     Args:
       path: an .npz or .safetensors file, or an Orbax folder.
       tower: of a file with several networks the one to take, see `layouts.read_layout`.
-      classifier, image_size, likely_size: what the arrays can't tell, see
-        `architecture.read_spec`.
       values: False for the architecture alone: no value is read, and there are no arrays.
+      **hints: what the arrays can't tell (classifier, image_size, likely_size, untold), see
+        `infer.read_spec`.
 
     Returns:
       (arrays, spec): float32 arrays under today's names, and the architecture they belong to.
@@ -74,13 +63,7 @@ def load_weights(
     """
     with open_arrays(path) as stored:
         arrays = to_linen(stored, tower=tower, where=str(path))
-        spec = read_spec(
-            arrays,
-            classifier=classifier,
-            image_size=image_size,
-            likely_size=likely_size,
-            where=str(path),
-        )
+        spec = read_spec(arrays, **hints, where=str(path))
         return {k: np.asarray(v, np.float32) for k, v in arrays.items() if values}, spec
 
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vit_jax.checkpoints.architecture import read_spec
 from vit_jax.checkpoints.formats import check_ending, open_arrays, split_tower, write_arrays
+from vit_jax.checkpoints.infer import read_spec
 from vit_jax.checkpoints.layouts import to_linen, to_style
-from vit_jax.checkpoints.spec import AnySpec, LiTSpec
 from vit_jax.errors import UserError
+from vit_jax.models import Spec
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -21,7 +21,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 class Converted(NamedTuple):
     """What `convert` wrote: the architecture, the number of arrays, and the files."""
 
-    spec: AnySpec
+    spec: Spec
     arrays: int
     files: tuple[Path, ...]
 
@@ -66,7 +66,7 @@ def convert(
     with open_arrays(path) as stored:
         arrays = to_linen(stored, tower=tower, where=str(path))
         spec = read_spec(arrays, image_size=_noted_size(path), where=str(path))
-        endings = (".json", ".txt", ".model") if isinstance(spec, LiTSpec) else (".json",)
+        endings = (".json", ".txt", ".model") if spec.classifies_by_text else (".json",)
         pairs = [(path.with_suffix(ending), target.with_suffix(ending)) for ending in endings]
         sidecars = [(old, new) for old, new in pairs if old.resolve() != new.resolve()]
         there = [str(new) for new in (target, *(new for _, new in sidecars)) if new.exists()]

@@ -29,12 +29,12 @@ def run(args: argparse.Namespace) -> None:
 
     from vit_jax.evaluation.images import evaluate_images, write_predictions
     from vit_jax.evaluation.zero_shot import zero_shot
-    from vit_jax.pretrained import PretrainedLiT, load
+    from vit_jax.pretrained import load
 
     vit = load(args.weights)
     source, loss = _open_source(args)
     options = {"batch_size": args.batch, "corrupt": args.corrupt}
-    if isinstance(vit, PretrainedLiT):
+    if vit.classifies_by_text:
         scores = zero_shot(vit, source, **options)
         vit = dataclasses.replace(vit, labels=source.labels)
     else:

@@ -19,10 +19,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints what the arrays and the notes beside them tell."""
-    import dataclasses
-
     from vit_jax.checkpoints import open_arrays, read_layout
-    from vit_jax.checkpoints.spec import LiTSpec
     from vit_jax.pretrained import class_labels, find_weights, preprocess_for, read_weights
 
     path, asked = find_weights(args.weights)
@@ -33,15 +30,14 @@ def run(args: argparse.Namespace) -> None:
         count = len(stored) - len(layout.left_out)
         types = sorted({str(a.dtype) for a in layout.arrays.values()})
     size = sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
-    tower = spec.image if isinstance(spec, LiTSpec) else spec
     if args.json:
         facts = {
             "file": str(path),
             "architecture": spec.name,
-            **dataclasses.asdict(spec),
+            **spec.facts(spec.image_size, spec.channels),
             "parameters": spec.num_parameters,
-            "grid_size": tower.grid_size,
-            "tokens": tower.num_tokens,
+            "grid_size": spec.grid_size,
+            "tokens": spec.num_tokens,
             "arrays": count,
             "stored_types": types,
             "key_style": layout.style,

@@ -72,49 +72,27 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _models() -> Iterator[dict[str, Any]]:
-    from vit_jax.models import create_model, list_models
-    from vit_jax.models.lit import LIT_VARIANTS
-
-    for name in list_models():
-        yield _row(name, create_model(name, num_classes=1000))
-    for name, fields in LIT_VARIANTS.items():
-        image = create_model(fields["image"], num_classes=fields["out_dim"][0])
-        yield _row(name, image, _text_parameters(fields) + 1)  # And the temperature.
-
-
-def _row(name: str, model: Any, further_parameters: int = 0) -> dict[str, Any]:
-    import jax
-    import jax.numpy as jnp
-
     from vit_jax.checkpoints import hub
-    from vit_jax.models.cost import cost
+    from vit_jax.models import LIT_VARIANTS, Spec, create_lit, create_model, list_models
+    from vit_jax.models.cost import flops
 
-    image = cost(model, jax.ShapeDtypeStruct((1, *_IMAGE, 3), jnp.float32))
-    rows, columns = model.grid_size(_IMAGE)
-    return {
-        "name": name,
-        "parameters": image.parameters + further_parameters,
-        "flops": image.flops,
-        "image_size": _IMAGE,
-        "tokens": rows * columns + getattr(model, "has_class_token", False),
-        "patch_size": model.patch_size,
-        "hidden_size": model.hidden_size,
-        "num_layers": model.num_layers,
-        "num_heads": getattr(model, "num_heads", None),
-        "classifier": getattr(model, "classifier", "gap"),
-        "sources": hub.sources(name),
-    }
-
-
-def _text_parameters(fields: dict[str, Any]) -> int:
-    import jax
-    import jax.numpy as jnp
-
-    from vit_jax.models.cost import cost
-    from vit_jax.models.lit import TEXT_MODELS
-
-    tower = TEXT_MODELS[fields["text_model"]](num_classes=fields["out_dim"][1], **fields["text"])
-    return cost(tower, jax.ShapeDtypeStruct((1, 16), jnp.int32)).parameters
+    models = {name: create_model(name, num_classes=1000) for name in list_models()}
+    for name, model in (models | {name: create_lit(name) for name in LIT_VARIANTS}).items():
+        spec = Spec(model, _IMAGE, 3)
+        image = spec.image_tower().module
+        yield {
+            "name": name,
+            "parameters": spec.num_parameters,
+            "flops": flops(image, _IMAGE),
+            "image_size": _IMAGE,
+            "tokens": spec.num_tokens,
+            "patch_size": image.patch_size,
+            "hidden_size": image.hidden_size,
+            "num_layers": image.num_layers,
+            "num_heads": image.architecture().get("num_heads"),
+            "classifier": image.classifier,
+            "sources": hub.sources(name),
+        }
 
 
 def _search(query: str, column: str | None, top: int | None) -> list[dict[str, Any]]:

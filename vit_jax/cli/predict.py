@@ -28,13 +28,13 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax.cli import EXIT_USER_ERROR
     from vit_jax.errors import UserError
     from vit_jax.evaluation.zero_shot import classify
-    from vit_jax.pretrained import PretrainedLiT, load
+    from vit_jax.pretrained import load
 
     labels, images = _split(args.labels, args.images)
     vit = load(args.weights)
     if labels is None:
         look = functools.partial(vit.predict, top=args.top)
-    elif isinstance(vit, PretrainedLiT):
+    elif vit.classifies_by_text:
         look = functools.partial(classify, vit, labels=labels, top=args.top)
     else:
         raise UserError(

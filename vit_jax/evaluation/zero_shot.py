@@ -16,8 +16,7 @@ from vit_jax.checkpoints.labels import ranked
 from vit_jax.errors import UserError
 from vit_jax.evaluation.images import score
 from vit_jax.evaluation.metrics import Scores
-from vit_jax.models.lit import LiT
-from vit_jax.pretrained import PretrainedLiT
+from vit_jax.pretrained import Pretrained
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -64,7 +63,7 @@ def class_embeddings(
 
 
 def zero_shot(
-    vit: PretrainedLiT,
+    vit: Pretrained,
     source: data.Source,
     labels: Sequence[str] | None = None,
     *,
@@ -117,7 +116,7 @@ def zero_shot(
 class _Classifier:
     """An image tower whose head is the embeddings of the classes; it is applied as a module is."""
 
-    def __init__(self, model: LiT) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
 
     def apply(self, variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
@@ -131,7 +130,7 @@ class _Classifier:
 
 
 def classify(
-    vit: PretrainedLiT,
+    vit: Pretrained,
     images: Sequence[str | os.PathLike | np.ndarray],
     labels: Sequence[str],
     *,

@@ -8,7 +8,6 @@ import numpy as np
 from vit_jax.errors import UserError
 from vit_jax.explain.figures import Images, empty_axes, plot_maps, views
 from vit_jax.explain.network import observe, on_grid, open_tower
-from vit_jax.models.vit import sincos_positions
 from vit_jax.page import new_figure, styled
 from vit_jax.pretrained import Pretrained
 
@@ -83,11 +82,7 @@ def position_similarity(vit: Pretrained) -> np.ndarray:
     Raises UserError if the network is no Vision Transformer.
     """
     tower = open_tower(vit)
-    if tower.spec.position_embedding == "sincos2d":
-        positions = sincos_positions(tower.spec.grid_size, tower.spec.hidden_size)[0]
-    else:
-        positions = tower.params["Transformer"]["posembed_input"]["pos_embedding"][0]
-        positions = positions[tower.first_patch :]
+    positions = tower.model.position_vectors(tower.params, tower.spec.grid_size)
     vectors = np.asarray(positions, np.float64)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
     return (vectors @ vectors.T).reshape(tower.spec.grid_size * 2).astype(np.float32)
@@ -143,11 +138,7 @@ def embedding_filters(vit: Pretrained, count: int = 28) -> np.ndarray:
     if count < 1:
         raise UserError(f"count is {count}, expected at least 1")
     tower = open_tower(vit)
-    kernel = tower.params["embedding" if tower.spec.resnet is None else "conv_root"]["kernel"]
-    filters = np.moveaxis(np.asarray(kernel, np.float64), -1, 0)
-    if tower.spec.resnet is not None:  # As they are used, see `models.resnet.StdConv`.
-        filters = filters - filters.mean(axis=(1, 2, 3), keepdims=True)
-        filters /= filters.std(axis=(1, 2, 3), keepdims=True).clip(1e-12)
+    filters = np.moveaxis(tower.model.embedding_filters(tower.params), -1, 0)
     flat = filters.reshape(len(filters), -1)
     components = _components(flat - flat.mean(axis=0), count)
     return components.reshape(-1, *filters.shape[1:]).astype(np.float32)

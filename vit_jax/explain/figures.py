@@ -108,11 +108,9 @@ def _span(line: np.ndarray, full: int) -> tuple[float, float]:
 
 def _patches_box(vit: Pretrained, box: Sequence[float]) -> tuple[float, float, float, float]:
     """The part of a box that patches cover: border pixels that fill none are cut off."""
-    spec = getattr(vit.spec, "image", vit.spec)
-    model = spec.model()
-    cells = np.array(model.grid_size(spec.image_size)) * model.stride
+    cells = np.array(vit.spec.grid_size) * vit.spec.stride
     # A hybrid's convolutions look beyond the border.
-    height, width = np.minimum(box[2:] * np.minimum(cells / spec.image_size, 1), 1)
+    height, width = np.minimum(box[2:] * np.minimum(cells / vit.image_size, 1), 1)
     return max(box[0], 0.0), max(box[1], 0.0), float(height), float(width)
 
 

@@ -7,24 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.checkpoints.spec import LiTSpec, Spec
 from vit_jax.errors import UserError
-from vit_jax.models import VisionTransformer
-from vit_jax.models.attention import ATTENTION_NAME
+from vit_jax.models import ImageModel, Spec
 from vit_jax.pretrained import Pretrained
 
 
 class Tower(NamedTuple):
-    """A Vision Transformer, of LiT weights the image tower, and its weights."""
+    """A network that attends, of LiT weights the image tower, and its weights."""
 
-    model: VisionTransformer
+    model: ImageModel
     params: Any
     spec: Spec
 
     @property
     def first_patch(self) -> int:
         """Where the patches start among the tokens."""
-        return int(self.model.has_class_token)
+        return self.model.num_prefix_tokens
 
 
 class Seen(NamedTuple):
@@ -46,16 +44,14 @@ class Seen(NamedTuple):
 
 
 def open_tower(vit: Pretrained) -> Tower:
-    """The Vision Transformer in loaded weights.
+    """The Vision Transformer in loaded weights, or another network that has attention.
 
     Whatever attention was computed with in training, here it is the one that shows its weights.
 
     Raises UserError if there is none.
     """
-    spec, params = vit.spec, vit.params
-    if isinstance(spec, LiTSpec):
-        spec, params = spec.image, params["img"]
-    if not isinstance(spec, Spec):
+    spec, params = vit.spec.image_tower(), vit.spec.image_params(vit.params)
+    if not spec.shows_attention:
         raise UserError(
             f"{spec.description} is a {spec.kind}, which has no attention to look at: "
             "explain a Vision Transformer"
@@ -78,45 +74,29 @@ def observe(tower: Tower, pixels: np.ndarray) -> Seen:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(model: VisionTransformer, params: Any, pixels: jax.Array) -> Seen:
+def _observe(model: ImageModel, params: Any, pixels: jax.Array) -> Seen:
     (answer, features), state = model.apply(
         {"params": params}, pixels[None], return_features=True, mutable=["intermediates"]
     )
-    attention, pooling = stacked_weights(model, state["intermediates"])
-    blocks = jnp.concatenate([features[f"encoderblock_{i}"] for i in range(model.num_layers)])
-    seen = Seen(answer[0], attention, pooling, blocks, features["encoder_norm"][0])
+    attention, pooling = model.attention_weights(state["intermediates"])
+    blocks, tokens = model.block_outputs(features), features[model.final_norm][0]
+    seen = Seen(answer[0], attention, pooling, blocks, tokens)
     return jax.tree.map(lambda x: x.astype(jnp.float32), seen)
-
-
-def stacked_weights(
-    model: VisionTransformer, collection: Any
-) -> tuple[jax.Array, jax.Array | None]:
-    """((blocks, heads, t, t), (heads, t) or None): attention of the blocks and of the pooling.
-
-    Args:
-      model: the network.
-      collection: "intermediates" or "perturbations" of one image.
-    """
-
-    def of(module: Any) -> jax.Array:
-        weights = module[ATTENTION_NAME]["attention_weights"]
-        return weights[0][0] if isinstance(weights, tuple) else weights[0]  # Sown, or perturbed.
-
-    blocks = (collection["Transformer"][f"encoderblock_{i}"] for i in range(model.num_layers))
-    pooling = of(collection["MAPHead_0"])[:, 0] if model.classifier == "map" else None
-    return jnp.stack([of(block) for block in blocks]), pooling
 
 
 def reading(tower: Tower, seen: Seen) -> np.ndarray:
     """float32 (t,): how much of each token the head reads; sums to 1.
 
-    That is the class token, the mean of attention pooling's heads, or all tokens alike.
+    That is the class token, the mean of attention pooling's heads, or all patches alike.
     """
+    weights = np.zeros(len(seen.tokens), np.float32)
     if tower.model.has_class_token:
-        return np.eye(1, len(seen.tokens), dtype=np.float32)[0]
-    if seen.pooling is not None:
+        weights[0] = 1
+    elif seen.pooling is not None:
         return seen.pooling.mean(axis=0)
-    return np.full(len(seen.tokens), 1 / len(seen.tokens), np.float32)
+    else:
+        weights[tower.first_patch :] = 1 / (len(weights) - tower.first_patch)
+    return weights
 
 
 def on_grid(tower: Tower, values: np.ndarray) -> np.ndarray:

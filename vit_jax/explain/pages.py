@@ -17,7 +17,7 @@ from vit_jax.explain.attention import head_maps, rollout_map
 from vit_jax.explain.figures import ImageView, TitledMaps, draw_image, overlay
 from vit_jax.explain.network import Tower, observe, on_grid, open_tower
 from vit_jax.explain.relevance import class_targets, first_name, gives_classes, relevance_map
-from vit_jax.pretrained import Pretrained, PretrainedLiT
+from vit_jax.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,11 +92,11 @@ def explanations(
     for name, view in zip(images, figures.views(vit, images), strict=True):
         seen = observe(tower, view.pixels)
         answers: list[tuple[Any, float]] = []  # Of classes by index, of LiT weights of texts.
-        if isinstance(vit, PretrainedLiT) and classes:
+        if vit.classifies_by_text and classes:
             embeddings = np.stack([embedding for _, embedding in class_targets(vit, classes)])
             cosine = embeddings @ (seen.answer / np.linalg.norm(seen.answer))
             answers = ranked(np.exp(np.asarray(vit.params["t"])) * cosine, list(map(str, classes)))
-        elif not isinstance(vit, PretrainedLiT) and gives_classes(vit):
+        elif not vit.classifies_by_text and gives_classes(vit):
             answers = ranked(seen.answer, range(len(seen.answer)))
         shown = classes or [c for c, _ in answers[:2]]
         targets = class_targets(vit, shown) if shown else []

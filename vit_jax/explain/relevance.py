@@ -13,9 +13,9 @@ import numpy as np
 from vit_jax.checkpoints.labels import find_classes
 from vit_jax.errors import UserError
 from vit_jax.explain.figures import Images, plot_maps, views
-from vit_jax.explain.network import Tower, observe, on_grid, open_tower, stacked_weights
-from vit_jax.models import POOLED, VisionTransformer
-from vit_jax.pretrained import Pretrained, PretrainedLiT
+from vit_jax.explain.network import Tower, observe, on_grid, open_tower
+from vit_jax.models import ImageModel
+from vit_jax.pretrained import Pretrained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def relevance(
     Raises UserError if the network gives no classes or has not these, or an image can't be used.
     """
     tower = open_tower(vit)
-    if classes is None and isinstance(vit, PretrainedLiT):
+    if classes is None and vit.classifies_by_text:
         raise UserError("LiT weights classify by words: say which texts are to be explained")
     targets = class_targets(vit, classes) if classes is not None else None
     result = []
@@ -68,8 +68,7 @@ def plot_relevance(
 
 def gives_classes(vit: Pretrained) -> bool:
     """Whether the network answers for an image as a whole, and of classes or of texts."""
-    lit = isinstance(vit, PretrainedLiT)
-    return lit or (vit.spec.num_classes is not None and vit.spec.classifier in POOLED)
+    return vit.classifies_by_text or vit.spec.gives_classes
 
 
 def class_targets(vit: Pretrained, classes: Sequence[int | str]) -> list[tuple[str, np.ndarray]]:
@@ -82,7 +81,7 @@ def class_targets(vit: Pretrained, classes: Sequence[int | str]) -> list[tuple[s
         raise UserError("these weights give no classes to explain: load weights that have a head")
     if isinstance(classes, str) or not len(classes):
         raise UserError(f"classes are {classes!r}, expected a list of names or indices")
-    if isinstance(vit, PretrainedLiT):
+    if vit.classifies_by_text:
         texts = [str(text) for text in classes]
         return list(zip(texts, vit.embed_texts(texts), strict=True))
     assert vit.spec.num_classes is not None  # It gives classes.
@@ -120,13 +119,13 @@ def relevance_map(
     vit: Pretrained, tower: Tower, pixels: np.ndarray, target: np.ndarray
 ) -> np.ndarray:
     """float32 (rows, columns): relevance of one image for one of `class_vectors`."""
-    unit = isinstance(vit, PretrainedLiT)
+    unit = vit.classifies_by_text
     return on_grid(tower, np.asarray(_relevance(tower.model, unit, tower.params, pixels, target)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _relevance(
-    model: VisionTransformer, unit: bool, params: Any, pixels: jax.Array, target: jax.Array
+    model: ImageModel, unit: bool, params: Any, pixels: jax.Array, target: jax.Array
 ) -> jax.Array:
     """(t,) relevance of the tokens for y = answer . target, with `unit` the answer of length 1."""
     run = functools.partial(model.apply, return_features=True)
@@ -134,7 +133,7 @@ def _relevance(
         functools.partial(run, mutable=["perturbations"]), {"params": params}, pixels[None]
     )
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), (shapes["perturbations"], features["encoder_norm"])
+        lambda x: jnp.zeros(x.shape, x.dtype), (shapes["perturbations"], features[model.final_norm])
     )
 
     def y(changes: Any) -> tuple[jax.Array, Any]:
@@ -142,7 +141,7 @@ def _relevance(
 
         def shifted(call, args, kwargs, context):
             out = call(*args, **kwargs)
-            return out + shift if context.module.name == "encoder_norm" else out
+            return out + shift if context.module.name == model.final_norm else out
 
         with nn.intercept_methods(shifted):
             (answer, features), state = run(
@@ -152,11 +151,11 @@ def _relevance(
             )
         if unit:
             answer = answer / jnp.linalg.norm(answer)
-        weights = stacked_weights(model, state["intermediates"])
-        return answer[0] @ target, (*weights, features["encoder_norm"])
+        weights = model.attention_weights(state["intermediates"])
+        return answer[0] @ target, (*weights, features[model.final_norm])
 
     (perturbed, slope), (attention, pooling, tokens) = jax.grad(y, has_aux=True)(zeros)
-    attention_slope, pooling_slope = stacked_weights(model, perturbed)
+    attention_slope, pooling_slope = model.attention_weights(perturbed)
     cam = jnp.maximum(attention_slope * attention, 0).astype(jnp.float32).mean(axis=1)
     relevant = identity = jnp.eye(cam.shape[-1])
     for block in cam:

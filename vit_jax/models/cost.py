@@ -1,53 +1,37 @@
-"""What a model costs, counted from the model itself without running, lowering or compiling it."""
+"""What a network costs, counted from itself without running, lowering or compiling it."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from vit_jax.models.blocks import BlockLoop
+from vit_jax.models.family import ImageModel
 from vit_jax.models.kernels import Kernels
+from vit_jax.models.stack import BlockLoop
 
 
-class Cost(NamedTuple):
-    """Numbers in the weights, and floating-point operations of one example's way through them.
+def flops(model: ImageModel, image_size: tuple[int, int], *, channels: int = 3) -> float:
+    """Floating-point operations that one image of image_size (height, width) takes.
 
-    The operations are those of products of matrices and convolutions, which are 99 % and more of
-    all; a multiplication and an addition are two. (Papers often count them as one.)
+    Those of products of matrices and convolutions, which are 99 % and more of all, on whatever
+    platform and with whatever kernels; a multiplication and an addition are two. (Papers often
+    count them as one.)
     """
-
-    parameters: int
-    flops: float
-
-
-def flops(model: Any, image_size: tuple[int, int], *, channels: int = 3) -> float:
-    """The operations that an image of image_size (height, width) takes; see `Cost`."""
-    return cost(model, jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)).flops
+    model = model.clone(kernels=Kernels(), loop=BlockLoop(scan=True))  # One block is traced.
+    images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return count_flops(jax.make_jaxpr(model.apply)(variables, images))
 
 
-def training_flops(model: Any, image_size: tuple[int, int], *, channels: int = 3) -> float:
+def training_flops(model: ImageModel, image_size: tuple[int, int], *, channels: int = 3) -> float:
     """The operations of a training step for each image, see `flops`.
 
     Three times those of the way forwards: each product of matrices has two more backwards, one for
     either factor's gradient. What is computed a second time to save memory is not counted.
     """
     return 3 * flops(model, image_size, channels=channels)
-
-
-def cost(model: Any, inputs: jax.ShapeDtypeStruct) -> Cost:
-    """What a model costs, on whatever platform and with whatever kernels.
-
-    Args:
-      model: a Linen module, e.g. of `create_model`.
-      inputs: shape and dtype of one example: an image (1, h, w, c), or the tokens (1, t) of a text.
-    """
-    stock = {"kernels": Kernels(), "loop": BlockLoop(scan=True)}  # One block is traced, not each.
-    model = model.clone(**{name: x for name, x in stock.items() if hasattr(model, name)})
-    variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
-    return Cost(parameters, count_flops(jax.make_jaxpr(model.apply)(variables, inputs)))
 
 
 def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:

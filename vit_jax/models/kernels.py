@@ -116,7 +116,7 @@ def choose_kernels(
     the driver and the versions of cuDNN and JAX.
 
     Args:
-      model: the network, with stock kernels.
+      model: an `ImageModel` with stock kernels.
       image_size: (height, width) of its images.
       devices: of one kind; a batch is spread over them.
       attention: one of ATTENTION, or "auto".
@@ -127,14 +127,13 @@ def choose_kernels(
     platform = platform_of(devices)
     if platform == "cpu" and attention != "cudnn":
         return cpu_kernels(len(devices)), ""
-    if attention == "xla" or (
-        attention == "auto" and (platform != "gpu" or not hasattr(model, "num_tokens"))
-    ):
+    size = model.attention_size(image_size)
+    if attention == "xla" or (attention == "auto" and (platform != "gpu" or size is None)):
         return Kernels(), ""
-    reason = _why_not_cudnn(model, image_size, devices, attention)
+    reason = _why_not_cudnn(model, size, devices, attention)
     if reason:
         return Kernels(), f"attention by xla: {reason}"
-    tokens = model.num_tokens(image_size)
+    tokens = size[0]
     if padding := -tokens % CUDNN_TOKEN_MULTIPLE:
         return CUDNN, f"attention by cudnn, {tokens} tokens padded to {tokens + padding}"
     return CUDNN, "attention by cudnn"
@@ -147,10 +146,10 @@ def platform_of(devices: Sequence[jax.Device]) -> str:
 
 
 def _why_not_cudnn(
-    model: Any, image_size: tuple[int, int], devices: Sequence[jax.Device], attention: str
+    model: Any, size: tuple[int, int, int] | None, devices: Sequence[jax.Device], attention: str
 ) -> str:
     """Empty if cuDNN's attention works and is to be taken."""
-    if not hasattr(model, "num_tokens"):
+    if size is None:
         return "this network has no attention"
     if platform_of(devices) != "gpu":
         return f"JAX sees no GPU here, but {devices[0].device_kind}"
@@ -158,12 +157,12 @@ def _why_not_cudnn(
         return f"cuDNN takes bfloat16, and dtype is {jnp.dtype(model.dtype).name}"
     if model.attention_dropout_rate:
         return f"cuDNN has no dropout, and attention_dropout_rate is {model.attention_dropout_rate}"
-    tokens = model.num_tokens(image_size)
+    tokens, heads, channels = size
     if attention == "auto" and tokens < CUDNN_MIN_TOKENS:
         return f"{tokens} tokens, and cudnn is chosen from {CUDNN_MIN_TOKENS} on"
     local = [d for d in devices if d.process_index == jax.process_index()]
     padded = tokens + -tokens % CUDNN_TOKEN_MULTIPLE
-    shape = (3, 2 * len(local), padded, model.num_heads, model.hidden_size // model.num_heads)
+    shape = (3, 2 * len(local), padded, heads, channels)
     qkv = np.random.default_rng(0).standard_normal(shape, np.float32).astype(model.dtype)
     place = NamedSharding(Mesh(np.array(local), ("batch",)), PartitionSpec(None, "batch"))
     length = tokens if padded > tokens else None
@@ -315,27 +314,31 @@ def flat_dot_general(
     d, features = math.prod(rhs.shape[:k]), math.prod(columns_shape)
     rows, kernel = lhs.reshape(math.prod(rows_shape), d), rhs.reshape(d, features)
     narrows = d > features and precision is None
-    y = _narrowing(rows, kernel) if narrows else jnp.matmul(rows, kernel, precision=precision)
+    y = (
+        _matmul_custom_grad(rows, kernel)
+        if narrows
+        else jnp.matmul(rows, kernel, precision=precision)
+    )
     return y.reshape(*rows_shape, *columns_shape)
 
 
 @jax.custom_vjp
-def _narrowing(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+def _matmul_custom_grad(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """(n, d) @ (d, f) for d > f: JAX's own derivative by the kernel is slower."""
     return rows @ kernel
 
 
-def _narrowing_fwd(rows: jax.Array, kernel: jax.Array) -> Any:
+def _matmul_custom_grad_fwd(rows: jax.Array, kernel: jax.Array) -> Any:
     return rows @ kernel, (rows, kernel)
 
 
-def _narrowing_bwd(residuals: Any, grad: jax.Array) -> Any:
+def _matmul_custom_grad_bwd(residuals: Any, grad: jax.Array) -> Any:
     rows, kernel = residuals
     # Without the barrier XLA joins transposition and product, and has no fast library for both.
     return grad @ kernel.T, jax.lax.optimization_barrier(rows.T) @ grad
 
 
-_narrowing.defvjp(_narrowing_fwd, _narrowing_bwd)
+_matmul_custom_grad.defvjp(_matmul_custom_grad_fwd, _matmul_custom_grad_bwd)
 
 _CUBIC = 0.044715
 _TWICE = 2 * math.sqrt(2 / math.pi)

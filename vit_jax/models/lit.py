@@ -2,18 +2,31 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from vit_jax.errors import UserError
+from vit_jax.models.family import (
+    VARIANTS,
+    Arrays,
+    Hints,
+    ImageModel,
+    Shapes,
+    Size,
+    Spec,
+    register,
+    traced_shapes,
+)
 from vit_jax.models.kernels import Kernels
+from vit_jax.models.shapes import below, num_outputs
+from vit_jax.models.stack import BlockLoop
 from vit_jax.models.text import BertModel, TextTransformer
 from vit_jax.models.vit import VisionTransformer
 
-TEXT_MODELS = {"bert": BertModel, "text_transformer": TextTransformer}
+TEXT_MODELS: dict[str, Any] = {"bert": BertModel, "text_transformer": TextTransformer}
 
 _TEXT = {
     # Table 1 of arXiv:1810.04805.
@@ -29,7 +42,7 @@ def _lit(image: str, text: str, out_dim: tuple[int | None, int]) -> dict[str, An
     return dict(image=image, text_model=text_model, text=_TEXT[text], out_dim=out_dim)
 
 
-# The published models; `image` names the image tower's variant.
+# The published models, which `create_lit` makes; `image` names the image tower's variant.
 LIT_VARIANTS: dict[str, dict[str, Any]] = {
     "LiT-B16B": _lit("ViT-B_16", "bert-base", (768, 768)),
     "LiT-B16B_2": _lit("ViT-B_16", "bert-base", (None, 768)),
@@ -39,7 +52,8 @@ LIT_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class LiT(nn.Module):
+@register
+class LiT(ImageModel):
     """An image tower `img`, a text tower `txt` and a log-temperature `t`.
 
     The probability of text j among several for image i is the softmax over j of
@@ -52,7 +66,7 @@ class LiT(nn.Module):
       out_dim: widths of the projections on top of the image and of the text tower; None for no
         projection. Towers that end with unequal widths raise UserError.
       dtype: what is computed in, float32 or bfloat16. Parameters and embeddings are float32.
-      kernels: of the image tower, see `VisionTransformer`.
+      loop, kernels: of the image tower, see `VisionTransformer`.
     """
 
     image: Mapping[str, Any]
@@ -60,7 +74,17 @@ class LiT(nn.Module):
     text: Mapping[str, Any]
     out_dim: tuple[int | None, int | None]
     dtype: Any = jnp.float32
+    loop: BlockLoop = BlockLoop()
     kernels: Kernels = Kernels()
+
+    kind: ClassVar = "LiT bundle"
+    classifier: ClassVar = "lit"
+    classifiers: ClassVar = ("lit",)
+    num_classes: ClassVar = None
+    representation_size: ClassVar = None
+    weightless: ClassVar = ("dtype",)
+    classifies_by_text: ClassVar = True
+    value_range: ClassVar = "uint8|value_range(-1, 1)"  # The towers saw whole grey levels.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,24 +126,130 @@ class LiT(nn.Module):
         """
         zimg, ztxt, out = None, None, {}
         if images is not None:
-            tower = VisionTransformer(
-                num_classes=self.out_dim[0],
-                dtype=self.dtype,
-                kernels=self.kernels,
-                **self.image,
-                name="img",
-            )
-            pooled: Any = tower(images)
+            pooled: Any = self._image_model(name="img")(images)
             zimg, out["img/norm"] = _normalize(pooled)
         if tokens is not None:
-            text_tower = TEXT_MODELS[self.text_model](
-                num_classes=self.out_dim[1], dtype=self.dtype, **self.text, name="txt"
-            )
-            embedding, features = text_tower(tokens)
+            embedding, features = self._text_model(name="txt")(tokens)
             ztxt, out["txt/norm"] = _normalize(embedding)
             out["txt/pre_logits"] = features["pre_logits"]
         out["t"] = jnp.exp(self.param("t", nn.initializers.zeros, (1,)))
         return zimg, ztxt, out
+
+    def _image_model(self, **place: Any) -> VisionTransformer:
+        """`place`: name and parent, as of any Flax module."""
+        how = dict(dtype=self.dtype, loop=self.loop, kernels=self.kernels)
+        return VisionTransformer(num_classes=self.out_dim[0], **self.image, **how, **place)
+
+    def _text_model(self, **place: Any) -> Any:
+        tower = TEXT_MODELS[self.text_model]
+        return tower(num_classes=self.out_dim[1], dtype=self.dtype, **self.text, **place)
+
+    def image_tower(self) -> VisionTransformer:
+        """The image tower."""
+        return self._image_model(parent=None)
+
+    def image_params(self, params: Any) -> Any:
+        """Its weights."""
+        return params["img"]
+
+    @property
+    def stride(self) -> Size:
+        """Of the image tower."""
+        return self.image_tower().stride
+
+    def grid_size(self, image_size: Size) -> tuple[int, int]:
+        """Of the image tower."""
+        return self.image_tower().grid_size(image_size)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Of the image tower."""
+        return self.image_tower().num_prefix_tokens
+
+    @classmethod
+    def recognizes(cls, shapes: Shapes) -> bool:
+        """Whether there is a text tower."""
+        return any(key.startswith("txt/") for key in shapes)
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, hints: Hints) -> Spec:
+        """See `ImageModel.from_shapes`."""
+        text = below(shapes, "txt/")
+        image = VisionTransformer.from_shapes(
+            below(shapes, "img/"),
+            hints._replace(classifier=None, where=f"{hints.where} (img/)"),
+        )
+        bert = any(key.startswith("BertEncoder_0/") for key in text)
+        text_model = "bert" if bert else "text_transformer"
+        fields = TEXT_MODELS[text_model].fields_from_shapes(text, f"{hints.where} (txt/)")
+        try:
+            model = cls(
+                image={k: v for k, v in image.architecture().items() if k != "num_classes"},
+                text_model=text_model,
+                text=fields,
+                out_dim=(image.num_classes, num_outputs(text, "head")),
+            )
+        except UserError as e:
+            raise UserError(f"{hints.where}: {e}") from e
+        return Spec(model, image.image_size, image.channels)
+
+    def shapes(self, image_size: Size, channels: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter, {"img/...": shape, "txt/...": shape, "t": shape}."""
+        image = self.image_tower().shapes(image_size, channels)
+        tower = self._text_model(parent=None)
+        text = traced_shapes(tower, jax.ShapeDtypeStruct((1, tower.max_len), jnp.int32))
+        both = {f"img/{k}": v for k, v in image.items()} | {f"txt/{k}": v for k, v in text.items()}
+        return both | {"t": (1,)}
+
+    def resize(self, arrays: Arrays, old: Size, new: Size) -> Arrays:
+        """Resizes the image tower."""
+        image = self.image_tower().resize(below(arrays, "img/"), old, new)
+        return arrays | {f"img/{key}": array for key, array in image.items()}
+
+    def with_head(
+        self, arrays: Arrays, num_classes: int | None, pre_logits: bool | None
+    ) -> tuple["LiT", Arrays]:
+        """The same. Raises UserError for any wish."""
+        if num_classes is not None or pre_logits is not None:
+            raise UserError(
+                "these weights are a LiT bundle, which has no classes: leave num_classes and "
+                "pre_logits out, and classify by words (zero-shot)"
+            )
+        return self, dict(arrays)
+
+    def official_name(self) -> str | None:
+        """The name of the published bundle that this is."""
+        image = self.image_tower().official_name()
+        own = (image, self.text_model, self.out_dim)
+        for name, fields in LIT_VARIANTS.items():
+            same = own == (fields["image"], fields["text_model"], fields["out_dim"])
+            if same and all(self.text[k] == v for k, v in fields["text"].items()):
+                return name
+        return None
+
+    def description(self) -> str:
+        """The official name, or what the network is."""
+        image = self.image_tower().description()
+        return self.official_name() or f"a LiT bundle of {image} and a {self.text_model}"
+
+    def summary(self) -> dict[str, str]:
+        """What a person wants to know of the network beside its sizes, {title: text}."""
+        image, text = self.image_tower(), self._text_model(parent=None)
+        return image.summary() | {
+            "image tower": image.description(),
+            "text tower": f"{self.text_model}: {text.num_layers} blocks, {text.hidden_size} wide, "
+            f"{text.num_heads} heads, {text.vocab_size:,} words",
+            "embeddings": f"{self.embedding_size} wide",
+        }
+
+    def facts(self, image_size: Size, channels: int) -> dict[str, Any]:
+        """See `ImageModel.facts`."""
+        return {
+            "image": self.image_tower().facts(image_size, channels),
+            "text_model": self.text_model,
+            "text": list(self.text.items()),
+            "text_classes": self.out_dim[1],
+        }
 
 
 def create_lit(name: str, **overrides: Any) -> LiT:
@@ -134,15 +264,13 @@ def create_lit(name: str, **overrides: Any) -> LiT:
 
     Raises UserError for an unknown name.
     """
-    from vit_jax.models import variant  # That package imports this module.
-
     official = name if name.startswith("LiT-") else f"LiT-{name}"
     if official not in LIT_VARIANTS:
         near = difflib.get_close_matches(official, LIT_VARIANTS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(LIT_VARIANTS)}"
         raise UserError(f"unknown model {name!r}: {hint}")
     fields = LIT_VARIANTS[official]
-    return LiT(**(fields | dict(image=variant(fields["image"])) | overrides))
+    return LiT(**(fields | dict(image=VARIANTS[fields["image"]]) | overrides))
 
 
 def _normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

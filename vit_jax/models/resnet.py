@@ -4,12 +4,16 @@ Convolutions are weight-standardised (arXiv:1903.10520) and without bias, normal
 (arXiv:1803.08494). All modules map (n, h, w, c) to (n, h', w', c').
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from vit_jax.models.family import Shapes
+from vit_jax.models.shapes import last_of
 
 # As in the code that trained the published weights. The first is added outside the root.
 WEIGHT_STANDARDISATION_EPSILON = 1e-5
@@ -30,9 +34,23 @@ def resnet_output_size(size: int, blocks: Sequence[int]) -> int:
     return -(-size // resnet_stride(blocks))
 
 
-def resnet_output_channels(blocks: Sequence[int]) -> int:
-    """Channels of the features."""
-    return 4 * _ROOT_WIDTH * 2 ** (len(blocks) - 1) if blocks else _ROOT_WIDTH
+def resnet_stages(shapes: Shapes) -> tuple[int, ...] | None:
+    """Units in each stage of the ResNet whose arrays have these shapes; None if there is none."""
+    if "conv_root/kernel" not in shapes:
+        return None
+    units: dict[int, set[int]] = {}
+    for key in shapes:
+        # Published networks have up to four stages and 36 units.
+        if match := re.match(r"block([1-8])/unit([1-9][0-9]?)/", key):
+            units.setdefault(int(match[1]), set()).add(int(match[2]))
+    stages = last_of(units) if units else 0
+    return tuple(last_of(units.get(stage, ())) for stage in range(1, stages + 1))
+
+
+def standardize(kernel: Any) -> Any:
+    """A kernel (h, w, in, out) with mean 0 and deviation 1 for each output."""
+    kernel = kernel - kernel.mean(axis=(0, 1, 2))
+    return kernel / (kernel.std(axis=(0, 1, 2)) + WEIGHT_STANDARDISATION_EPSILON)
 
 
 class StdConv(nn.Module):
@@ -46,9 +64,7 @@ class StdConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        kernel = kernel - kernel.mean(axis=(0, 1, 2))
-        kernel = kernel / (kernel.std(axis=(0, 1, 2)) + WEIGHT_STANDARDISATION_EPSILON)
+        kernel = standardize(self.param("kernel", nn.initializers.lecun_normal(), shape))
         return jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -117,7 +133,7 @@ def resnet_features(x: jax.Array, blocks: Sequence[int], dtype: Any) -> jax.Arra
       dtype: what is computed in.
 
     Returns:
-      (n, h', w', c'), see `resnet_output_size` and `resnet_output_channels`.
+      (n, h', w', c'), see `resnet_output_size`.
     """
     x = StdConv(_ROOT_WIDTH, (7, 7), 2, dtype, name="conv_root")(x)
     x = nn.relu(_group_norm("gn_root", dtype)(x))

@@ -4,14 +4,16 @@ The names of the sub-modules are those of the official checkpoints below `txt/`.
 tokens, d = hidden_size.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models import shapes as reading
+from vit_jax.models.family import Shapes
 from vit_jax.models.kernels import attention_weights, gelu, weighted_sum
 from vit_jax.models.vit import Encoder
 
@@ -39,6 +41,8 @@ class TextTransformer(nn.Module):
     max_len: int = 16
     dtype: Any = jnp.float32
 
+    blocks: ClassVar = ("encoderblock",)
+
     @nn.compact
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         """Embeds texts.
@@ -65,6 +69,15 @@ class TextTransformer(nn.Module):
         )(x, deterministic=True, positions=positions)
         return _project(x[:, -1], self.num_classes)
 
+    @classmethod
+    def fields_from_shapes(cls, shapes: Shapes, where: str) -> dict[str, Any]:
+        """The fields but for the head. Raises UserError if the arrays are not there."""
+        blocks = reading.Blocks(shapes, "Encoder_0/encoderblock_")
+        heads = blocks.majority("query/kernel", 3, 1)
+        mlp_dim = blocks.majority("MlpBlock_0/Dense_0/kernel", 2, 1)
+        required = {"Embed_0/embedding": 2, "pos_embedding": 3}
+        return _fields(shapes, required, blocks, heads, mlp_dim, where)
+
 
 class BertModel(nn.Module):
     """BERT (arXiv:1810.04805) without its pooler; the first token stands for the text.
@@ -85,6 +98,8 @@ class BertModel(nn.Module):
     max_len: int = 512
     dtype: Any = jnp.float32
 
+    blocks: ClassVar = ("layers",)
+
     @nn.compact
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         """Embeds texts.
@@ -102,169 +117,118 @@ class BertModel(nn.Module):
             raise UserError(
                 f"texts have {tokens.shape[1]} tokens, expected at most {self.max_len}: cut them"
             )
-        x = BertEncoder(
-            self.hidden_size,
-            self.num_layers,
-            self.num_heads,
-            self.mlp_dim,
-            self.vocab_size,
-            self.max_len,
-            self.dtype,
-            name="BertEncoder_0",
-        )(tokens)
-        return _project(x[:, 0], self.num_classes)
 
-
-class BertEncoder(nn.Module):
-    """Embeddings and blocks of BERT. Tokens (n, t) -> (n, t, d); the fields are `BertModel`'s."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-    vocab_size: int
-    max_len: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = _Embedder(self.vocab_size, self.max_len, self.hidden_size, self.dtype, name="embedder")(
-            tokens
-        )
-        x = nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x)
-        return _Blocks(
-            self.num_layers, self.num_heads, self.mlp_dim, self.dtype, name="encoder_block"
-        )(x, tokens > 0)
-
-
-class _Embedder(nn.Module):
-    """The sum of a token's, a position's and a segment's embedding. (n, t) -> (n, t, d)."""
-
-    vocab_size: int
-    max_len: int
-    hidden_size: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        def embed(kind, rows, ids):
-            table = nn.Embed(
-                rows,
-                self.hidden_size,
-                embedding_init=_BERT_INIT,
-                dtype=self.dtype,
-                name=f"embedders_{kind}_ids",
-            )
+        def embed(kind: str, rows: int, ids: jax.Array) -> jax.Array:
+            size, name = self.hidden_size, f"embedders_{kind}_ids"
+            table = nn.Embed(rows, size, embedding_init=_BERT_INIT, dtype=self.dtype, name=name)
             return table(ids)
 
-        positions = embed("position", self.max_len, jnp.arange(tokens.shape[1]))
-        # BERT tells a first and a second sentence apart; here there is only a first one.
-        segments = embed("segment", 2, jnp.zeros_like(tokens))
-        return positions + segments + embed("token", self.vocab_size, tokens)
+        def embedder() -> jax.Array:
+            positions = embed("position", self.max_len, jnp.arange(tokens.shape[1]))
+            # BERT tells a first and a second sentence apart; here there is only a first one.
+            segments = embed("segment", 2, jnp.zeros_like(tokens))
+            return positions + segments + embed("token", self.vocab_size, tokens)
+
+        def blocks(x: jax.Array) -> jax.Array:
+            for i in range(self.num_layers):
+                block = BertBlock(self.num_heads, self.mlp_dim, self.dtype, name=f"layers_{i}")
+                x = block(x, tokens > 0)
+            return x
+
+        def sequence(x: jax.Array) -> jax.Array:
+            return _Level(blocks, name="layer_sequence")(x)
+
+        def encoder() -> jax.Array:
+            x = _Level(embedder, name="embedder")()
+            x = nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x)
+            return _Level(sequence, name="encoder_block")(x)
+
+        x = _Level(encoder, name="BertEncoder_0")()
+        return _project(x[:, 0], self.num_classes)
+
+    @classmethod
+    def fields_from_shapes(cls, shapes: Shapes, where: str) -> dict[str, Any]:
+        """The fields but for the head. Raises UserError if the arrays are not there."""
+        encoder = "BertEncoder_0"
+        blocks = reading.Blocks(shapes, f"{encoder}/encoder_block/layer_sequence/layers_")
+        mlp_dim = blocks.majority("mlp/dense_layer/kernel", 2, 1)
+        # BERT's heads leave no trace in its arrays, but all its published sizes are 64 wide.
+        heads = blocks.majority("query/kernel", 2, 1) // 64
+        tables = (
+            f"{encoder}/embedder/embedders_{kind}_ids/embedding" for kind in ("token", "position")
+        )
+        return _fields(shapes, dict.fromkeys(tables, 2), blocks, heads, mlp_dim, where)
 
 
-class _Blocks(nn.Module):
-    """`encoder_block/layer_sequence` of the checkpoints: block after block."""
+class _Level(nn.Module):
+    """A level of the tree of weights: what `function` makes lies below its name."""
 
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        return _LayerSequence(
-            self.num_layers, self.num_heads, self.mlp_dim, self.dtype, name="layer_sequence"
-        )(x, mask)
-
-
-class _LayerSequence(nn.Module):
-    """The blocks of BERT. (n, t, d) and mask (n, t) -> (n, t, d)."""
-
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        for i in range(self.num_layers):
-            x = _BertBlock(self.num_heads, self.mlp_dim, self.dtype, name=f"layers_{i}")(x, mask)
-        return x
-
-
-class _BertBlock(nn.Module):
-    """Attention and MLP, each followed by a residual sum and a LayerNorm."""
-
-    num_heads: int
-    mlp_dim: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = _AttentionBlock(self.num_heads, self.dtype, name="attention_block")(x, mask)
-        return _MlpBlock(self.mlp_dim, self.dtype, name="mlp_block")(x)
-
-
-class _AttentionBlock(nn.Module):
-    """LayerNorm(x + Dense(Attention(x)))."""
-
-    num_heads: int
-    dtype: Any
+    function: Callable[..., jax.Array]
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        y = _Attention(self.num_heads, self.dtype, name="attention_layer")(x, mask)
-        y = _dense(x.shape[-1], self.dtype, "dense_layer")(y)
-        return nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x + y)
+    def __call__(self, *inputs: jax.Array) -> jax.Array:
+        return self.function(*inputs)
 
 
-class _Attention(nn.Module):
-    """Self-attention without its output projection; the heads' outputs stand side by side.
+class BertBlock(nn.Module):
+    """Attention and MLP, each followed by a residual sum and a LayerNorm.
 
     (n, t, d) and mask (n, t), False for tokens that nobody attends to -> (n, t, d).
     """
 
     num_heads: int
+    mlp_dim: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         n, t, d = x.shape
-        query, key, value = (
-            _dense(d, self.dtype, name)(x).reshape(n, t, self.num_heads, d // self.num_heads)
-            for name in ("query", "key", "value")
-        )
-        weights = attention_weights(query, key, mask[:, None, None, :])
-        return weighted_sum(weights, value).reshape(n, t, d)
+
+        def dense(features: int, name: str = "dense_layer") -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, kernel_init=_BERT_INIT, name=name)
+
+        def attention(x: jax.Array) -> jax.Array:  # The heads' outputs stand side by side.
+            query, key, value = (
+                dense(d, name)(x).reshape(n, t, self.num_heads, d // self.num_heads)
+                for name in ("query", "key", "value")
+            )
+            weights = attention_weights(query, key, mask[:, None, None, :])
+            return weighted_sum(weights, value).reshape(n, t, d)
+
+        def mlp(x: jax.Array) -> jax.Array:  # In the tanh form, as Google's BERT.
+            return gelu(dense(self.mlp_dim)(x))
+
+        def residual(name: str, function: Callable) -> Callable[[jax.Array], jax.Array]:
+            def apply(x: jax.Array) -> jax.Array:
+                y = x + dense(d)(_Level(function, name=name)(x))
+                return nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(y)
+
+            return apply
+
+        x = _Level(residual("attention_layer", attention), name="attention_block")(x)
+        return _Level(residual("mlp", mlp), name="mlp_block")(x)
 
 
-class _MlpBlock(nn.Module):
-    """LayerNorm(x + Dense(GELU(Dense(x))))."""
-
-    mlp_dim: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = _Mlp(self.mlp_dim, self.dtype, name="mlp")(x)
-        y = _dense(x.shape[-1], self.dtype, "dense_layer")(y)
-        return nn.LayerNorm(_BERT_EPSILON, dtype=self.dtype, name="layer_norm")(x + y)
-
-
-class _Mlp(nn.Module):
-    """GELU(Dense(x)), in the tanh form, with which Google's BERT was trained too."""
-
-    mlp_dim: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return gelu(_dense(self.mlp_dim, self.dtype, "dense_layer")(x))
-
-
-def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=_BERT_INIT, name=name)
+def _fields(
+    shapes: Shapes,
+    required: Mapping[str, int],
+    blocks: reading.Blocks,
+    heads: int,
+    mlp_dim: int,
+    where: str,
+) -> dict[str, Any]:
+    """Fields of either tower. `required`: the tables of words and of positions, and their ranks."""
+    reading.check_required(shapes, required, blocks, (heads, mlp_dim), where)
+    words, positions = (shapes[name] for name in required)
+    reading.check_heads(heads, words[1], where)
+    return {
+        "hidden_size": words[1],
+        "num_layers": blocks.depth,
+        "num_heads": heads,
+        "mlp_dim": mlp_dim,
+        "vocab_size": words[0],
+        "max_len": positions[-2],
+    }
 
 
 def _project(x: jax.Array, num_classes: int | None) -> tuple[jax.Array, Mapping[str, jax.Array]]:

@@ -5,9 +5,10 @@ The names of the sub-modules are those of the official checkpoints: flattening t
 d = hidden_size.
 """
 
-import dataclasses
+import logging
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -15,40 +16,104 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.models.attention import ATTENTION_NAME, MultiHeadAttention
-from vit_jax.models.blocks import BlockLoop, DropPath, run_blocks
-from vit_jax.models.kernels import Kernels, dot_product_attention
-from vit_jax.models.resnet import resnet_features, resnet_output_size, resnet_stride
+from vit_jax.models import shapes as reading
+from vit_jax.models.family import Arrays, Hints, ImageModel, Shapes, Size, Spec, register
+from vit_jax.models.kernels import Kernels
+from vit_jax.models.layers import (
+    ACTIVATIONS,
+    ATTENTION_NAME,
+    LAYER_NORM_EPSILON,
+    DropPath,
+    LayerScale,
+    MAPHead,
+    Mlp,
+    MultiHeadAttention,
+    check_choice,
+    check_images,
+    check_patch_size,
+    check_rates,
+    fields_for,
+    head,
+    layer_norm,
+    shown_weights,
+)
+from vit_jax.models.positions import POSITION_RESIZE, resample, sincos_positions
+from vit_jax.models.resnet import (
+    resnet_features,
+    resnet_output_size,
+    resnet_stages,
+    resnet_stride,
+    standardize,
+)
+from vit_jax.models.stack import BlockLoop, run_blocks
 
 CLASSIFIERS = ("token", "gap", "map", "unpooled", "token_unpooled")
 POOLED = ("token", "gap", "map")  # Those that give one vector, so one answer, an image.
 POSITION_EMBEDDINGS = ("learned", "sincos2d")
 
-# The published weights were trained with it.
-LAYER_NORM_EPSILON = 1e-6
+_POSITIONS = "Transformer/posembed_input/pos_embedding"
+# Fixed sines and cosines leave no trace in a file; most networks saw images of this size.
+_USUAL_SIZE = (224, 224)
+# Of a stored layer scale no array tells what it was at first.
+_LAYER_SCALE = 1e-5
+
+_log = logging.getLogger(__name__)
+
+# Width, depth, MLP width and heads: Table 1 of arXiv:2010.11929 (B, L, H), Table 2 of
+# arXiv:2106.10270 (Ti, S), Table 2 of arXiv:2106.04560 and big_vision's names (the others).
+_SIZES = {
+    "mu": dict(hidden_size=32, num_layers=1, mlp_dim=128, num_heads=2),
+    "Ti": dict(hidden_size=192, num_layers=12, mlp_dim=768, num_heads=3),
+    "S": dict(hidden_size=384, num_layers=12, mlp_dim=1536, num_heads=6),
+    "M": dict(hidden_size=512, num_layers=12, mlp_dim=2048, num_heads=8),
+    "B": dict(hidden_size=768, num_layers=12, mlp_dim=3072, num_heads=12),
+    "L": dict(hidden_size=1024, num_layers=24, mlp_dim=4096, num_heads=16),
+    "So400m": dict(hidden_size=1152, num_layers=27, mlp_dim=4304, num_heads=16),
+    "H": dict(hidden_size=1280, num_layers=32, mlp_dim=5120, num_heads=16),
+    "g": dict(hidden_size=1408, num_layers=40, mlp_dim=6144, num_heads=16),
+    "g-opt": dict(hidden_size=1536, num_layers=40, mlp_dim=6144, num_heads=16),
+    "G": dict(hidden_size=1664, num_layers=48, mlp_dim=8192, num_heads=16),
+    "G-opt": dict(hidden_size=1536, num_layers=48, mlp_dim=8192, num_heads=16),
+    "e": dict(hidden_size=1792, num_layers=56, mlp_dim=15360, num_heads=16),
+}
 
 
-def sincos_positions(grid_size: tuple[int, int], width: int) -> jax.Array:
-    """Fixed position embeddings: sines and cosines of the column and of the row of a patch.
+def _vit(size: str, patch: int, classifier: str = "token", **more: Any) -> dict[str, Any]:
+    return dict(_SIZES[size], patch_size=(patch, patch), classifier=classifier, **more)
 
-    With D = width and w_i = 10000^(-i / (D/4 - 1)), i < D/4, the four quarters are sin(x w), cos(x
-    w), sin(y w) and cos(y w); x is the column and y the row (arXiv:2104.02057, section 4).
 
-    Returns:
-      (1, rows * columns, width) float32.
-
-    Raises UserError if the width can't be cut in four.
-    """
-    if width % 4 or width < 8:
-        raise UserError(
-            f"hidden_size is {width}, expected a multiple of 4 from 8 for sincos2d positions"
-        )
-    rows, columns = grid_size
-    # In NumPy's float64 and rounded once: the angles reach hundreds of radians.
-    frequencies = 1.0 / 10_000.0 ** (np.arange(width // 4) / (width // 4 - 1))
-    y, x = (axis.reshape(-1, 1) * frequencies for axis in np.mgrid[:rows, :columns])
-    positions = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
-    return jnp.asarray(positions[None], jnp.float32)
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "ViT-Ti_16": _vit("Ti", 16),
+    "ViT-S_16": _vit("S", 16),
+    "ViT-S_32": _vit("S", 32),
+    "ViT-B_8": _vit("B", 8),
+    "ViT-B_16": _vit("B", 16),
+    "ViT-B_32": _vit("B", 32),
+    "ViT-L_16": _vit("L", 16, dropout_rate=0.1),
+    "ViT-L_32": _vit("L", 32),
+    "ViT-H_14": _vit("H", 14, dropout_rate=0.1),
+    # Global average pooling instead of a class token, no representation layer (arXiv:2106.01548).
+    "ViT-S_16-gap-norep": _vit("S", 16, "gap"),
+    "ViT-S_32-gap-norep": _vit("S", 32, "gap"),
+    "ViT-B_16-gap-norep": _vit("B", 16, "gap"),
+    "ViT-B_32-gap-norep": _vit("B", 32, "gap"),
+    # Hybrids. The patch is counted in steps of the ResNet's features, the name counts pixels; that
+    # of R+ViT-Ti_16 is a misnomer, its patches are 32 pixels wide.
+    "R+ViT-Ti_16": _vit("Ti", 8, resnet=()),
+    "R26+ViT-S_32": _vit("S", 1, resnet=(2, 2, 2, 2)),
+    "R26+ViT-B_32": _vit("B", 1, resnet=(2, 2, 2, 2)),
+    "R50+ViT-B_16": _vit("B", 1, resnet=(3, 4, 9), dropout_rate=0.1),
+    "R50+ViT-L_32": _vit("L", 1, resnet=(3, 4, 6, 3), dropout_rate=0.1),
+    # The sizes of the scaling studies, with attention pooling (arXiv:2106.04560, arXiv:2305.13035).
+    "ViT-mu_16": _vit("mu", 16, "map"),
+    "ViT-M_16": _vit("M", 16, "map"),
+    "ViT-So400m_14": _vit("So400m", 14, "map"),
+    "ViT-g_14": _vit("g", 14, "map"),
+    "ViT-g-opt_14": _vit("g-opt", 14, "map"),
+    "ViT-G_14": _vit("G", 14, "map"),
+    "ViT-G-opt_14": _vit("G-opt", 14, "map"),
+    "ViT-e_14": _vit("e", 14, "map"),
+}
 
 
 class AddPositionEmbs(nn.Module):
@@ -61,42 +126,22 @@ class AddPositionEmbs(nn.Module):
         return tokens + embedding.astype(tokens.dtype)
 
 
-class MlpBlock(nn.Module):
-    """Two dense layers with a GELU (tanh form) between them. (n, t, d) -> (n, t, d)."""
-
-    mlp_dim: int
-    dropout_rate: float = 0.0
-    dtype: Any = jnp.float32
-    kernels: Kernels = Kernels()
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        def dense(features: int) -> nn.Dense:
-            return nn.Dense(
-                features,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.xavier_uniform(),
-                bias_init=nn.initializers.normal(stddev=1e-6),
-                dot_general=self.kernels.dot_general,
-            )
-
-        dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
-        hidden = dropout(self.kernels.gelu(dense(self.mlp_dim)(x)))
-        return dropout(dense(x.shape[-1])(hidden))
-
-
 class EncoderBlock(nn.Module):
     """One pre-LayerNorm encoder block (equations 2 and 3). (n, t, d) -> (n, t, d).
 
     With probability `drop_path_rate` each of the two residual branches is left out for an image
     while training (stochastic depth, arXiv:1603.09382). If `length` is given, the tokens after so
-    many are padding: nobody attends to them.
+    many are padding: nobody attends to them. The other fields are `VisionTransformer`'s.
     """
 
     num_heads: int
     mlp_dim: int
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    activation: str = "gelu_tanh"
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON
+    qkv_bias: bool = True
+    layer_scale: float | None = None
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
     length: int | None = None
@@ -105,57 +150,30 @@ class EncoderBlock(nn.Module):
     def __call__(
         self, x: jax.Array, *, deterministic: bool, drop_path_rate: float | jax.Array = 0.0
     ) -> jax.Array:
-        def drop_path(branch, name):  # The draws follow from the name.
-            return DropPath(name=name)(branch, drop_path_rate, deterministic=deterministic)
+        def residual(branch: jax.Array, i: int) -> jax.Array:
+            if self.layer_scale is not None:
+                branch = LayerScale(self.layer_scale, name=f"LayerScale_{i}")(branch)
+            # The draws follow from the name.
+            drop_path = DropPath(name=f"Dropout_{i + 1}")
+            return drop_path(branch, drop_path_rate, deterministic=deterministic)
 
         y = layer_norm(self, "LayerNorm_0")(x)
-        y = MultiHeadAttention(
-            self.num_heads,
-            self.attention_dropout_rate,
-            self.dtype,
-            self.kernels,
-            self.length,
-            name=ATTENTION_NAME,
-        )(y, y, deterministic=deterministic)
+        fields = fields_for(MultiHeadAttention, self, dropout_rate=self.attention_dropout_rate)
+        y = MultiHeadAttention(**fields, name=ATTENTION_NAME)(y, y, deterministic=deterministic)
         y = nn.Dropout(self.dropout_rate, deterministic=deterministic)(y)
-        x = x + drop_path(y, "Dropout_1")
+        x = x + residual(y, 0)
 
         y = layer_norm(self, "LayerNorm_1")(x)
-        mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.dtype, self.kernels)
-        return x + drop_path(mlp(y, deterministic=deterministic), "Dropout_2")
-
-
-class MAPHead(nn.Module):
-    """Multihead attention pooling (arXiv:2106.04560, appendix). (n, t, d) -> (n, d).
-
-    A learned probe attends to the tokens; a residual MLP block follows.
-    """
-
-    num_heads: int
-    mlp_dim: int
-    dtype: Any = jnp.float32
-    kernels: Kernels = Kernels()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        n, _, d = x.shape
-        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
-        # One query is little work, and not what the kernels of self-attention are for.
-        kernels = dataclasses.replace(self.kernels, attention=dot_product_attention)
-        y = MultiHeadAttention(
-            self.num_heads, dtype=self.dtype, kernels=kernels, name=ATTENTION_NAME
-        )(jnp.tile(probe.astype(x.dtype), (n, 1, 1)), x)
-        z = layer_norm(self, "LayerNorm_0")(y)
-        mlp = MlpBlock(self.mlp_dim, dtype=self.dtype, kernels=self.kernels)
-        y = y + mlp(z, deterministic=True)
-        return y[:, 0]
+        y = Mlp(**fields_for(Mlp, self), name="MlpBlock_0")(y, deterministic=deterministic)
+        return x + residual(y, 1)
 
 
 class Encoder(nn.Module):
     """Position embeddings, `num_layers` blocks and a final LayerNorm. (n, t, d) -> (n, t, d).
 
-    `positions` (1, t, d) are added in place of learned ones if they are given. Around the blocks
-    tokens are padded to what the kernels take; what is returned has no padding.
+    `positions` (1, t, d) are added in place of learned ones if they are given. Then `registers`
+    (1, r, d) are put before the patches, of which there are the last `patches` of the tokens.
+    Around the blocks tokens are padded to what the kernels take; what is returned has no padding.
     """
 
     num_layers: int
@@ -164,29 +182,39 @@ class Encoder(nn.Module):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
+    activation: str = "gelu_tanh"
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON
+    qkv_bias: bool = True
+    layer_scale: float | None = None
     dtype: Any = jnp.float32
     loop: BlockLoop = BlockLoop()
     kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, deterministic: bool, positions: jax.Array | None = None
+        self,
+        x: jax.Array,
+        *,
+        deterministic: bool,
+        positions: jax.Array | None = None,
+        registers: jax.Array | None = None,
+        patches: int = 0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         if positions is None:
             x = AddPositionEmbs(name="posembed_input")(x)
         else:
             x = x + positions.astype(x.dtype)
+        if registers is not None:
+            registers = jnp.tile(registers.astype(x.dtype), (len(x), 1, 1))
+            x = jnp.concatenate([x[:, :-patches], registers, x[:, -patches:]], axis=1)
         x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
-        names = ["num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate"]
-        names += ["dtype", "kernels"]
-        fields = {name: getattr(self, name) for name in names}
         t = x.shape[1]
-        if padding := -t % self.kernels.token_multiple:
+        padding = -t % self.kernels.token_multiple
+        if padding:
             x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-            fields["length"] = t
         x, features = run_blocks(
             EncoderBlock,
-            fields,
+            fields_for(EncoderBlock, self, length=t if padding else None),
             x,
             name="encoderblock",
             depth=self.num_layers,
@@ -199,39 +227,8 @@ class Encoder(nn.Module):
         return layer_norm(self, "encoder_norm")(x), features
 
 
-def layer_norm(module: Any, name: str, epsilon: float = LAYER_NORM_EPSILON) -> nn.Module:
-    """A LayerNorm (arXiv:1607.06450) in the form and dtype of the module that it is a part of."""
-    return module.kernels.layer_norm(epsilon=epsilon, dtype=module.dtype, name=name)
-
-
-def check_images(images: jax.Array) -> None:
-    """Raises UserError if images have not four axes, or are integers: those are raw pixels."""
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise UserError(
-            f"images are {images.dtype}, expected floats, for the official weights in [-1, 1]: "
-            "preprocess them, e.g. images / 127.5 - 1"
-        )
-    if images.ndim != 4:
-        raise UserError(
-            f"images have shape {images.shape}, expected (n, height, width, channels): "
-            "add the missing axis, e.g. images[None] for one image"
-        )
-
-
-def check_patch_size(patch_size: tuple[int, int]) -> None:
-    """Raises UserError if a patch has not height and width."""
-    if np.shape(patch_size) != (2,) or min(patch_size) < 1:
-        raise UserError(f"patch_size is {patch_size}, expected (height, width) in pixels")
-
-
-def check_rates(**rates: float) -> None:
-    """Raises UserError if a rate of dropout or stochastic depth is no probability below 1."""
-    for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise UserError(f"{name} is {rate}, expected a probability, at least 0 and less than 1")
-
-
-class VisionTransformer(nn.Module):
+@register
+class VisionTransformer(ImageModel):
     """A Vision Transformer for images of any size, shape and number of channels.
 
     Attributes:
@@ -240,8 +237,8 @@ class VisionTransformer(nn.Module):
       hidden_size: width of a token, d.
       num_layers, num_heads, mlp_dim: depth, attention heads and hidden width of the blocks.
       classifier: what the head sees: "token" the class token, "gap" the mean of the patch tokens,
-        "map" what attention pooling makes of them, "unpooled" every patch token, "token_unpooled"
-        every token with the class token first.
+        "map" what attention pooling makes of all tokens, "unpooled" every patch token,
+        "token_unpooled" every token with the class token first.
       representation_size: width of the tanh layer `pre_logits` before the head; None for no layer.
       head_bias_init: initial value of the head's bias (its kernel starts at zero).
       dropout_rate, attention_dropout_rate, stochastic_depth_rate: active only with train=True,
@@ -249,6 +246,14 @@ class VisionTransformer(nn.Module):
       resnet: None, or the number of units in each stage of a ResNet whose features are cut into
         patches instead of the images themselves (a hybrid); empty for the ResNet's root alone.
       position_embedding: "learned" or "sincos2d" (fixed, see `sincos_positions`).
+      position_resize: how learned positions become those of another grid, one of POSITION_RESIZE.
+      activation: of the MLPs, one of ACTIVATIONS.
+      layer_norm_epsilon: added to the variance by every LayerNorm.
+      qkv_bias: whether queries, keys and values have a bias.
+      layer_scale: None, or the initial value of the numbers that each channel of a residual branch
+        is multiplied with (arXiv:2103.17239).
+      num_registers: how many learned tokens without a position stand between the class token and
+        the patches (arXiv:2309.16588); "gap" and "unpooled" leave them out.
       dtype: what is computed in, float32 or bfloat16. Parameters, statistics of the LayerNorms,
         attention softmax and the returned logits are float32 in any case.
       loop: how the blocks are computed.
@@ -269,41 +274,27 @@ class VisionTransformer(nn.Module):
     stochastic_depth_rate: float = 0.0
     resnet: tuple[int, ...] | None = None
     position_embedding: str = "learned"
+    position_resize: str = "official"
+    activation: str = "gelu_tanh"
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    num_registers: int = 0
     dtype: Any = jnp.float32
     loop: BlockLoop = BlockLoop()
     kernels: Kernels = Kernels()
 
-    @property
-    def stride(self) -> tuple[int, int]:
-        """(height, width) in pixels from one patch to the next."""
-        pixels = 1 if self.resnet is None else resnet_stride(self.resnet)
-        return self.patch_size[0] * pixels, self.patch_size[1] * pixels
-
-    def grid_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The (rows, columns) of patches in an image of (height, width) pixels.
-
-        Raises UserError if the image is smaller than one patch.
-        """
-        height, width = image_size
-        if self.resnet is not None:
-            height, width = (resnet_output_size(size, self.resnet) for size in image_size)
-        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
-        if rows < 1 or columns < 1:
-            raise UserError(
-                "the image of {}x{} pixels is smaller than one patch of {}x{}: "
-                "use a larger image size".format(*image_size, *self.stride)
-            )
-        return rows, columns
-
-    def num_tokens(self, image_size: tuple[int, int]) -> int:
-        """How many tokens go through the blocks, for an image of (height, width) pixels."""
-        rows, columns = self.grid_size(image_size)
-        return rows * columns + self.has_class_token
-
-    @property
-    def has_class_token(self) -> bool:
-        """Whether a learned class token is put before the patch tokens."""
-        return self.classifier in ("token", "token_unpooled")
+    kind: ClassVar = "ViT"
+    variants: ClassVar = _VARIANTS
+    classifiers: ClassVar = CLASSIFIERS
+    weightless: ClassVar = (
+        "dropout_rate",
+        "attention_dropout_rate",
+        "stochastic_depth_rate",
+        "dtype",
+    )
+    shows_attention: ClassVar = True
+    untold: ClassVar = ("position_resize", "activation", "layer_norm_epsilon", "layer_scale")
 
     @nn.compact
     def __call__(
@@ -342,7 +333,7 @@ class VisionTransformer(nn.Module):
         )(x)
         grid = self.grid_size((h, w))
         x = patches.reshape(n, grid[0] * grid[1], self.hidden_size)
-        positions = None
+        positions = registers = None
         if self.position_embedding == "sincos2d":
             positions = sincos_positions(grid, self.hidden_size)
 
@@ -351,41 +342,33 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([jnp.tile(cls.astype(x.dtype), (n, 1, 1)), x], axis=1)
             if positions is not None:  # The class token has no place.
                 positions = jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
+        if self.num_registers:
+            shape = (1, self.num_registers, self.hidden_size)
+            registers = self.param("registers", nn.initializers.normal(stddev=0.02), shape)
 
-        encoded, block_features = Encoder(
-            self.num_layers,
-            self.num_heads,
-            self.mlp_dim,
-            self.dropout_rate,
-            self.attention_dropout_rate,
-            self.stochastic_depth_rate,
-            self.dtype,
-            self.loop,
-            self.kernels,
-            name="Transformer",
-        )(x, deterministic=not train, positions=positions)
+        encoded, block_features = Encoder(**fields_for(Encoder, self), name="Transformer")(
+            x,
+            deterministic=not train,
+            positions=positions,
+            registers=registers,
+            patches=grid[0] * grid[1],
+        )
 
         x = encoded
         if self.classifier == "token":
             x = x[:, 0]  # Equation 4.
         elif self.classifier == "gap":
-            x = x.astype(jnp.float32).mean(axis=1)
+            x = x[:, self.num_prefix_tokens :].astype(jnp.float32).mean(axis=1)
         elif self.classifier == "map":
-            x = MAPHead(self.num_heads, self.mlp_dim, self.dtype, self.kernels, name="MAPHead_0")(x)
+            x = MAPHead(**fields_for(MAPHead, self), name="MAPHead_0")(x)
+        elif self.classifier == "unpooled":
+            x = x[:, self.num_prefix_tokens :]
 
         if self.representation_size is not None:
             x = nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x)
             x = nn.tanh(x)
         features |= block_features | {"encoder_norm": encoded, "pre_logits": x}
-        if self.num_classes is not None:
-            # The head computes in float32: it costs little, and the loss wants all the digits.
-            x = nn.Dense(
-                self.num_classes,
-                kernel_init=nn.initializers.zeros,
-                bias_init=nn.initializers.constant(self.head_bias_init),
-                name="head",
-            )(x.astype(jnp.float32))
-        logits = x.astype(jnp.float32)
+        logits = head(self, x)
         return (logits, features) if return_features else logits
 
     def _check(self, images: jax.Array) -> None:
@@ -395,24 +378,194 @@ class VisionTransformer(nn.Module):
             raise UserError(
                 f"resnet is {self.resnet}, expected the number of units of each stage, at least 1"
             )
-        _, height, width, _ = images.shape
-        self.grid_size((height, width))
-        if self.classifier not in CLASSIFIERS:
-            raise UserError(
-                f"unknown classifier {self.classifier!r}, expected one of {', '.join(CLASSIFIERS)}"
-            )
-        if self.position_embedding not in POSITION_EMBEDDINGS:
-            raise UserError(
-                f"unknown position_embedding {self.position_embedding!r}, expected one of "
-                f"{', '.join(POSITION_EMBEDDINGS)}"
-            )
+        self.grid_size((images.shape[1], images.shape[2]))
+        check_choice(self, "classifier", CLASSIFIERS)
+        check_choice(self, "position_embedding", POSITION_EMBEDDINGS)
+        check_choice(self, "position_resize", tuple(POSITION_RESIZE))
+        check_choice(self, "activation", ACTIVATIONS)
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
                 "change one of them"
             )
-        check_rates(
-            dropout_rate=self.dropout_rate,
-            attention_dropout_rate=self.attention_dropout_rate,
-            stochastic_depth_rate=self.stochastic_depth_rate,
+        if self.num_registers < 0:
+            raise UserError(f"num_registers is {self.num_registers}, expected at least 0")
+        if not 0 < self.layer_norm_epsilon < 1:
+            raise UserError(
+                f"layer_norm_epsilon is {self.layer_norm_epsilon}, expected a small number over 0"
+            )
+        check_rates(self)
+
+    @property
+    def stride(self) -> Size:
+        """(height, width) in pixels from one patch to the next."""
+        pixels = 1 if self.resnet is None else resnet_stride(self.resnet)
+        return self.patch_size[0] * pixels, self.patch_size[1] * pixels
+
+    def grid_size(self, image_size: Size) -> tuple[int, int]:
+        """The (rows, columns) of patches in an image of (height, width) pixels.
+
+        Raises UserError if the image is smaller than one patch.
+        """
+        height, width = image_size
+        if self.resnet is not None:
+            height, width = (resnet_output_size(size, self.resnet) for size in image_size)
+        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
+        if rows < 1 or columns < 1:
+            raise UserError(
+                "the image of {}x{} pixels is smaller than one patch of {}x{}: "
+                "use a larger image size".format(*image_size, *self.stride)
+            )
+        return rows, columns
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a learned class token is put before the patch tokens."""
+        return self.classifier in ("token", "token_unpooled")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The class token and the registers."""
+        return self.has_class_token + self.num_registers
+
+    @property
+    def gives_classes(self) -> bool:
+        """Whether the answer is one vector of logits an image."""
+        return self.num_classes is not None and self.classifier in POOLED
+
+    def attention_size(self, image_size: Size) -> tuple[int, int, int]:
+        """(tokens, heads, channels of a head)."""
+        return self.num_tokens(image_size), self.num_heads, self.hidden_size // self.num_heads
+
+    # Weights that become a network.
+
+    @classmethod
+    def recognizes(cls, shapes: Shapes) -> bool:
+        """Whether patches are embedded as a ViT does it."""
+        return "embedding/kernel" in shapes
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, hints: Hints) -> Spec:
+        """See `ImageModel.from_shapes`.
+
+        Without a hint the classifier is the common one: "map" with attention pooling, "token" with
+        a class token, else "gap"; "unpooled" looks like "gap" and "token_unpooled" like "token".
+        """
+        blocks = reading.Blocks(shapes, "Transformer/encoderblock_")
+        heads = blocks.majority("query/kernel", 3, 1)
+        mlp_dim = blocks.majority("Dense_0/kernel", 2, 1)
+        # With a class token only the notes of a size tell them from positions that got lost.
+        fixed_positions = "embedding/kernel" in shapes and not (
+            _POSITIONS in shapes or ("cls" in shapes and hints.image_size is None)
         )
+        required = {"embedding/kernel": 4} | ({} if fixed_positions else {_POSITIONS: 3})
+        required |= {"conv_root/kernel": 4} if "conv_root/kernel" in shapes else {}
+        reading.check_required(shapes, required, blocks, (heads, mlp_dim), hints.where)
+        ph, pw, channels, hidden_size = shapes["embedding/kernel"]
+        reading.check_heads(heads, hidden_size, hints.where)
+        registers = shapes.get("registers", ())
+        model = cls(
+            num_classes=reading.num_outputs(shapes, "head"),
+            patch_size=(ph, pw),
+            hidden_size=hidden_size,
+            num_layers=blocks.depth,
+            num_heads=heads,
+            mlp_dim=mlp_dim,
+            classifier="gap",
+            representation_size=reading.num_outputs(shapes, "pre_logits"),
+            resnet=resnet_stages(shapes),
+            position_embedding="sincos2d" if fixed_positions else "learned",
+            qkv_bias=blocks.majority("query/bias", 2, 0) > 0,
+            layer_scale=_LAYER_SCALE if blocks.majority("LayerScale_0/scale", 1, 0) else None,
+            num_registers=registers[1] if len(registers) == 3 else 0,
+        )
+        if model.resnet is not None:
+            channels = shapes["conv_root/kernel"][2]
+        classifier = hints.classifier if hints.classifier in CLASSIFIERS else None
+        pooled = "map" if "MAPHead_0/probe" in shapes else "gap"
+        if fixed_positions:
+            size = hints.image_size or hints.likely_size or _USUAL_SIZE
+            if not hints.image_size:
+                _log.warning(
+                    "%s: it has no position embeddings; taken as fixed sines and cosines, for "
+                    "images of %dx%d pixels",
+                    *(hints.where, *size),
+                )
+            classifier = classifier or ("token" if "cls" in shapes else pooled)
+            return Spec(model.clone(classifier=classifier), size, channels)
+        tokens = shapes[_POSITIONS][1]
+        if classifier is None:
+            lacks_class_token = (  # 197 positions are a square and one more.
+                not any(
+                    reading.fits(model, tokens, size)
+                    for size in (hints.image_size, hints.likely_size)
+                )
+                and math.isqrt(tokens) ** 2 != tokens
+                and math.isqrt(tokens - 1) ** 2 == tokens - 1
+            )
+            classifier = "token" if "cls" in shapes or lacks_class_token else pooled
+        model = model.clone(classifier=classifier)
+        size = reading.size_of_grid(model, tokens - model.has_class_token, hints)
+        return Spec(model, size, channels)
+
+    def shapes(self, image_size: Size, channels: int) -> dict[str, tuple[int, ...]]:
+        """See `ImageModel.shapes`. Where positions are fixed, one patch tells all shapes."""
+        if self.position_embedding != "learned":
+            height, width = self.stride
+            image_size = min(image_size[0], height), min(image_size[1], width)
+        return super().shapes(image_size, channels)
+
+    def resize(self, arrays: Arrays, old: Size, new: Size) -> Arrays:
+        """Resamples learned positions by the rule of `position_resize`."""
+        if self.position_embedding != "learned":
+            return arrays
+        grids = self.grid_size(old), self.grid_size(new)
+        positions = resample(
+            arrays[_POSITIONS], *grids, prefix=int(self.has_class_token), rule=self.position_resize
+        )
+        return {**arrays, _POSITIONS: positions}
+
+    def summary(self) -> dict[str, str]:
+        """What a person wants to know of the network beside its sizes, {title: text}."""
+        width = self.representation_size
+        lines = {
+            "blocks": f"{self.num_layers}, {self.hidden_size} wide, {self.num_heads} heads, "
+            f"MLP {self.mlp_dim} wide",
+            "classifier": self.classifier,
+            "pre_logits": f"tanh, {width} wide" if width else "none",
+        }
+        if self.resnet is not None:
+            stages = ", ".join(map(str, self.resnet)) or "no"
+            lines["resnet"] = f"a root and stages of {stages} units"
+        if self.position_embedding != "learned":
+            lines["positions"] = self.position_embedding
+        if self.num_registers:
+            lines["registers"] = str(self.num_registers)
+        usual = ("activation", "layer_norm_epsilon", "qkv_bias", "layer_scale", "position_resize")
+        unusual = [
+            f"{f} {getattr(self, f)}" for f in usual if getattr(self, f) != getattr(type(self), f)
+        ]
+        return lines | ({"unlike the original": ", ".join(unusual)} if unusual else {})
+
+    # What `explain` looks at.
+
+    def attention_weights(self, collection: Any) -> tuple[jax.Array, jax.Array | None]:
+        """See `ImageModel.attention_weights`."""
+        blocks = (collection["Transformer"][f"encoderblock_{i}"] for i in range(self.num_layers))
+        pooling = None
+        if self.classifier == "map":
+            pooling = shown_weights(collection["MAPHead_0"])[0, :, 0]
+        return jnp.stack([shown_weights(block)[0] for block in blocks]), pooling
+
+    def position_vectors(self, params: Any, grid: tuple[int, int]) -> jax.Array:
+        """(patches, d): the position embeddings of the patches."""
+        if self.position_embedding == "sincos2d":
+            return sincos_positions(grid, self.hidden_size)[0]
+        stored = params["Transformer"]["posembed_input"]["pos_embedding"][0]
+        return stored[int(self.has_class_token) :]
+
+    def embedding_filters(self, params: Any) -> np.ndarray:
+        """float64 (h, w, channels, filters): of the patches, of a hybrid of its first layer."""
+        if self.resnet is None:
+            return np.asarray(params["embedding"]["kernel"], np.float64)
+        return standardize(np.asarray(params["conv_root"]["kernel"], np.float64))

@@ -88,17 +88,19 @@ def model_fields() -> dict[str, Any]:
     """The fields of the network that config.model may hold beside those of `default_config`, each
     with a value of its type."""
     import dataclasses
+    import typing
 
-    from vit_jax.models import MlpMixer, VisionTransformer, variant
+    from vit_jax.models import FAMILIES, VARIANTS
 
-    fields = {
-        f.name: f.default
-        for module in (MlpMixer, VisionTransformer)
-        for f in dataclasses.fields(module)
-    }
-    for computed in ("name", "parent", "num_classes", "dtype", "loop", "kernels"):
-        del fields[computed]
-    return fields | variant("R50+ViT-B_16") | variant("Mixer-B_16")
+    families = [family for family in FAMILIES if not family.classifies_by_text]
+    fields = {}
+    for field in (field for family in families for field in dataclasses.fields(family)):
+        number = field.default is None and float in typing.get_args(field.type)
+        fields[field.name] = 1e-5 if number else field.default
+    for variant in VARIANTS.values():  # Some fields have no default, or one of another type.
+        fields |= variant
+    computed = ("name", "parent", "num_classes", "dtype", "loop", "kernels")
+    return {name: value for name, value in fields.items() if name not in computed}
 
 
 def check_config(config: ConfigDict) -> ConfigDict:
@@ -335,7 +337,7 @@ def eval_spec(config: ConfigDict) -> str:
 
     Raises UserError if it is to be cut larger than it was resized.
     """
-    from vit_jax.notes import original_preprocess
+    from vit_jax.pretrained import original_preprocess
 
     crop, resize = config.pp.crop, config.pp.resize
     if config.pp.eval:

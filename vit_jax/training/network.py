@@ -6,21 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vit_jax.checkpoints import read_spec
 from vit_jax.errors import UserError
-from vit_jax.models import (
-    POOLED,
-    MlpMixer,
-    VisionTransformer,
-    create_model,
-    model_class,
-    variant,
-)
-from vit_jax.models.blocks import BlockLoop, stack_blocks
-from vit_jax.pretrained import WEIGHTLESS, Pretrained, load
+from vit_jax.models import POOLED, Spec, create_model, family_of, variant
+from vit_jax.models.family import weightless_fields
+from vit_jax.models.stack import BlockLoop, stack_blocks
+from vit_jax.pretrained import Pretrained, load
 from vit_jax.training.config import weights_source
 
 
@@ -42,7 +34,7 @@ def make_network(
     Raises UserError if there is no such model or file, or it doesn't fit the images.
     """
     height, width, channels = image_shape
-    name, fields = _named(config)
+    name, fields = _name_and_fields(config)
     path = weights_source(config)
     if path is None:
         if not name:
@@ -50,25 +42,35 @@ def make_network(
                 "nothing to start from: give --weights (config.model_or_filename) a file or a "
                 "name such as augreg/Ti_16, or, to train from scratch, config.model.name a model"
             )
-        return _from_scratch(config, image_shape, labels, preprocess)
+        model = named_model(config, len(labels))
+        # One device may have no room for the whole of a network.
+        with jax.default_device(_cpu()):
+            images = jnp.zeros((1, *image_shape))
+            params = jax.jit(model.init)(jax.random.key(config.seed), images)["params"]
+            params = jax.tree.map(np.asarray, jax.device_get(params))
+        architecture = type(model)(**model.architecture())
+        spec = Spec(architecture, (height, width), channels)
+        return Pretrained(model, params, spec, labels, preprocess)
+    weightless = weightless_fields()
     vit = load(
         path,
         num_classes=len(labels),
         image_size=(height, width),
-        **{k: v for k, v in fields.items() if k in WEIGHTLESS and v},
+        **{k: v for k, v in fields.items() if k in weightless and v},
     )
+    stored = vit.spec.architecture()
     for field, value in ((variant(name) if name else {}) | fields).items():
-        stored = getattr(vit.model, field, "no such field")  # A Mixer has no heads.
-        if field in WEIGHTLESS or stored == value:
+        found = stored.get(field, "no such field")  # A Mixer has no heads.
+        if field in weightless or found == value:
             continue
         if field in fields:
-            found = f"config.model.{field} is {value}, but the weights in {path} have {stored}"
+            wish = f"config.model.{field} is {value}, but the weights in {path} have {found}"
         else:
-            found = (
+            wish = (
                 f"config.model.name is {name}, but the weights in {path} are "
-                f"{vit.spec.description} ({field} {stored}, not {value})"
+                f"{vit.spec.description} ({field} {found}, not {value})"
             )
-        raise UserError(f"{found}: leave it out, or start from other weights")
+        raise UserError(f"{wish}: leave it out, or start from other weights")
     if vit.spec.channels != channels:
         operation = "rgb" if vit.spec.channels == 3 else "gray"
         raise UserError(
@@ -78,20 +80,20 @@ def make_network(
     return dataclasses.replace(vit, labels=labels, preprocess=preprocess)
 
 
-def named_model(config: ConfigDict, num_classes: int) -> VisionTransformer | MlpMixer:
+def named_model(config: ConfigDict, num_classes: int) -> Any:
     """The network of the name that a configuration gives, whatever weights it starts from.
 
     Raises UserError if it isn't one for classes.
     """
-    name, fields = _named(config)
-    known = {f.name for f in dataclasses.fields(model_class(variant(name)))}
+    name, fields = _name_and_fields(config)
+    known = family_of(name).weightless
     # A rate of zero is no wish: a Mixer has no dropout, and needs none.
-    fields = {k: v for k, v in fields.items() if v or k in known or k not in WEIGHTLESS}
+    fields = {k: v for k, v in fields.items() if v or k in known or k not in weightless_fields()}
     model = create_model(name, num_classes=num_classes, **fields)
-    classifier = getattr(model, "classifier", None)
-    if classifier is not None and classifier not in POOLED:
+    if not model.gives_classes:
         raise UserError(
-            f"config.model.classifier {classifier!r} gives no classes: use {', '.join(POOLED)}"
+            f"config.model.classifier {model.classifier!r} gives no classes: use "
+            f"{', '.join(POOLED)}"
         )
     return model
 
@@ -105,32 +107,13 @@ def as_trained(config: ConfigDict, model: Any, params: Any) -> tuple[Any, Any]:
     return model.clone(loop=loop), stack_blocks(params) if loop.scan else params
 
 
-def _named(config: ConfigDict) -> tuple[str, dict[str, Any]]:
+def _name_and_fields(config: ConfigDict) -> tuple[str, dict[str, Any]]:
     """A model's name, and its fields that are to differ."""
     fields = dict(config.model) | {"dtype": jnp.dtype(config.dtype)}
     return fields.pop("name"), fields
 
 
-def _from_scratch(
-    config: ConfigDict,
-    image_shape: tuple[int, int, int],
-    labels: tuple[str, ...],
-    preprocess: str,
-) -> Pretrained:
-    model = named_model(config, len(labels))
-    images = jnp.zeros((1, *image_shape))
-    with jax.default_device(_host()):  # One device may have no room for the whole of a network.
-        params = jax.device_get(jax.jit(model.init)(jax.random.key(config.seed), images)["params"])
-    spec = read_spec(
-        flatten_dict(params, sep="/"),
-        classifier=getattr(model, "classifier", None),
-        image_size=image_shape[:2],
-    )
-    params = jax.tree.map(np.asarray, params)
-    return Pretrained(model=model, params=params, spec=spec, labels=labels, preprocess=preprocess)
-
-
-def _host() -> jax.Device | None:
+def _cpu() -> jax.Device | None:
     """The processor; None if it is hidden from JAX."""
     try:
         return jax.local_devices(backend="cpu")[0]

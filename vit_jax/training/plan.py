@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import make_eval_step
-from vit_jax.models.blocks import REMAT
 from vit_jax.models.cost import training_flops
 from vit_jax.models.kernels import choose_kernels
+from vit_jax.models.stack import REMAT
 from vit_jax.sharding import batch_sharding, divisible, make_mesh, shardings
 from vit_jax.training.config import config_from_json, config_to_json, eval_spec
 from vit_jax.training.inputs import RunData, open_data

@@ -23,8 +23,8 @@ from vit_jax.data import Source
 from vit_jax.errors import UserError, full_disk_explained
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
 from vit_jax.files import keep_compiled
-from vit_jax.models.blocks import unstack_blocks
 from vit_jax.models.kernels import Kernels, choose_kernels
+from vit_jax.models.stack import unstack_blocks
 from vit_jax.pretrained import Pretrained
 from vit_jax.sharding import batch_sharding, device_kinds, make_mesh, to_host
 from vit_jax.training.checkpoints import Checkpoints

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
-from vit_jax.models.blocks import BlockLoop, in_block
+from vit_jax.models.stack import BlockLoop, in_block
 from vit_jax.sharding import batch_sharding, make_mesh, replicated, shardings
 from vit_jax.training.config import mixup as mixup_of
 from vit_jax.training.mixing import mix
@@ -89,7 +89,7 @@ def make_train_step(
     loop, has_blocks = getattr(model, "loop", BlockLoop()), hasattr(model, "loop")
     gather = functools.partial(_gather, mesh=mesh)
     if in_parts and has_blocks:  # Inside of them, so that each is gathered when its turn comes.
-        model = model.clone(loop=dataclasses.replace(loop, gather=gather))
+        model = model.clone(loop=dataclasses.replace(loop, param_transform=gather))
 
     def gather_outside_blocks(path: Any, x: jax.Array) -> jax.Array:
         return x if has_blocks and in_block(path) else gather(x)

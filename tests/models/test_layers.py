@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.attention import MultiHeadAttention
+from vit_jax.models.layers import MultiHeadAttention
 
 
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:

@@ -1,9 +1,8 @@
-"""How a network goes through its equal blocks: which weights they keep where, and what is kept for
-the way back."""
+"""How a network goes through its equal blocks: one after the other or in a loop, which weights they
+keep where, and what is kept for the way back."""
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit_jax.models.family import FAMILIES
+
 # What of a block is computed again on the way back, in place of being kept from the way forwards:
 # nothing, all but the products of tokens and weights, or all but what goes into the block.
 REMAT: dict[str, Callable[..., bool] | None] = {
@@ -20,10 +21,6 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-# The blocks of each network by their official names, and all of them in one tree.
-_BLOCK = re.compile(r"(encoderblock|MixerBlock)_([0-9]+)")
-STACKS = ("encoderblock", "MixerBlock")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,28 +32,13 @@ class BlockLoop:
       scan: the compiler sees one block and a loop (`jax.lax.scan`). The weights are those of
         `stack_blocks`.
       remat: one of REMAT.
-      gather: what is done to each weight of a block where the block uses it, e.g. to one that lies
-        in parts; None for nothing.
+      param_transform: what is done to each weight of a block where the block uses it, e.g. to one
+        that is sharded; None for nothing.
     """
 
     scan: bool = False
     remat: str = "none"
-    gather: Callable[[jax.Array], jax.Array] | None = None
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): leaves a branch out for an image with probability
-    `rate`, which may be traced, and divides by 1 - rate if not. (n, t, d) -> (n, t, d)."""
-
-    @nn.compact
-    def __call__(
-        self, branch: jax.Array, rate: float | jax.Array, *, deterministic: bool
-    ) -> jax.Array:
-        if deterministic or (isinstance(rate, float) and rate == 0):
-            return branch
-        keep = 1.0 - rate
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (len(branch), 1, 1))
-        return jnp.where(kept, branch / jnp.asarray(keep, branch.dtype), jnp.zeros_like(branch))
+    param_transform: Callable[[jax.Array], jax.Array] | None = None
 
 
 def run_blocks(
@@ -74,20 +56,20 @@ def run_blocks(
 
     Args:
       block, fields: their class and its fields. Called with x and the keywords deterministic and
-        drop_path_rate, see `DropPath`, which grows linearly with depth, from 0 up to
+        drop_path_rate, see `layers.DropPath`, which grows linearly with depth, from 0 up to
         `drop_path_rate` in the last block.
       x: goes into the first; all blocks keep its shape and type.
-      name: of STACKS.
+      name: one of the family's `ImageModel.blocks`.
 
     Returns:
       what comes out of the last, and out of each: {"NAME_0": ..., "NAME_1": ...}.
     """
     rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-    if loop.gather is not None:
-        gather = functools.partial(jax.tree.map, loop.gather)
-        block = nn.map_variables(block, "params", trans_in_fn=gather)
+    if loop.param_transform is not None:
+        transform = functools.partial(jax.tree.map, loop.param_transform)
+        block = nn.map_variables(block, "params", trans_in_fn=transform)
 
-    def one(module: Any, x: jax.Array, rate: Any) -> jax.Array:
+    def run(module: Any, x: jax.Array, rate: Any) -> jax.Array:
         def apply(module: Any, x: jax.Array) -> jax.Array:
             return module(x, deterministic=deterministic, drop_path_rate=rate)
 
@@ -98,11 +80,11 @@ def run_blocks(
     features = {}
     if not loop.scan:
         for i, rate in enumerate(rates):
-            x = features[f"{name}_{i}"] = one(block(**fields, name=f"{name}_{i}"), x, rate)
+            x = features[f"{name}_{i}"] = run(block(**fields, name=f"{name}_{i}"), x, rate)
         return x, features
 
     def step(module: Any, x: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = one(module, x, rate if drop_path_rate else 0.0)
+        x = run(module, x, rate if drop_path_rate else 0.0)
         return x, x
 
     scan = nn.scan(
@@ -111,8 +93,8 @@ def run_blocks(
         split_rngs={"params": True, "dropout": True},
         length=depth,
     )
-    x, each = scan(block(**fields, name=name), x, jnp.asarray(rates, jnp.float32))
-    return x, {f"{name}_{i}": each[i] for i in range(depth)}
+    x, outputs = scan(block(**fields, name=name), x, jnp.asarray(rates, jnp.float32))
+    return x, {f"{name}_{i}": outputs[i] for i in range(depth)}
 
 
 def stack_blocks(params: Any) -> Any:
@@ -125,15 +107,15 @@ def stack_blocks(params: Any) -> Any:
     blocks: dict[tuple[str, ...], dict[int, Any]] = {}
     for path, array in flatten_dict(params).items():
         for at, key in enumerate(path):
-            if found := _BLOCK.fullmatch(key):
-                whole = (*path[:at], found[1], *path[at + 1 :])
-                blocks.setdefault(whole, {})[int(found[2])] = array
+            if (index := _block_index(key)) is not None:
+                stacked = (*path[:at], key.rpartition("_")[0], *path[at + 1 :])
+                blocks.setdefault(stacked, {})[index] = array
                 break
         else:
             flat[path] = array
-    for path, of in blocks.items():
-        stack: Any = jnp.stack if isinstance(of[0], jax.Array) else np.stack
-        flat[path] = stack([of[i] for i in range(len(of))])
+    for path, arrays in blocks.items():
+        stack: Any = jnp.stack if isinstance(arrays[0], jax.Array) else np.stack
+        flat[path] = stack([arrays[i] for i in range(len(arrays))])
     return unflatten_dict(flat)
 
 
@@ -141,7 +123,7 @@ def unstack_blocks(params: Any) -> Any:
     """Undoes `stack_blocks`; leaves weights alone that are not stacked."""
     flat = {}
     for path, array in flatten_dict(params).items():
-        at = next((i for i, key in enumerate(path) if key in STACKS), None)
+        at = next((at for at, key in enumerate(path) if key in _stacks()), None)
         if at is None:
             flat[path] = array
             continue
@@ -152,10 +134,21 @@ def unstack_blocks(params: Any) -> Any:
 
 def in_stack(path: tuple[Any, ...]) -> bool:
     """Whether a key path of `jax.tree_util` leads to an array of `stack_blocks`."""
-    return any(getattr(key, "key", None) in STACKS for key in path)
+    return any(getattr(key, "key", None) in _stacks() for key in path)
 
 
 def in_block(path: tuple[Any, ...]) -> bool:
     """Whether a key path of `jax.tree_util` leads to a weight of a block, stacked or not."""
     keys = [str(getattr(key, "key", "")) for key in path]
-    return in_stack(path) or any(map(_BLOCK.fullmatch, keys))
+    return in_stack(path) or any(_block_index(key) is not None for key in keys)
+
+
+def _stacks() -> set[str]:
+    """The names of all blocks in one tree, of every family."""
+    return {name for family in FAMILIES for name in family.blocks}
+
+
+def _block_index(key: str) -> int | None:
+    """The number of a block by its key in the tree, "encoderblock_7"; None if it is no block."""
+    name, _, number = key.rpartition("_")
+    return int(number) if name in _stacks() and number.isdecimal() else None

@@ -1,6 +1,5 @@
 """The architecture is read from the arrays, and every array that doesn't fit is named."""
 
-import dataclasses
 import logging
 import re
 import time
@@ -14,22 +13,10 @@ from hypothesis import strategies as st
 
 from tests import families, reference
 from vit_jax.checkpoints import Spec, check_arrays, read_spec
-from vit_jax.checkpoints.spec import MixerSpec
 from vit_jax.errors import UserError
-from vit_jax.models import create_model, list_models, variant
+from vit_jax.models import MlpMixer, create_model, list_models, variant
 
-TINY = Spec(
-    patch_size=(4, 4),
-    hidden_size=16,
-    num_layers=3,
-    num_heads=2,
-    mlp_dim=24,
-    classifier="token",
-    representation_size=None,
-    num_classes=5,
-    channels=3,
-    image_size=(16, 16),
-)
+TINY = families.vit_spec(num_layers=3)
 BLOCK = "Transformer/encoderblock_"
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 
@@ -42,7 +29,7 @@ class Shape:
 
 
 def arrays_of(spec: Spec, **changes) -> dict[str, Shape]:
-    shapes = dataclasses.replace(spec, **changes).shapes()
+    shapes = spec.replace(**changes).shapes()
     return {key: Shape(shape) for key, shape in shapes.items()}
 
 
@@ -86,7 +73,7 @@ def test_arrays_of_the_other_families_tell_their_official_name(name):
 
 
 def _family(**fields) -> Spec:
-    return dataclasses.replace(TINY, **({"image_size": (64, 96)} | fields))
+    return TINY.replace(**({"image_size": (64, 96)} | fields))
 
 
 FAMILIES = {
@@ -96,7 +83,7 @@ FAMILIES = {
     "sincos2d": _family(position_embedding="sincos2d", classifier="gap"),
     "sincos2d MAP": _family(position_embedding="sincos2d", classifier="map"),
     "sincos2d token": _family(position_embedding="sincos2d"),
-    "Mixer": MixerSpec((8, 6), 16, 3, 5, 2, (64, 96), tokens_mlp_dim=7, channels_mlp_dim=9),
+    "Mixer": Spec(MlpMixer(5, (8, 6), 16, 3, 7, 9), (64, 96), 2),
 }
 
 
@@ -138,7 +125,7 @@ def specs(draw) -> Spec:
     heads = draw(st.integers(1, 4))
     patch = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     grid = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    return Spec(
+    return families.vit_spec(
         patch_size=patch,
         hidden_size=heads * draw(st.integers(1, 8)),
         num_layers=draw(st.integers(1, 12)),
@@ -165,7 +152,7 @@ def test_arrays_with_notes_tell_everything(spec):
 @pytest.mark.parametrize("classifier", ["token", "gap"])
 @pytest.mark.parametrize("grid", [1, 2, 7, 14])
 def test_arrays_alone_tell_a_square_grid(classifier, grid):
-    spec = dataclasses.replace(TINY, classifier=classifier, image_size=(grid * 4, grid * 4))
+    spec = TINY.replace(classifier=classifier, image_size=(grid * 4, grid * 4))
 
     assert read_spec(arrays_of(spec)) == spec
 
@@ -307,8 +294,7 @@ def test_heads_that_do_not_divide_the_width_of_words_are_refused(family):
 
 
 def test_towers_that_end_with_unequal_widths_are_refused_with_the_name_of_the_file():
-    spec = dataclasses.replace(families.SPECS["LiT of BERT"], text_classes=3)
-    found = dataclasses.replace(spec, text_classes=64).shapes()
+    found = families.SPECS["LiT of BERT"].shapes()
     arrays = {key: Shape(shape) for key, shape in found.items()} | {
         "txt/head/kernel": Shape((64, 3)),
         "txt/head/bias": Shape((3,)),
@@ -342,7 +328,7 @@ def test_of_many_bad_arrays_twenty_are_named():
 
 
 def test_fixed_positions_cost_nothing_to_check():
-    spec = dataclasses.replace(FAMILIES["sincos2d"], patch_size=(1, 1), hidden_size=4000)
+    spec = FAMILIES["sincos2d"].replace(patch_size=(1, 1), hidden_size=4000)
     start = time.monotonic()
 
     assert read_spec(arrays_of(spec), image_size=(8000, 8000)).image_size == (8000, 8000)
@@ -356,7 +342,7 @@ def test_arrays_that_fit_are_accepted_in_any_floating_type():
     check_arrays(arrays, TINY, where="here")
 
     with pytest.raises(UserError, match="here does not fit"):
-        check_arrays(arrays, dataclasses.replace(TINY, num_classes=6), where="here")
+        check_arrays(arrays, TINY.replace(num_classes=6), where="here")
 
 
 # The spec itself.
@@ -365,7 +351,7 @@ def test_arrays_that_fit_are_accepted_in_any_floating_type():
 def test_a_spec_counts_its_tokens_and_parameters():
     assert TINY.grid_size == (4, 4)
     assert TINY.num_tokens == 17
-    assert dataclasses.replace(TINY, classifier="gap").num_tokens == 16
+    assert TINY.replace(classifier="gap").num_tokens == 16
     assert TINY.num_parameters == sum(np.prod(shape) for shape in TINY.shapes().values())
     assert TINY.name is None
 

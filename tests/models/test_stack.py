@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vit_jax.models import create_model
-from vit_jax.models.blocks import BlockLoop, stack_blocks, unstack_blocks
+from vit_jax.models.stack import BlockLoop, stack_blocks, unstack_blocks
 
 NETWORKS = {
     "ViT-Ti_16": dict(num_heads=2, mlp_dim=24),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
-from vit_jax.checkpoints import resample
+from vit_jax.models.positions import resample
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 
@@ -28,7 +28,7 @@ def embedding(grid: tuple[int, int], *, class_token: bool, width: int = 3) -> np
 def assert_bilinear(old: tuple[int, int], new: tuple[int, int], *, class_token: bool) -> None:
     stored = embedding(old, class_token=class_token)
 
-    found = resample(stored, old, new, class_token=class_token)
+    found = resample(stored, old, new, prefix=int(class_token))
 
     grid = stored[0, class_token:].astype(np.float64).reshape(*old, -1)
     expected = np.einsum("ab,cd,bde->ace", weights(old[0], new[0]), weights(old[1], new[1]), grid)
@@ -57,13 +57,13 @@ def test_the_last_row_is_no_row_of_zeros(old):
 def test_the_same_grid_gives_the_same_array():
     stored = embedding((3, 4), class_token=True)
 
-    assert resample(stored, (3, 4), (3, 4), class_token=True) is stored
+    assert resample(stored, (3, 4), (3, 4), prefix=1) is stored
 
 
 def test_a_shape_with_as_many_patches_is_still_another_grid():
     stored = embedding((3, 4), class_token=False)
 
-    assert not np.allclose(resample(stored, (3, 4), (4, 3), class_token=False), stored)
+    assert not np.allclose(resample(stored, (3, 4), (4, 3), prefix=0), stored)
 
 
 @pytest.mark.parametrize("case", list(reference.facts("interp")))
@@ -75,7 +75,7 @@ def test_the_original_codes_embeddings_come_out_bit_for_bit(case):
     class_token = "cls" in shapes
 
     old, new = ((side // patch,) * 2 for side in (facts["res"], facts["dst_res"]))
-    found = resample(stored, old, new, class_token=class_token)
+    found = resample(stored, old, new, prefix=int(class_token))
 
     assert list(found.shape) == facts["pe_shape"]
     assert found.sum(dtype=np.float64) == facts["pe_sum"]

@@ -1,0 +1,73 @@
+"""Understanding a file of weights: the architecture is read from the arrays themselves."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+from vit_jax.models.family import FAMILIES, Hints, Size, Spec
+from vit_jax.models.shapes import listing
+
+
+def read_spec(
+    arrays: Mapping[str, Any],
+    *,
+    classifier: str | None = None,
+    image_size: Size | None = None,
+    likely_size: Size | None = None,
+    untold: Mapping[str, Any] | None = None,
+    where: str = "the checkpoint",
+) -> Spec:
+    """Finds out which network a set of arrays belongs to, and checks every one of them.
+
+    Args:
+      arrays: arrays (or anything with a shape) under today's names, see `layouts.to_linen`.
+      classifier: what no array tells, if it is known: "unpooled" looks like "gap", "token_unpooled"
+        like "token". Without it the common ones: "map" with attention pooling, "token" with a class
+        token, else "gap".
+      image_size: (height, width) that the stored position embeddings are for, if it is known.
+        Without it a square grid is assumed where possible.
+      likely_size: (height, width) to believe where no square grid is possible and it fits. Without
+        it the most nearly square grid is assumed, lying, with a warning.
+      untold: other fields that no array tells, see `ImageModel.untold`.
+      where: the file's name, for messages.
+
+    Raises UserError that names missing, unexpected and mis-shaped arrays, the first twenty of each.
+    """
+    shapes = {key: tuple(array.shape) for key, array in arrays.items()}
+    family = next((f for f in reversed(FAMILIES) if f.recognizes(shapes)), FAMILIES[0])
+    spec = family.from_shapes(shapes, Hints(classifier, image_size, likely_size, where))
+    for field in untold or {}:
+        if field not in family.untold:
+            raise UserError(
+                f"{where}: {field} is noted beside it, but {spec.description} takes only "
+                f"{', '.join(family.untold) or 'no such notes'}: mend or remove the notes"
+            )
+    spec = spec.replace(**(untold or {}))
+    check_arrays(arrays, spec, where=where)
+    return spec
+
+
+def check_arrays(arrays: Mapping[str, Any], spec: Spec, *, where: str) -> None:
+    """Compares arrays with what an architecture needs.
+
+    Raises UserError naming what is missing, unexpected, of another shape or not floating.
+    """
+    try:
+        expected = spec.shapes()
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
+    found = {key: tuple(array.shape) for key, array in arrays.items()}
+    both = sorted(expected.keys() & found.keys())
+    wrong = [f"{k} {found[k]}, expected {expected[k]}" for k in both if found[k] != expected[k]]
+    integers = [k for k in both if not jnp.issubdtype(arrays[k].dtype, jnp.floating)]
+    problems = [
+        listing("missing", [f"{k} {expected[k]}" for k in sorted(expected.keys() - found.keys())]),
+        listing("unexpected", [f"{k} {found[k]}" for k in sorted(found.keys() - expected.keys())]),
+        listing("wrong shape", wrong),
+        listing("not floating", [f"{k} {arrays[k].dtype}" for k in integers]),
+    ]
+    if any(problems):
+        found_problems = "; ".join(filter(None, problems))
+        raise UserError(f"{where} does not fit {spec.description}: {found_problems}")
