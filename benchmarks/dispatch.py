@@ -36,10 +36,10 @@ import vit_jax
 from vit_jax.sharding import batch_sharding, make_global_batch, replicated, shardings
 from vit_jax.training import TrainState, make_optimizer
 from vit_jax.training.checkpointing import Checkpoints
+from vit_jax.training.distributed import StopSignal
 from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer
 from vit_jax.training.loop import Loop, Work
 from vit_jax.training.options import load_config, override
-from vit_jax.training.signals import StopRequest
 from vit_jax.training.trainer import _prepare
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
@@ -58,7 +58,7 @@ def training(work: Work, state: TrainState, steps: int, rounds: int) -> dict[str
     steps a second, of each round."""
     spent = dict.fromkeys(("call", *(name for name, *_ in PARTS)), 0.0)
     marks: list[tuple[dict[str, float], float, float]] = []
-    stop, called = StopRequest(), 0
+    stop, called = StopSignal(), 0
 
     def timed(name: str, function: Callable) -> Callable:
         def wrapper(*args, **options):

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vit_jax.checkpoints.npz import first_line
 from vit_jax.errors import NO_ROOM, UserError
-from vit_jax.training.processes import allgather, is_main_process
+from vit_jax.training.distributed import allgather, is_main_process
 from vit_jax.training.state import TrainState
 
 CENTURY = 100 * 365 * 24 * 3600  # Seconds.

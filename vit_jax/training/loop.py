@@ -18,20 +18,19 @@ from vit_jax.models.blocks import unstack_blocks
 from vit_jax.pretrained import Pretrained
 from vit_jax.sharding import batch_sharding, to_host
 from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer, StepMetrics, to_device
-from vit_jax.training.guard import LIMIT, BadStep, heed, new_guard
-from vit_jax.training.hardware import Usage
-from vit_jax.training.metrics import MetricsWriter
-from vit_jax.training.outcome import read_tests, score_figures, score_text
-from vit_jax.training.processes import (
+from vit_jax.training.distributed import (
     SharedStop,
-    allgather,
+    StopSignal,
+    broadcast_from_main,
     is_main_process,
     raise_on_all_processes,
 )
-from vit_jax.training.profile import Profile, trace_folder
+from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer, StepMetrics, to_device
+from vit_jax.training.guard import LIMIT, BadStep, heed, new_guard
+from vit_jax.training.hardware import Profile, Usage, trace_folder
+from vit_jax.training.metrics import MetricsWriter
+from vit_jax.training.outcome import read_tests, score_figures, score_text
 from vit_jax.training.progress import Progress
-from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import Step
 from vit_jax.training.task import Task
@@ -97,7 +96,7 @@ class Loop:
         workdir: Path,
         checkpoints: Checkpoints,
         state: TrainState,
-        own_stop: StopRequest,
+        own_stop: StopSignal,
         stack: contextlib.ExitStack,
     ):
         self.state, self.step = state, int(state.step)
@@ -112,14 +111,14 @@ class Loop:
             if is_main_process():
                 self._writer = stack.enter_context(MetricsWriter(workdir, resume_step=self.step))
                 tests = [(line["step"], line["test/top1"]) for line in read_tests(workdir)]
-        self._accuracies: dict[int, float] = dict(allgather(tests)[0])
+        self._accuracies: dict[int, float] = dict(broadcast_from_main(tests))
         console = None if is_main_process() else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
         total = self._config.total_steps
         self._progress = stack.enter_context(Progress(total, self.step, stream=console))
         self.say = self._progress.message
         self._start_batches()
         self._profile = stack.enter_context(Profile(self._config.profile, trace_folder(workdir)))
-        self._stop = SharedStop(own_stop, work.mesh)
+        self._stop = SharedStop(own_stop)
         self._usage = Usage(work.vit.model, work.task.image_shape)
         stack.callback(gc.unfreeze)
 
@@ -142,7 +141,7 @@ class Loop:
                 if not self._read_metrics():
                     continue
                 self._test(last)
-            stopping = self._stop.check(wait=self.step == self._start)
+            stopping = self._stop.check()
             begins = self._goes_back and self._checkpoints.latest is None
             if last or stopping or begins or self._due(self._config.checkpoint_every):
                 if not self._read_metrics():  # What is saved is known to be good.

@@ -23,24 +23,23 @@ from vit_jax.pretrained import Pretrained
 from vit_jax.sharding import device_kinds, make_mesh
 from vit_jax.training.checkpointing import Checkpoints
 from vit_jax.training.config import check_config, flatten, weights_source, without_effect
+from vit_jax.training.distributed import (
+    StopSignal,
+    assert_equal_across_processes,
+    broadcast_from_main,
+    is_main_process,
+    raise_on_all_processes,
+    share_of_cores,
+)
 from vit_jax.training.fields import CHANGING, FREE_FIELDS
 from vit_jax.training.hardware import untold
 from vit_jax.training.loop import Loop, Work
 from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.optimizer import make_optimizer, schedule_of
 from vit_jax.training.outcome import Result, finish, finished, last_test
-from vit_jax.training.processes import (
-    allgather,
-    assert_equal_across_processes,
-    is_main_process,
-    raise_on_all_processes,
-    share_of_cores,
-)
-from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import Step, make_train_step
 from vit_jax.training.task import Task, mixup, open_task
-from vit_jax.training.watch import Watch
 from vit_jax.training.workdir import (
     CHECKPOINTS,
     GIVEN,
@@ -60,7 +59,7 @@ def run(
 
     The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, and at the end
     weights.npz with its weights.json (`vit_jax.load(workdir)`), report.html and report.png. SIGTERM
-    and Ctrl-C save and return. Of several processes (see `training.processes`) the first writes;
+    and Ctrl-C save and return. Of several processes (see `training.distributed`) the first writes;
     the others return the same.
 
     Args:
@@ -74,12 +73,12 @@ def run(
     """
     folder, explained = Path(workdir), full_disk_explained(f"the workdir {workdir}")
     done: Result | None = None
-    with StopRequest() as stop:
+    with StopSignal() as stop:
         with raise_on_all_processes():
             config = check_config(config)
             if sources:
                 config.dataset = sources[0].name + GIVEN
-        with Watch(config.silence_timeout) as watch, explained, contextlib.ExitStack() as stack:
+        with explained, contextlib.ExitStack() as stack:
             with raise_on_all_processes():
                 if is_main_process():
                     stack.enter_context(open_workdir(workdir, config))
@@ -87,20 +86,19 @@ def run(
             if done := _of_first(done):
                 return done
             assert_equal_across_processes({"in the workdir a lock of process": lock_holder(folder)})
-            return _train(config, folder, stop, watch, sources)
+            return _train(config, folder, stop, sources)
 
 
 def _of_first(result: Result | None) -> Result | None:
     """The first process's result, in all of them."""
-    fields = allgather(result and dataclasses.asdict(result))[0]
+    fields = broadcast_from_main(result and dataclasses.asdict(result))
     return fields and Result(**fields)
 
 
 def _train(
     config: ConfigDict,
     workdir: Path,
-    own_stop: StopRequest,
-    watch: Watch,
+    own_stop: StopSignal,
     sources: tuple[Source, Source] | None,
 ) -> Result:
     work, state = _prepare(config, workdir, sources)
@@ -113,7 +111,6 @@ def _train(
         state, damaged = checkpoints.restore(state)
         loop = Loop(work, workdir, checkpoints, state, own_stop, stack)
         del state  # The first step gives it up, and its memory.
-        stack.push(watch.fail)
         stack.enter_context(full_disk_explained(f"the workdir {workdir}"))
         loop.say(work.introduction)
         if damaged:
