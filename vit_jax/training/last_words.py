@@ -14,7 +14,7 @@ import sys
 
 HOSTS = "vit-jax hosts: "  # Starts a line with the JSON list of each process's host.
 # The logs that can end in an abort; they are held back until it is known whether they do.
-_BEGINNING = re.compile(r"[EF]\d{4} .*(coordination_service\S* |client\.h:\d+\] Terminating)")
+_BEGINNING = re.compile(r"[EF]\d{4} .*(coordination_service|preemption_sync|client\.h:\d+\] Term)")
 _STACK = "*** Check failure stack trace: ***"
 _NOISE = re.compile(r"\[Gloo\] Rank|W\d{4} .*preemption_")
 
@@ -40,11 +40,12 @@ def explain(text: str, process: int, count: int, seconds: str, hosts: list[str])
     silent = re.search(r"tasks are unhealthy[^\n]*\n((?:\d+\n)+)", text)
     numbers = silent[1].split() if silent else re.findall(r"Task (\d+) heartbeat timeout", text)
     if numbers:
-        return f"{name(sorted(set(numbers), key=int))} has ended or gives no sign of life: {again}"
+        lost = name(sorted(set(numbers), key=int))
+        return f"{lost} ended, see its log, or gave no sign of life: {again}"
     if early := re.search(r"first task at the barrier: (\d+)", text):
-        return f"{name([early[1]])} has ended before the others, see its log: {again}"
-    if "Failed to send RPC to coordination service" in text:
-        return f"{name(['0'])} has ended or can't be reached: {again}"
+        return f"{name([early[1]])} ended before the others, see its log: {again}"
+    if "Failed to send RPC to coordination service" in text or "DEADLINE_EXCEEDED" in text:
+        return f"{name(['0'])} ended, see its log, or can't be reached: {again}"
     status = re.search(r"absl::Status: (.*)", text)
     return (
         f"JAX ended process {process} ({status[1] if status else 'it does not say why'}): {again}"
