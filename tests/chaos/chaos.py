@@ -135,7 +135,7 @@ class Chaos:
                     end[0] in want and "Traceback" not in end[2]
                     for end, want in zip(ends, expected, strict=True)
                 ), (fault.__name__, expected, ends)
-                texts = (out or err for status, out, err in ends if status >= 0)
+                texts = (out or err for status, out, err in ends if status != -9)
                 said = next(texts).strip().splitlines()[-1]
                 at = group.step
                 group = self.start()

@@ -70,7 +70,7 @@ def initialize(
             return
         _explain_aborts(process_id, num_processes)
     with warnings.catch_warnings():
-        # On Kubernetes JAX asks for a package of which nobody needs it who gives the options.
+        # On Kubernetes JAX asks for a package, also of those who give the options.
         warnings.simplefilter("ignore")
         try:
             jax.distributed.initialize(
@@ -79,11 +79,10 @@ def initialize(
                 heartbeat_timeout_seconds=max(math.ceil(heartbeat_timeout_s), 1),
                 shutdown_timeout_seconds=SHUTDOWN_S,
             )
-        except OSError:  # A TPU without Google's metadata server: of a notebook service.
-            return
-        except (ValueError, RuntimeError) as e:
-            if coordinator is None and "should be defined" in str(e):
-                return  # There are no others.
+        except (OSError, ValueError, RuntimeError) as e:
+            # There are no others; a notebook service's TPU has no metadata server to ask for them.
+            if coordinator is None and (isinstance(e, OSError) or "should be defined" in str(e)):
+                return
             raise UserError(
                 f"JAX can't find the other processes ({_first_line(e)}): give --coordinator, "
                 "--num-processes and --process-id; if there are none, --num-processes=1 "
@@ -154,8 +153,14 @@ def exit_with_others(heartbeat_timeout_s: float) -> Iterator[None]:
             raise
         status, text = 1, "".join(traceback.format_exception(error)).strip()
         if lost := _lost_connection(error):
-            time.sleep(max(math.ceil(heartbeat_timeout_s), 1) + GRACE_S)
-            status, text = EXIT_AGAIN, f"vit-jax: another process was lost ({lost}): start again"
+            wait = max(math.ceil(heartbeat_timeout_s), 1) + GRACE_S
+            print(
+                f"vit-jax: the connection to another process is lost ({lost}): waiting up to "
+                f"{wait} s for JAX to say which",
+                file=sys.stderr,
+            )
+            time.sleep(wait)
+            status, text = EXIT_AGAIN, "vit-jax: JAX does not say: start the same command again"
         elif isinstance(error, UserError):
             status, text = 2, f"vit-jax: {error}"
         elif isinstance(error, KeyboardInterrupt):

@@ -251,10 +251,12 @@ def _state(config: ConfigDict, tx: Any, params: Any, mesh: Any) -> TrainState:
 def _batch(task: Task, ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     blank = np.zeros((8, 8, task.train.channels), np.uint8)
     dtype = ops(blank, np.random.default_rng(0)).dtype
-    labels = jax.ShapeDtypeStruct((size,), jnp.int32)
-    if task.train.multi_label:
-        labels = jax.ShapeDtypeStruct((size, len(task.labels)), jnp.float32)
-    return {"image": jax.ShapeDtypeStruct((size, *task.image_shape), dtype), "label": labels}
+    several = task.train.multi_label
+    label = ((size, len(task.labels)), jnp.float32) if several else ((size,), jnp.int32)
+    return {
+        "image": jax.ShapeDtypeStruct((size, *task.image_shape), dtype),
+        "label": jax.ShapeDtypeStruct(*label),
+    }
 
 
 def _temporary(program: Any) -> int | None:
