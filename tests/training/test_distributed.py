@@ -374,7 +374,7 @@ LOGS = [
     # An error that was not the end is shown as it is.
     ("E1127 9 coordination_service.cc] oh\nno\n", "E1127 9 coordination_service.cc] oh\nno\n"),
     (
-        f'first\n{HOSTS}["a"]\nE1 coordination_service\nF1127 9 client.h:80] Terminating process: '
+        f'first\n{HOSTS}["a"]\nE1127 9 coordination_service\nF1127 9 client.h:80] Terminating: '
         "Task 0 heartbeat timeout\n*** Check failure stack trace: ***\n    @  0x7fe x\n",
         f"first\nvit-jax: process 0 on a ended, see its log, or gave no sign of life: {AGAIN}\n",
     ),
