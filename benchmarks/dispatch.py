@@ -38,10 +38,9 @@ from etils import epath
 import vit_jax
 from vit_jax.sharding import batch_sharding, make_global_batch, replicated, shardings
 from vit_jax.training import TrainState, make_optimizer
+from vit_jax.training.distributed import StopSignal
 from vit_jax.training.inputs import DevicePrefetcher
 from vit_jax.training.options import load_config, override
-from vit_jax.training.signals import StopRequest
-from vit_jax.training.watch import Watch
 
 run_module = importlib.import_module("vit_jax.training.run")  # `training.run` is the function.
 RunContext = run_module.RunContext
@@ -62,7 +61,7 @@ def training(
     steps a second, of each round."""
     spent = dict.fromkeys(("call", *(name for name, *_ in PARTS)), 0.0)
     marks: list[tuple[dict[str, float], float, float]] = []
-    stop, called = StopRequest(), 0
+    stop, called = StopSignal(), 0
 
     def timed(name: str, function: Callable) -> Callable:
         def wrapper(*args, **options):
@@ -95,7 +94,7 @@ def training(
             stack.enter_context(replaced)
         prepare = mock.patch.object(run_module, "prepare", side_effect=lambda *_: prepared.pop())
         stack.enter_context(prepare)
-        run_module.train(context.config, folder, None, stop, Watch(60))
+        run_module.train(context.config, folder, None, stop)
 
     figures: dict[str, list[float]] = {}
     for (parts, cpu, clock), (parts_later, cpu_later, later) in itertools.pairwise(marks):

@@ -32,7 +32,7 @@ SIDES = ("ours", "timm")
 
 def ours(name: str, batch_size: int) -> Callable[[int], object]:
     """A function that trains so many steps, with the same step as a run."""
-    from vit_jax.allocator import keep_memory
+    from vit_jax.cli.train import keep_memory
 
     keep_memory()
     import jax

@@ -20,8 +20,8 @@ JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((${SLURM_GPUS_ON_NODE:-1} - 1)))
 export JAX_LOCAL_DEVICE_IDS
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over by itself.
 
-# After the first process has ended the others have a minute.
-srun --kill-on-bad-exit=0 --wait=60 vit-jax train "$@"
+# After the first process has ended JAX needs config.silence_timeout (60 s) to say so in the others.
+srun --kill-on-bad-exit=0 --wait=90 vit-jax train "$@"
 status=$?
 
 # 75: saved, start me again. Above 128: killed; something may be wrong, so not for ever.

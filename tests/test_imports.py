@@ -16,7 +16,6 @@ PACKAGE = Path(vit_jax.__file__).parent
 # What each part of the package may import. `errors` and `files` are for all.
 ALLOWED = {
     "errors": set(),
-    "allocator": set(),
     "files": set(),
     "page": set(),
     "models": set(),
@@ -32,7 +31,7 @@ ALLOWED = {
         *("sharding", "evaluation", "explain", "files"),
     },
     "cli": {
-        *("allocator", "models", "checkpoints", "data", "files", "pretrained", "evaluation"),
+        *("models", "checkpoints", "data", "files", "pretrained", "evaluation"),
         *("explain", "training", "page"),
     },
     "main": {"cli"},

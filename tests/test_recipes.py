@@ -191,7 +191,7 @@ def test_a_run_of_2_that_loses_a_process_is_started_again_and_one_of_4_goes_on(a
 # Slurm.
 
 SRUN = (
-    '[ "$1 $2" = "--kill-on-bad-exit=0 --wait=60" ] || exit 9',
+    '[ "$1 $2" = "--kill-on-bad-exit=0 --wait=90" ] || exit 9',
     "shift 2; highest=0; pids=()",
     "for i in $(seq 0 $((SLURM_NTASKS - 1))); do",
     "  export SLURM_STEP_NUM_TASKS=$SLURM_NTASKS SLURM_STEP_NODELIST=$SLURM_JOB_NODELIST",

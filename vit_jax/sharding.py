@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -54,8 +55,7 @@ def device_kinds() -> str:
 
 def divisible(batch_size: int) -> int:
     """A batch size, at least 1, rounded up to what can be split over all devices."""
-    devices = jax.device_count()
-    return -(-max(batch_size, 1) // devices) * devices
+    return -(-max(batch_size, 1) // jax.device_count()) * jax.device_count()
 
 
 def process_slice() -> tuple[int, int]:
@@ -86,32 +86,25 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """
     parts = mesh.shape["fsdp"]
 
-    def of(path: Any, x: Any) -> NamedSharding:
+    def sharding(path: Any, x: Any) -> NamedSharding:
         first = int(in_stack(path))
         fitting = [(n, axis) for axis, n in enumerate(x.shape) if axis >= first and n % parts == 0]
         if parts == 1 or not fitting or np.prod(x.shape[first:]) < LEAST_SPLIT:
             return replicated(mesh)
-        _, axis = max(fitting)
-        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+        return NamedSharding(mesh, PartitionSpec(*[None] * max(fitting)[1], "fsdp"))
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def put_global(tree: Any, places: Any) -> Any:
-    """Arrays that every process has, as arrays over the devices; each device gets its part only.
+    """Copies NumPy or JAX arrays that every process has to the devices, by a tree of shardings;
+    each device gets its part only."""
 
-    Args:
-      tree: of NumPy or JAX arrays; they are copied.
-      places: the same tree of shardings.
-    """
-
-    def one(x: Any, place: NamedSharding) -> jax.Array:
+    def put(x: Any, place: NamedSharding) -> jax.Array:
         host = np.asarray(x)
-        return jax.make_array_from_callback(
-            host.shape, place, lambda index: np.array(host[index], copy=True)
-        )
+        return jax.make_array_from_callback(host.shape, place, lambda at: np.array(host[at]))
 
-    return jax.tree.map(one, tree, places)
+    return jax.tree.map(put, tree, places)
 
 
 def make_global_batch(batch: Any, place: NamedSharding) -> Any:
@@ -120,16 +113,12 @@ def make_global_batch(batch: Any, place: NamedSharding) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """The whole of arrays that lie in parts, as NumPy arrays on every process.
+    """The whole of arrays that lie in parts, as NumPy arrays on every process. All processes have
+    to call it together."""
 
-    All processes have to call it together.
-    """
-
-    def one(x: jax.Array) -> np.ndarray:
+    def whole(x: jax.Array) -> np.ndarray:
         if x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
-        from jax.experimental.multihost_utils import process_allgather
+        return multihost_utils.process_allgather(x, tiled=True)
 
-        return process_allgather(x, tiled=True)
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(whole, tree)

@@ -28,6 +28,7 @@ from tests.group import Group
 
 EACH = 24  # Steps a fault, about.
 SILENCE = 4  # Seconds.
+ABORTED = -signal.SIGABRT  # By JAX, as another process was lost.
 ROOM = "400m"
 
 
@@ -52,7 +53,7 @@ class Chaos:
         """kill -9 of one process: the others say whom they miss."""
         victim = self.chance.randrange(self.count) if victim is None else victim
         group.processes[victim].kill()
-        return [{-9} if i == victim else {75} for i in range(self.count)]
+        return [{-9} if i == victim else {ABORTED} for i in range(self.count)]
 
     def terminate(self, group: Group) -> list[set[int]]:
         """SIGTERM to one process: all save the same step."""
@@ -67,14 +68,14 @@ class Chaos:
         victim.send_signal(signal.SIGCONT)
 
     def silence(self, group: Group) -> list[set[int]]:
-        """SIGSTOP for longer: the others give it up, and so does it when it wakes."""
+        """SIGSTOP for longer: JAX ends the others, and it too when it wakes."""
         victim = self.chance.choice(group.processes)
         victim.send_signal(signal.SIGSTOP)
         for process in group.processes:
             if process is not victim:
                 process.wait(60)
         victim.send_signal(signal.SIGCONT)
-        return [{75}] * self.count
+        return [{ABORTED}] * self.count
 
     def tear(self, group: Group) -> list[set[int]]:
         """A kill after which the newest checkpoint is torn or damaged, if there is one before."""
@@ -113,7 +114,7 @@ class Chaos:
         for process in group.processes:
             process.wait(120)
         filler.unlink(missing_ok=True)
-        return [{2}] * self.count
+        return [{2, ABORTED}] * self.count
 
     def run(self, faults: int) -> collections.Counter:
         """Faults of all kinds in random order, at random steps, and then the rest of the run."""
@@ -134,7 +135,7 @@ class Chaos:
                     end[0] in want and "Traceback" not in end[2]
                     for end, want in zip(ends, expected, strict=True)
                 ), (fault.__name__, expected, ends)
-                texts = (out or err for status, out, err in ends if status >= 0)
+                texts = (out or err for status, out, err in ends if status != -9)
                 said = next(texts).strip().splitlines()[-1]
                 at = group.step
                 group = self.start()

@@ -96,8 +96,8 @@ def test_the_cause_is_found_among_several(monkeypatch, setting, packages, cause,
     (fault,) = doctor._gpu_faults(
         gpus, doctor.Answer("", log, ""), {"backend": "cpu"}, {"jax": "0.10.2"} | packages
     )
-    assert cause in fault.what
-    assert fault.mend.startswith(mend)
+    assert cause in fault["what"]
+    assert fault["mend"].startswith(mend)
 
 
 def test_what_takes_the_memory_of_a_gpu_is_told(ask, tmp_path):
@@ -141,7 +141,7 @@ def test_a_jax_that_never_answers_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(doctor, "PATIENCE", 0.5)
     answer = doctor._ask("import time; time.sleep(60)")
     (fault,) = doctor._jax_faults(answer, {})
-    assert "no answer within 0.5 s" in fault.what
+    assert "no answer within 0.5 s" in fault["what"]
 
 
 def test_a_broken_package_and_a_cache_that_cannot_be_written_are_told(ask, tmp_path):

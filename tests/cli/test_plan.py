@@ -29,6 +29,7 @@ def test_json_says_it_all_and_what_does_not_fit_is_status_1(capsys):
     assert main([*PLAN, "--memory=0.1MiB", "--peak-tflops=2", "--mfu=0.5", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is False
+    assert found["picture_shape"] == [8, 8, 1]
     assert found["memory"] == 0.1 * 2**20
     assert found["training"]["total"] > found["memory"]
     assert found["seconds_per_step"] == pytest.approx(found["flops_per_step"] / 1e12)

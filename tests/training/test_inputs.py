@@ -17,7 +17,7 @@ from tests.training.conftest import TINY, run_module
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.sharding import batch_sharding, make_mesh
-from vit_jax.training import processes, run
+from vit_jax.training import distributed, run
 from vit_jax.training.inputs import DevicePrefetcher, open_data
 
 
@@ -246,8 +246,8 @@ def test_a_script_that_nothing_guards_trains_with_worker_processes(tmp_path):
     ],
 )
 def test_processes_of_one_machine_share_its_cores_out(own, others, share, monkeypatch):
-    monkeypatch.setattr(processes.platform, "node", lambda: "here")
-    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda pid: set(own))
-    monkeypatch.setattr(processes, "allgather", lambda value: [value, *others])
+    monkeypatch.setattr(distributed.platform, "node", lambda: "here")
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: set(own))
+    monkeypatch.setattr(distributed, "allgather", lambda value: [value, *others])
     monkeypatch.setattr(data.workers, "_QUOTA", "/nowhere")
-    assert processes.share_of_cores() == share
+    assert distributed.share_of_cores() == share

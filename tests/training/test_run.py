@@ -23,10 +23,10 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation.images import evaluate_images
 from vit_jax.training import TrainState, default_config, make_optimizer, run
 from vit_jax.training.checkpoints import Checkpoints
+from vit_jax.training.distributed import StopSignal
 from vit_jax.training.inputs import DevicePrefetcher, RunData
 from vit_jax.training.optimizer import schedule_of
 from vit_jax.training.outputs import evaluate_workdir
-from vit_jax.training.signals import StopRequest
 from vit_jax.training.workdir import read_metrics, write_config
 
 pytestmark = pytest.mark.usefixtures("no_image")
@@ -264,7 +264,7 @@ def test_a_kill_before_the_weights_are_written_costs_only_an_evaluation(
 
 def test_a_second_ctrl_c_ends_at_once_and_the_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
+    with StopSignal() as stop:
         assert not stop
         signal.raise_signal(signal.SIGINT)
         assert stop

@@ -37,11 +37,8 @@ class Parser(argparse.ArgumentParser):
             name = option.partition("=")[0]
             if name == "--":
                 break
-            if (
-                name[:2] == "--"
-                and name not in self._option_string_actions
-                and not (fields and name.startswith(fields))
-            ):
+            known = name in self._option_string_actions or name.startswith(fields)
+            if name[:2] == "--" and not known:
                 near = difflib.get_close_matches(name, self._option_string_actions, n=1)
                 self.error(f"unknown option {name}{f' (did you mean {near[0]}?)' if near else ''}")
         return super().parse_known_args(args, namespace)
@@ -78,8 +75,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         print("vit-jax: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader, e.g. `head`, has seen enough. Python's own last flush must not complain
-        # either.
+        # The reader, e.g. `head`, has seen enough; nor must Python's own last flush complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

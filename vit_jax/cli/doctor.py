@@ -4,7 +4,7 @@ What could fail or hang is done in other processes, so that there is always an a
 """
 
 import argparse
-import dataclasses
+import contextlib
 import glob
 import json
 import os
@@ -18,56 +18,14 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vit_jax.data import own_cores
-
-PACKAGES = (
-    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "flax", "optax"),
-    *("orbax-checkpoint", "grain", "numpy", "opencv-python-headless", "opencv-python"),
-    *("tensorflow-datasets", "tensorflow", "tensorflow-cpu"),
-)
-# The parts that a broken installation breaks: what is imported, and how it is installed.
-IMPORTS = {
-    "cv2": "opencv-python-headless",
-    "grain": "grain",
-    "flax": "flax",
-    "orbax.checkpoint": "orbax-checkpoint",
-}
-# What changes what JAX does, as it comes from the environment.
-SETTINGS = ("JAX_", "XLA_", "CUDA_VISIBLE_DEVICES", "TPU_", "LIBTPU_", "VIT_JAX_", "LD_LIBRARY_")
+_TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+LOOK_AT_JAX = "\n".join(_TABLES["look_at_jax"])  # The program that says what JAX sees, in JSON.
 PATIENCE = 120  # Seconds; a TPU that another program holds can make JAX wait for ever.
 
-LOOK_AT_JAX = """
-import json
-import jax, jax.numpy as jnp
-def memory(device):
-    try:
-        return (device.memory_stats() or {}).get("bytes_limit")
-    except RuntimeError:
-        return None
-total = jax.jit(lambda x: (x @ x).sum())(jnp.ones((256, 256)))
-print(json.dumps({
-    "backend": jax.default_backend(),
-    "processes": jax.process_count(),
-    "computes": float(total) == 256.0**3,
-    "devices": [
-        {"kind": d.device_kind, "memory": memory(d)} for d in jax.local_devices()
-    ],
-}))
-"""
 
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """What is wrong, and what to do about it."""
-
-    what: str
-    mend: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What another process said: what it printed, its complaints, and why it failed, or ""."""
 
     out: str
@@ -98,29 +56,30 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """Versions, machine, what JAX sees, and faults: each with "what" and "mend"."""
-    gpus = _gpus()  # First: JAX takes most of their memory.
+    from vit_jax.data import own_cores
+
+    machine = {
+        "system": platform.platform(),
+        "cpus": own_cores(),
+        "gpus": _gpus(),  # Before JAX takes most of their memory.
+        "tpu_devices": sorted(glob.glob("/dev/accel[0-9]*")),
+    }
+    versions = {"python": platform.python_version()}
+    for name in _TABLES["packages"]:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     answer = _ask(LOOK_AT_JAX, JAX_LOGGING_LEVEL="INFO")
     seen = {} if answer.failure else json.loads(answer.out.splitlines()[-1])
-    installed = _versions()
     faults = [
         *_jax_faults(answer, seen),
-        *_gpu_faults(gpus, answer, seen, installed),
-        *_tpu_faults(answer, seen, installed),
+        *_gpu_faults(machine["gpus"], answer, seen, versions),
+        *_tpu_faults(machine["tpu_devices"], answer, seen, versions),
         *_import_faults(),
         *_cache_faults(),
     ]
-    return {
-        "versions": {"python": platform.python_version()} | installed,
-        "machine": {
-            "system": platform.platform(),
-            "cpus": own_cores(),
-            "gpus": gpus,
-            "tpu_devices": _tpu_files(),
-        },
-        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)},
-        "jax": seen,
-        "faults": [dataclasses.asdict(fault) for fault in faults],
-    }
+    prefixes = tuple(_TABLES["settings"])
+    settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)}
+    return dict(versions=versions, machine=machine, settings=settings, jax=seen, faults=faults)
 
 
 def _ask(program: str, **environment: str) -> Answer:
@@ -150,117 +109,85 @@ def _ask(program: str, **environment: str) -> Answer:
     return Answer(done.stdout, done.stderr, reason[:300])
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _gpus() -> list[dict[str, Any]]:
     """The NVIDIA GPUs that the driver knows; memory in MiB, None where only files tell of them."""
-    program = shutil.which("nvidia-smi")
     fields = "--query-gpu=name,memory.total,memory.used"
-    command = [program or "", fields, "--format=csv,noheader,nounits"]
+    command = [shutil.which("nvidia-smi") or "", fields, "--format=csv,noheader,nounits"]
     try:
         table = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         table = ""
-    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines()]
-    gpus = [
-        {"name": name, "memory": _number(total), "used": _number(used)}
-        for name, total, used in (row for row in rows if len(row) == 3)
+    rows = [re.split(r"\s*,\s*", line.strip()) for line in table.splitlines()]
+    found = [row for row in rows if len(row) == 3] or [
+        [Path(folder).name, "", ""] for folder in glob.glob("/proc/driver/nvidia/gpus/*")
     ]
-    folders = glob.glob("/proc/driver/nvidia/gpus/*")
-    return gpus or [{"name": Path(f).name, "memory": None, "used": None} for f in folders]
+
+    def number(text: str) -> int | None:
+        return int(text) if text.isdecimal() else None
+
+    return [{"name": n, "memory": number(total), "used": number(used)} for n, total, used in found]
 
 
-def _number(text: str) -> int | None:
-    return int(text) if text.isdecimal() else None
+def _fault(key: str, **found: Any) -> dict[str, str]:
+    """A fault, or the cause of one, in the words of doctor.json."""
+    what, mend = (text.format(**found) for text in _TABLES["faults"][key])
+    return {"what": what, "mend": mend}
 
 
-def _tpu_files() -> list[str]:
-    return sorted(glob.glob("/dev/accel[0-9]*"))
-
-
-def _jax_faults(answer: Answer, seen: dict[str, Any]) -> Iterator[Fault]:
+def _jax_faults(answer: Answer, seen: dict[str, Any]) -> Iterator[dict[str, str]]:
     if answer.failure:
-        if os.environ.get("JAX_PLATFORMS"):
-            mend = "unset JAX_PLATFORMS, so that JAX takes what there is"
-        elif "XLA_FLAGS" in answer.failure:
-            mend = "correct or unset XLA_FLAGS"
-        elif "No module named" in answer.failure or "ImportError" in answer.failure:
-            mend = "install this package again: pip install vit_jax"
-        elif "no answer" in answer.failure:
-            mend = "end other programs that use the accelerator; on a pod start all hosts"
-        else:
-            mend = 'see what python -c "import jax; print(jax.devices())" says'
-        yield Fault(f"JAX does not work: {answer.failure}", mend)
+        mends = (v for k, v in _TABLES["mends of jax"].items() if re.search(k, answer.failure))
+        hidden = os.environ.get("JAX_PLATFORMS")
+        mend = "unset JAX_PLATFORMS, so that JAX takes what there is" if hidden else next(mends)
+        yield _fault("jax", reason=answer.failure, mend=mend)
     elif not seen["computes"]:
-        yield Fault("JAX computes wrong numbers", "install jax and jaxlib again; test the memory")
+        yield _fault("numbers")
 
 
 def _gpu_faults(
     gpus: list[dict[str, Any]], answer: Answer, seen: dict[str, Any], installed: dict[str, str]
-) -> Iterator[Fault]:
-    if not gpus:
-        return
-    names = ", ".join(gpu["name"] for gpu in gpus)
-    if seen.get("backend") == "cpu":
+) -> Iterator[dict[str, str]]:
+    if gpus and seen.get("backend") == "cpu":
+        jax = installed.get("jax")
         plugins = {name: v for name, v in installed.items() if re.match("jax-cuda.*plugin", name)}
-        other = [f"{name} {v}" for name, v in plugins.items() if v != installed.get("jax")]
-        if os.environ.get("JAX_PLATFORMS"):
-            cause = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} hides it"
-            mend = "unset JAX_PLATFORMS"
+        other = [f"{name} {v}" for name, v in plugins.items() if v != jax]
+        if platforms := os.environ.get("JAX_PLATFORMS"):
+            cause = _fault("jax platforms", value=platforms)
         elif os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-            cause, mend = "CUDA_VISIBLE_DEVICES hides it", "unset CUDA_VISIBLE_DEVICES"
+            cause = _fault("cuda devices")
         elif not plugins:
-            cause = "the jaxlib here is for CPUs only"
-            mend = 'pip install "vit_jax[gpu]"'
+            cause = _fault("no plugin")
         elif other:
-            cause = f"{', '.join(other)} and jax {installed.get('jax')} don't fit together"
-            mend = 'pip install --upgrade "vit_jax[gpu]"'
+            cause = _fault("other plugin", plugins=", ".join(other), jax=jax)
         else:
-            cause = _unable(answer.log, "cuda")
-            mend = "update the NVIDIA driver, and see the cause"
-        yield Fault(f"NVIDIA GPU ({names}), but JAX computes on the CPU: {cause}", mend)
+            cause = _fault("driver", reason=_unable(answer.log, "cuda"))
+        yield _fault("gpu", names=", ".join(gpu["name"] for gpu in gpus), **cause)
     for number, gpu in enumerate(gpus):
         if gpu["memory"] and gpu["used"] and gpu["used"] > gpu["memory"] / 2:
-            yield Fault(
-                f"GPU {number} ({gpu['name']}): {gpu['used']:,} of {gpu['memory']:,} MiB are taken "
-                "by other programs",
-                "end those that nvidia-smi lists; a notebook holds what it took until it is closed",
-            )
-    if "tensorflow" in installed:
-        yield Fault(
-            f"tensorflow {installed['tensorflow']} takes the GPU's memory wherever it is imported",
-            'pip uninstall tensorflow, then pip install "vit_jax[tf]", which is for CPUs',
-        )
+            yield _fault("gpu memory", number=number, **gpu)
+    if gpus and "tensorflow" in installed:
+        yield _fault("tensorflow", version=installed["tensorflow"])
 
 
-def _tpu_faults(answer: Answer, seen: dict[str, Any], installed: dict[str, str]) -> Iterator[Fault]:
+def _tpu_faults(
+    files: list[str], answer: Answer, seen: dict[str, Any], installed: dict[str, str]
+) -> Iterator[dict[str, str]]:
     said = f"{answer.failure}\n{answer.log}"
     holder = re.search(r"TPU is already in use by (?:a )?process with pid (\d+)", said)
-    there = bool(_tpu_files()) or "A Google TPU may be present" in said or holder
+    there = files or holder or "A Google TPU may be present" in said
     if not there or seen.get("backend") == "tpu":
         return
     if holder:
-        cause = f"process {holder[1]} holds it"
-        mend = f"wait for it, or end it: kill {holder[1]}"
+        cause = _fault("tpu held", pid=holder[1])
     elif "already in use" in said or "libtpu_lockfile" in said:
-        cause = "another process holds it"
-        mend = "see sudo lsof -w /dev/accel0; if there is none, sudo rm /tmp/libtpu_lockfile"
-    elif os.environ.get("JAX_PLATFORMS"):
-        cause = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} hides it"
-        mend = "unset JAX_PLATFORMS"
+        cause = _fault("tpu locked")
+    elif platforms := os.environ.get("JAX_PLATFORMS"):
+        cause = _fault("jax platforms", value=platforms)
     elif "libtpu" not in installed:
-        cause, mend = "libtpu is not installed", 'pip install "vit_jax[tpu]"'
+        cause = _fault("no libtpu")
     else:
-        cause, mend = _unable(said, "tpu"), 'pip install --upgrade "vit_jax[tpu]"'
-    yield Fault(f"TPU, but JAX does not compute on it: {cause}", mend)
+        cause = _fault("libtpu", reason=_unable(said, "tpu"))
+    yield _fault("tpu", **cause)
 
 
 def _unable(log: str, backend: str) -> str:
@@ -269,45 +196,35 @@ def _unable(log: str, backend: str) -> str:
     return found[1][:300] if found else "it does not say why"
 
 
-def _import_faults() -> Iterator[Fault]:
+def _import_faults() -> Iterator[dict[str, str]]:
     checks = "".join(
         f"try:\n import {module}\nexcept Exception as e:\n"
         f" print('{module}', type(e).__name__ + ':', *str(e).split())\n"
-        for module in IMPORTS
+        for module in _TABLES["imports"]
     )
     answer = _ask(checks, JAX_PLATFORMS="cpu")
     broken = dict(line.split(" ", 1) for line in answer.out.splitlines() if " " in line)
     if answer.failure:
         broken["cv2"] = answer.failure
-    for module, reason in broken.items():
-        if module not in IMPORTS:
-            continue  # Something that a package prints of its own.
-        mend = f"pip install --force-reinstall {IMPORTS[module]}"
-        if module == "cv2" and "lib" in reason and ".so" in reason:
-            mend = "pip uninstall opencv-python, then pip install opencv-python-headless"
-        yield Fault(f"{module} can't be imported ({reason})", mend)
+    for module, package in _TABLES["imports"].items():
+        if reason := broken.get(module):
+            name = "opencv" if module == "cv2" and re.search("lib.*[.]so", reason) else "import"
+            yield _fault(name, module=module, package=package, reason=reason)
 
 
-def _cache_faults() -> Iterator[Fault]:
+def _cache_faults() -> Iterator[dict[str, str]]:
     from vit_jax.files import cache_folder
 
-    places = {str(cache_folder()): "VIT_JAX_CACHE"}
-    if compiled := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        places[compiled] = "JAX_COMPILATION_CACHE_DIR"
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    places = {str(cache_folder()): "VIT_JAX_CACHE", compiled: "JAX_COMPILATION_CACHE_DIR"}
     for place, setting in places.items():
-        folder = Path(place)
-        if "://" in place:
+        if not place or "://" in place:
             continue
-        while not folder.exists() and folder.parent != folder:
-            folder = folder.parent
+        folder = next(path for path in (Path(place), *Path(place).parents) if path.exists())
         try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            yield Fault(
-                f"the cache {place} can't be written ({error.strerror})",
-                f"set {setting} to a folder that can, or change its owner and rights",
-            )
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as e:
+            yield _fault("cache", place=place, setting=setting, reason=e.strerror)
 
 
 def _text(found: dict[str, Any]) -> str:

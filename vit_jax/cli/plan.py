@@ -53,55 +53,45 @@ def run(args: argparse.Namespace) -> int:
     if args.price and tflops is None:
         raise UserError("--price needs to know how fast a device is: add --chip or --peak-tflops")
     config = override(load_config(args.config), args.fields)
-    plan = plan_for(config, args.devices, classes=args.classes, memory=memory)
-    found = _facts(plan, memory)
+    found = plan_for(config, args.devices, classes=args.classes, memory=memory)
     if tflops is not None:
-        seconds = plan.seconds_per_step(tflops, args.mfu)
-        hours = seconds * plan.total_steps / 3600
-        found |= {"seconds_per_step": seconds, "hours": hours}
+        speed = found["devices"] * tflops * 1e12 * args.mfu
+        found["seconds_per_step"] = found["flops_per_step"] / speed
+        found["hours"] = found["seconds_per_step"] * found["total_steps"] / 3600
         if args.price:
-            found["cost"] = hours * plan.devices * args.price
+            found["cost"] = found["hours"] * found["devices"] * args.price
     print(json.dumps(found, indent=1) if args.json else _text(found, args.mfu, tflops))
     return 1 if found["fits"] is False else 0
 
 
-def _facts(plan: Any, memory: float | None) -> dict[str, Any]:
-    import dataclasses
-
-    found = dataclasses.asdict(plan)
-    for phase in ("training", "evaluation"):
-        found[phase]["total"] = getattr(plan, phase).total
-    totals = [plan.training.total, plan.evaluation.total]
-    known = memory is not None and None not in totals
-    return found | {"memory": memory, "fits": max(totals) <= memory if known else None}
-
-
 def _text(found: dict[str, Any], mfu: float, tflops: float | None) -> str:
+    phases = [found["training"], found["evaluation"]]
     at_once = found["batch"] // found["devices"] // found["accum_steps"]
+    shape = "x".join(map(str, found["picture_shape"]))
     lines = [
         f"network     {found['parameters']:,} parameters, {found['classes']:,} classes, images "
-        f"of {'x'.join(map(str, found['image_shape']))}",
+        f"of {shape}",
         f"step        {found['batch']:,} images on {found['devices']} devices, {at_once} at once "
         f"on each ({found['accum_steps']} accum_steps), {found['flops_per_step'] / 1e12:,.3g} "
         "TFLOPs",
         "",
         f"{'GiB on each device':<20} {'training':>10} {'evaluation':>10}",
     ]
-    for part in ("parameters", "optimizer", "gradients", "activations", "batches", "total"):
-        sizes = [found[phase][part] for phase in ("training", "evaluation")]
+    for part in phases[0]:
+        sizes = [phase[part] for phase in phases]
         texts = ["not told" if size is None else f"{size / 2**30:.3f}" for size in sizes]
         lines.append(f"  {part:<18} {texts[0]:>10} {texts[1]:>10}")
-    if None in (found[phase]["total"] for phase in ("training", "evaluation")):
+    if any(phase["total"] is None for phase in phases):
         lines += ["the compiler does not tell here what the program needs beside its arrays", ""]
     else:
         lines += ["as XLA lays it out for CPUs; another kind of device may need more or less", ""]
     if found["memory"] is not None:
-        lines += [f"fits        {_verdict(found)}"]
+        lines.append(f"fits        {_verdict(found)}")
     if tflops is not None:
-        seconds, hours = found["seconds_per_step"], found["hours"]
         lines.append(
-            f"time        {seconds:,.3g} s a step, {hours:,.2f} h for {found['total_steps']:,} "
-            f"steps, if {mfu:.0%} of {tflops:g} TFLOP/s are made use of; evaluations not counted"
+            f"time        {found['seconds_per_step']:,.3g} s a step, {found['hours']:,.2f} h for "
+            f"{found['total_steps']:,} steps, if {mfu:.0%} of {tflops:g} TFLOP/s are made use of; "
+            "evaluations not counted"
         )
     if "cost" in found:
         lines.append(f"cost        {found['cost']:,.2f}")

@@ -1,6 +1,16 @@
 """`vit-jax train`: trains from a configuration, or fine-tunes on a folder of images."""
 
 import argparse
+import ctypes
+import glob
+import os
+import sys
+
+# mallopt's parameters, from malloc.h, and values: no block of its own for what is large; nothing
+# is given back; one heap for all threads, or what is freed in one could not be used by another.
+_M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8
+_SETTINGS = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}
+_MADV_HUGEPAGE, _HUGE_PAGE = 14, 2**21
 
 
 def add_parser(subparsers) -> None:
@@ -55,8 +65,6 @@ def _fields_help() -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints how it ended."""
-    from vit_jax.allocator import keep_memory
-
     keep_memory()
     import dataclasses
     import json
@@ -64,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax import training
     from vit_jax.cli import EXIT_INTERRUPTED
     from vit_jax.errors import UserError
+    from vit_jax.training.distributed import exit_with_others, initialize, is_main_process
     from vit_jax.training.options import load_config, override
-    from vit_jax.training.processes import connect, is_main_process
 
     if not args.workdir:
         raise UserError("--workdir is empty: name the folder of this run")
@@ -73,8 +81,44 @@ def run(args: argparse.Namespace) -> int:
     weights = [f"--config.model_or_filename={args.weights}"] if args.weights else []
     # Before the others are waited for, whose time-out is one of its fields.
     config = override(load_config(recipe), [*args.fields, *weights])
-    connect(args.coordinator, args.num_processes, args.process_id)
-    result = training.run(config, args.workdir)
+    silence = config.silence_timeout
+    with exit_with_others(silence):
+        place = (args.coordinator, args.num_processes, args.process_id)
+        initialize(*place, heartbeat_timeout_s=silence)
+        result = training.run(config, args.workdir)
     if is_main_process():
         print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
     return 0 if result.finished else EXIT_INTERRUPTED
+
+
+def keep_memory() -> bool:
+    """Has glibc's allocator keep freed memory in the process between steps, in huge pages.
+
+    XLA frees a step's temporary memory, often a GB, after each step. The allocator would give it
+    back to the system, which clears every 4 KB of it when they are touched in the next step.
+
+    Returns:
+      whether it did: not after NumPy has been imported, for its threads have heaps of their own;
+      nor beside a GPU or TPU, whose memory is another; nor with the environment's
+      VIT_JAX_KEEP_MEMORY=0; nor where there is no glibc.
+    """
+    if "numpy" in sys.modules or os.environ.get("VIT_JAX_KEEP_MEMORY") == "0":
+        return False
+    # dxg: GPUs of Windows, seen from its Linux.
+    accelerators = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/accel*", "/dev/vfio/[0-9]*")
+    if sys.platform != "linux" or any(map(glob.glob, accelerators)):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return False
+    for parameter, value in _SETTINGS.items():
+        libc.mallopt(parameter, value)
+    # Addresses only: half as many as there is memory, which becomes the heap's free end.
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    libc.malloc.restype = ctypes.c_void_p
+    if start := libc.malloc(ctypes.c_size_t(size)):
+        aligned = -(-start // _HUGE_PAGE) * _HUGE_PAGE
+        length = (start + size - aligned) // _HUGE_PAGE * _HUGE_PAGE
+        libc.madvise(ctypes.c_void_p(aligned), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+        libc.free(ctypes.c_void_p(start))
+    return True

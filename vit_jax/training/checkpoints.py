@@ -16,7 +16,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from vit_jax.errors import NO_ROOM, UserError, first_line
-from vit_jax.training.processes import allgather, is_main_process
+from vit_jax.training.distributed import allgather, is_main_process
 from vit_jax.training.state import TrainState
 from vit_jax.training.workdir import set_aside
 

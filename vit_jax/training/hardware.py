@@ -1,61 +1,40 @@
-"""What the devices are, and how much of what they could do a run makes use of."""
+"""What the devices are, how much of what they could do a run makes use of, and traces of steps."""
 
+import contextlib
+import json
 import math
+import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from vit_jax.errors import UserError
 from vit_jax.models.cost import training_flops
+from vit_jax.training.distributed import allgather
 
 
 class Chip(NamedTuple):
-    """What JAX calls one device: dense bfloat16 (V100, T4: float16) TFLOP/s, and GiB of memory."""
+    """One device: its peak in TFLOP/s, dense, in bfloat16 or float16, and its memory in GiB."""
 
     tflops: float
     memory: float
 
 
-# From cloud.google.com/tpu/docs/system-architecture-tpu-vm, its page of each version, and NVIDIA's
-# data sheets, which double most figures ("with sparsity"). Of v2 and v3 a device is a core, half a
-# chip. Of chips that are sold with several sizes of memory, the smallest. The first chip counts all
-# of whose words are in a device's name.
-CHIPS = {
-    "TPU v2": Chip(22.5, 8),
-    "TPU v3": Chip(61.5, 16),
-    "TPU v4 lite": Chip(138, 8),
-    "TPU v4": Chip(275, 32),
-    "TPU v5 lite": Chip(197, 16),
-    "TPU v5e": Chip(197, 16),
-    "TPU v5p": Chip(459, 95),
-    "TPU v5": Chip(459, 95),
-    "TPU v6 lite": Chip(918, 32),
-    "TPU v6e": Chip(918, 32),
-    "H200 NVL": Chip(836, 141),
-    "H200": Chip(989, 141),
-    "H100 NVL": Chip(836, 94),
-    "H100 PCIe": Chip(756, 80),
-    "H100": Chip(989, 80),
-    "A100": Chip(312, 40),
-    "L4": Chip(121, 24),
-    "V100 PCIe": Chip(112, 16),
-    "V100": Chip(125, 16),
-    "T4": Chip(65, 16),
-}
+_TABLE = json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
+CHIPS = {name: Chip(*figures) for name, figures in _TABLE["chips"].items()}
 
 
 def find_chip(name: str) -> Chip | None:
-    """The chip that a name is of, e.g. "NVIDIA A100-SXM4-40GB", "TPU v5 lite" or "h100".
+    """The chip of a device's name, e.g. "NVIDIA A100-SXM4-40GB", "TPU v5 lite" or "h100".
 
     None for an unknown one, a CPU, or a part of a GPU (MIG).
     """
     words = set(re.findall(r"\w+", name.lower()))
-    for known, chip in CHIPS.items():
-        if set(known.lower().split()) <= words and "mig" not in words:
-            return chip
-    return None
+    fitting = (chip for known, chip in CHIPS.items() if set(known.lower().split()) <= words)
+    return None if "mig" in words else next(fitting, None)
 
 
 def chip_named(name: str) -> Chip:
@@ -67,30 +46,30 @@ def chip_named(name: str) -> Chip:
 
 
 def memory_stats(device: jax.Device) -> Mapping[str, int]:
-    """What a device tells of its memory; empty if its platform or allocator tells nothing."""
+    """What a device reports of its memory; empty if its platform or allocator reports nothing."""
     try:
         return device.memory_stats() or {}
     except RuntimeError:  # So say plugins that do not implement it.
         return {}
 
 
+def _memory_peaks() -> list[int]:
+    """The most bytes that the devices of this process have held, of those that report it."""
+    stats = map(memory_stats, jax.local_devices())
+    return [reported["peak_bytes_in_use"] for reported in stats if "peak_bytes_in_use" in reported]
+
+
 def untold() -> str:
-    """What `Usage` leaves out because the devices don't tell it; "" if nothing, or on CPUs, where
+    """What `Usage` leaves out because the devices don't report it; "" if nothing, or on CPUs, where
     these figures are never expected."""
     if jax.devices()[0].platform == "cpu":
         return ""
     kinds = dict.fromkeys(device.device_kind for device in jax.devices())
     unknown = [kind for kind in kinds if find_chip(kind) is None]
     found = [f"no time/mfu: the peak of {', '.join(unknown)} is not known"] if unknown else []
-    if not _peaks():
+    if not _memory_peaks():
         found.append("no time/memory_peak_gib: the devices do not tell their memory")
     return "; ".join(found)
-
-
-def _peaks() -> list[int]:
-    """The most bytes that the devices of this process have held, of those that tell."""
-    stats = map(memory_stats, jax.local_devices())
-    return [told["peak_bytes_in_use"] for told in stats if "peak_bytes_in_use" in told]
 
 
 class Usage:
@@ -101,13 +80,13 @@ class Usage:
     """
 
     def __init__(self, model: Any, image_shape: tuple[int, int, int]):
-        self._devices = jax.device_count()
+        height, width, channels = image_shape
         chips = [find_chip(device.device_kind) for device in jax.devices()]
-        self._share_of_peak = 0.0  # That an image a second makes.
+        self._mfu_of_one_image = 0.0  # At one image a second.
         if None not in chips:
-            *size, channels = image_shape
-            operations = training_flops(model, (size[0], size[1]), channels=channels)
-            self._share_of_peak = operations / (1e12 * sum(chip.tflops for chip in chips if chip))
+            peak = 1e12 * sum(chip.tflops for chip in chips if chip)
+            operations = training_flops(model, (height, width), channels=channels)
+            self._mfu_of_one_image = operations / peak
 
     def figures(self, images_per_s: float) -> dict[str, float]:
         """Figures by their names in metrics.jsonl.
@@ -119,10 +98,57 @@ class Usage:
         """
         values = {
             "time/images_per_s": images_per_s,
-            "time/images_per_s_per_device": images_per_s / self._devices,
+            "time/images_per_s_per_device": images_per_s / jax.device_count(),
         }
-        if self._share_of_peak:
-            values["time/mfu"] = images_per_s * self._share_of_peak
-        if peak := max(_peaks(), default=0):
+        if self._mfu_of_one_image:
+            values["time/mfu"] = images_per_s * self._mfu_of_one_image
+        if peak := max(_memory_peaks(), default=0):
             values["time/memory_peak_gib"] = peak / 2**30
         return {key: value for key, value in values.items() if not math.isnan(value)}
+
+
+def trace_folder(workdir: Path) -> Path:
+    """Where in a workdir this process writes its trace: files are named by the host, so that those
+    who share one with an earlier process need a folder of their own. All have to call it together.
+    """
+    hosts, me = allgather(platform.node()), jax.process_index()
+    own = [f"process_{me}"] if hosts[me] in hosts[:me] else []
+    return workdir.joinpath("profile", *own)
+
+
+class Profile(contextlib.AbstractContextManager):
+    """A trace of what host and devices do between two steps, for TensorBoard or Perfetto.
+
+    Args:
+      steps: (start, stop): from the end of step `start` to that of step `stop`; empty for none.
+      folder: gets plugins/profile/TIME/HOST.xplane.pb and a .trace.json.gz.
+    """
+
+    def __init__(self, steps: Sequence[int], folder: Path):
+        self._start, self._stop = steps or (0, 0)
+        self._folder = folder
+        self._running = False
+
+    def at(self, step: int, wait: Callable[[], None]) -> str:
+        """Starts or stops where that is due after `step`; `wait` is called first, which waits until
+        the devices have done the steps so far. What to tell: where a trace was just written, or why
+        there is none."""
+        due = self._start <= step < self._stop
+        if due == self._running:
+            return ""
+        wait()
+        try:
+            if due:
+                jax.profiler.start_trace(self._folder)
+            else:
+                jax.profiler.stop_trace()
+        except RuntimeError as e:  # Somebody else traces, or the platform has no profiler.
+            self._running, self._stop = False, self._start
+            return "no trace: " + str(e).partition("\n")[0]
+        self._running = due
+        return "" if due else f"a trace is in {self._folder}"
+
+    def __exit__(self, *exc: object) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

@@ -29,7 +29,7 @@ from vit_jax.training.state import TrainState, new_guard
 from vit_jax.training.step import make_step_from_config
 
 EVAL_BATCHES = 3  # That `evaluate` has on the device: two at work, one waiting.
-
+FEW = 8  # Images at once on a device; with fewer, it is hardly made use of.
 # What saves memory beside accum_steps, from what costs least time to what costs most.
 SAVINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -39,76 +39,25 @@ SAVINGS: tuple[dict[str, Any], ...] = (
     {"sharding": "fsdp", "scan_layers": True, "remat": "dots"},
     {"sharding": "fsdp", "scan_layers": True, "remat": "full"},
 )
-FEW = 8  # Images at once on a device; with fewer, it is hardly made use of.
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on each device while a step runs, or an evaluation.
-
-    Attributes:
-      parameters, optimizer: what lasts; the parameters twice if they are averaged.
-      gradients: as large as the parameters; 0 in an evaluation.
-      activations: all else that the program needs for the time it runs. Neither it nor the
-        gradients are known (None) if the compiler doesn't tell what the program needs.
-      batches: the batch at work, and those made ready ahead.
-    """
-
-    parameters: int
-    optimizer: int
-    gradients: int | None
-    activations: int | None
-    batches: int
-
-    @property
-    def total(self) -> int | None:
-        """The sum; None if a part is not known."""
-        parts = dataclasses.astuple(self)
-        return None if None in parts else sum(parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a run needs.
-
-    Attributes:
-      image_shape: (h, w, channels) of what the network sees.
-      flops_per_step: of the network's own operations, see `training_flops`.
-      training, evaluation: memory of each device.
-      accum_steps, batch_eval: of the configuration.
-      changes: {field: value} with which it fits into the memory that was given: none if it does as
-        it is; None if nothing that was tried does, no memory was given, or it is not known what
-        the run needs.
-    """
-
-    parameters: int
-    image_shape: tuple[int, int, int]
-    classes: int
-    devices: int
-    batch: int
-    total_steps: int
-    flops_per_step: float
-    training: Memory
-    evaluation: Memory
-    accum_steps: int
-    batch_eval: int
-    changes: Mapping[str, Any] | None = None
-
-    def seconds_per_step(self, tflops: float, mfu: float) -> float:
-        """Time of a step on devices that could do `tflops` TFLOP/s and do a share `mfu` of it."""
-        return self.flops_per_step / (self.devices * tflops * 1e12 * mfu)
-
-
-def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None = None) -> Plan:
+def plan(
+    config: ConfigDict, *, classes: int | None = None, memory: float | None = None
+) -> dict[str, Any]:
     """Plans a run on all devices of this process, of which only the number matters.
 
-    Programs are compiled; nothing is run but, on a GPU, a trial of cuDNN's attention. Memory is
-    counted as the compiler lays it out for the kind of the devices here.
+    Programs are compiled; nothing is run but, on a GPU, a trial of cuDNN's attention.
 
     Args:
       config: see `default_config`.
       classes: number of classes; by default of the data set, which then has to be there.
       memory: bytes of each device, to say what fits.
+
+    Returns:
+      "parameters", "picture_shape" (h, w, channels), "classes", "devices", "batch", "accum_steps",
+      "batch_eval" and "total_steps"; "flops_per_step", see `training_flops`; "training" and
+      "evaluation", see `_memory`; "memory" as given; "fits", None if that can't be known, and
+      "changes", the {field: value} with which it would, None if nothing that was tried helps.
 
     Raises UserError if the configuration makes no run, or the number of classes is not known.
     """
@@ -126,77 +75,35 @@ def plan(config: ConfigDict, *, classes: int | None = None, memory: float | None
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
     @functools.cache
-    def needs(phase: Callable[..., Memory], **fields: Any) -> Memory:
+    def needs(phase: str, **fields: Any) -> dict[str, int | None]:
         changed = config.copy_and_resolve_references()
         changed.update(fields)
-        return phase(dataclasses.replace(task, config=changed), model, params)
+        return _memory(phase, dataclasses.replace(task, config=changed), model, params)
 
     batch_eval = divisible(config.batch_eval)
-    found = Plan(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        image_shape=shape,
-        classes=len(task.labels),
-        devices=jax.device_count(),
-        batch=config.batch,
-        total_steps=config.total_steps,
-        flops_per_step=config.batch * training_flops(model, shape[:2], channels=shape[2]),
-        training=needs(_training, accum_steps=config.accum_steps),
-        evaluation=needs(_evaluation, batch_eval=batch_eval),
-        accum_steps=config.accum_steps,
-        batch_eval=batch_eval,
-    )
-    if memory is None or None in (found.training.total, found.evaluation.total):
-        return found
-    return dataclasses.replace(found, changes=_changes(config, needs, memory))
+    training = needs("training", accum_steps=config.accum_steps)
+    evaluation = needs("evaluation", batch_eval=batch_eval)
+    totals = [total for x in (training, evaluation) if (total := x["total"]) is not None]
+    fits = max(totals) <= memory if memory is not None and len(totals) == 2 else None
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "picture_shape": shape,
+        "classes": len(task.labels),
+        "devices": jax.device_count(),
+        "batch": config.batch,
+        "total_steps": config.total_steps,
+        "flops_per_step": config.batch * training_flops(model, shape[:2], channels=shape[2]),
+        "training": training,
+        "evaluation": evaluation,
+        "accum_steps": config.accum_steps,
+        "batch_eval": batch_eval,
+        "memory": memory,
+        "fits": fits,
+        "changes": None if memory is None or fits is None else _changes(config, needs, memory),
+    }
 
 
-def _changes(
-    config: ConfigDict, needs: Callable[..., Memory], memory: float
-) -> dict[str, Any] | None:
-    """Fields with which a run fits; see `Plan`."""
-    batch_eval = divisible(config.batch_eval)
-    a_device = config.batch // jax.device_count()
-    slices = [n for n in range(config.accum_steps, a_device + 1) if a_device % n == 0]
-    smaller = [divisible(batch_eval >> n) for n in range(batch_eval.bit_length())]
-
-    def first(phase: Callable, field: str, sizes: Sequence[int], saving: Mapping) -> int | None:
-        """The first of sizes, which need less and less, that fits."""
-        sizes = list(dict.fromkeys(sizes))
-
-        def fits(at: int) -> bool:
-            total = needs(phase, **saving, **{field: sizes[at]}).total
-            return total is not None and total <= memory
-
-        if not fits(-1):
-            return None
-        return sizes[bisect.bisect_left(range(len(sizes) - 1), True, key=fits)]
-
-    savings = [new for new in (_new(config, saving) for saving in SAVINGS) if new is not None]
-    if first(_training, "accum_steps", slices[-1:], savings[-1]) is None:
-        return None
-    few = min(FEW, a_device // config.accum_steps)
-    for least in (few, 1):
-        for saving in savings:
-            enough = [n for n in slices if a_device // n >= least]
-            accum_steps = first(_training, "accum_steps", enough, saving)
-            at_once = accum_steps and first(_evaluation, "batch_eval", smaller, saving)
-            if accum_steps and at_once:
-                changes = {**saving, "accum_steps": accum_steps, "batch_eval": at_once}
-                now = {**config, "batch_eval": batch_eval}
-                return {field: value for field, value in changes.items() if now[field] != value}
-    return None
-
-
-def _new(config: ConfigDict, saving: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What of a saving a configuration has not yet; None if it has all of it, or can't have it."""
-    shards = jax.device_count() > 1 and config.sharding == "replicate" and config.compile == "jit"
-    remats = list(REMAT).index(saving.get("remat", "none")) >= list(REMAT).index(config.remat)
-    if ("sharding" in saving and not shards) or ("remat" in saving and not remats):
-        return None
-    return {field: value for field, value in saving.items() if config[field] != value}
-
-
-def plan_for(config: ConfigDict, devices: int, **options: Any) -> Plan:
+def plan_for(config: ConfigDict, devices: int, **options: Any) -> dict[str, Any]:
     """Plans a run on so many CPU devices, simulated by another process; see `plan`.
 
     Whatever accelerator there is stays untouched.
@@ -212,14 +119,52 @@ def plan_for(config: ConfigDict, devices: int, **options: Any) -> Plan:
             ) from None
 
 
-def _plan_on(devices: int, config: str, options: dict[str, Any]) -> Plan:
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    count = "--xla_force_host_platform_device_count"
-    flags = [flag for flag in flags if not flag.startswith(count)]
-    # JAX is imported, but looks at the flags only when it is first asked for devices.
-    os.environ["XLA_FLAGS"] = " ".join([*flags, f"{count}={devices}"])
+def _plan_on(devices: int, config: str, options: dict[str, Any]) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
     return plan(config_from_json(config), **options)
+
+
+def _changes(
+    config: ConfigDict, needs: Callable[..., dict], memory: float
+) -> dict[str, Any] | None:
+    """Fields with which a run fits; see `plan`."""
+    now = {**config, "batch_eval": divisible(config.batch_eval)}
+    of_device = config.batch // jax.device_count()
+    slices = [n for n in range(config.accum_steps, of_device + 1) if of_device % n == 0]
+    halves = (now["batch_eval"] >> n for n in range(now["batch_eval"].bit_length()))
+    smaller = list(dict.fromkeys(map(divisible, halves)))
+
+    def first(phase: str, field: str, sizes: Sequence[int], saving: Mapping) -> int | None:
+        """The first of sizes, which need less and less, that fits."""
+
+        def fits(size: int) -> bool:
+            total = needs(phase, **saving, **{field: size})["total"]
+            return total is not None and total <= memory
+
+        return sizes[bisect.bisect_left(sizes[:-1], True, key=fits)] if fits(sizes[-1]) else None
+
+    savings = [new for saving in SAVINGS if (new := _new(config, saving)) is not None]
+    if first("training", "accum_steps", slices[-1:], savings[-1]) is None:
+        return None
+    for least in (min(FEW, of_device // config.accum_steps), 1):
+        for saving in savings:
+            enough = [n for n in slices if of_device // n >= least]
+            accum_steps = first("training", "accum_steps", enough, saving)
+            batch_eval = accum_steps and first("evaluation", "batch_eval", smaller, saving)
+            if batch_eval:
+                changes = {**saving, "accum_steps": accum_steps, "batch_eval": batch_eval}
+                return {field: value for field, value in changes.items() if now[field] != value}
+    return None
+
+
+def _new(config: ConfigDict, saving: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What of a saving a configuration has not yet; None if it has all of it, or can't have it."""
+    shards = jax.device_count() > 1 and config.sharding == "replicate" and config.compile == "jit"
+    remats = list(REMAT).index(saving.get("remat", "none")) >= list(REMAT).index(config.remat)
+    if ("sharding" in saving and not shards) or ("remat" in saving and not remats):
+        return None
+    return {field: value for field, value in saving.items() if config[field] != value}
 
 
 def _task(config: ConfigDict, classes: int | None) -> RunData:
@@ -246,21 +191,46 @@ def _task(config: ConfigDict, classes: int | None) -> RunData:
     return open_data(config, (source, source))
 
 
-def _batch(task: RunData, ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    blank = np.zeros((8, 8, task.train.channels), np.uint8)
-    dtype = ops(blank, np.random.default_rng(0)).dtype
-    label: Any = ((size,), jnp.int32)
-    if task.train.multi_label:
-        label = ((size, len(task.labels)), jnp.float32)
-    return {
-        "image": jax.ShapeDtypeStruct((size, *task.image_shape), dtype),
-        "label": jax.ShapeDtypeStruct(*label),
+def _memory(phase: str, task: RunData, model: Any, params: Any) -> dict[str, int | None]:
+    """Bytes on each device in the "training" or in an "evaluation", during which the optimizer and
+    the next training batches stay where they are.
+
+    Returns:
+      "parameters" (twice if they are averaged) and "optimizer", what lasts; "gradients", as large
+      as the parameters; "activations", all else that the compiled program needs; "batches", the one
+      at work and those made ready ahead; "total". None for what the compiler doesn't tell.
+    """
+    config = task.config.copy_and_resolve_references()
+    config.compile = "jit"  # The same program as of pmap, and one that can be looked at.
+    mesh, tx = make_mesh(config), make_optimizer(config, config.total_steps)
+    params = jax.eval_shape(lambda params: as_trained(config, model, params)[1], params)
+    model, _ = as_trained(config, model, {})
+    state = _state(config, tx, params, mesh)
+    batch = _batch(task, task.train_ops, config.batch)
+    batches = _bytes(batch, mesh) * (1 + config.prefetch)
+    if phase == "training":
+        step: Any = make_step_from_config(config, model, tx, mesh, task.value_range)
+        # What comes out takes the place of the state that goes in, but for the metrics.
+        temporary = _temporary(step.lower(state, batch).compile())
+        gradients = None if temporary is None else min(_bytes(state.params), temporary)
+    else:
+        batch = _batch(task, task.eval_ops, config.batch_eval)
+        batches += _bytes(batch, mesh) * EVAL_BATCHES
+        step = make_eval_step(model, mesh=mesh, loss=config.loss)
+        temporary, gradients = _temporary(step.lower(state.params, batch).compile()), 0
+    parameters = _bytes((state.params, state.ema))
+    needed = {
+        "parameters": parameters,
+        "optimizer": _bytes(state) - parameters,
+        "gradients": gradients,
+        "activations": None if temporary is None else temporary - (gradients or 0),
+        "batches": batches,
     }
+    return needed | {"total": None if temporary is None else sum(filter(None, needed.values()))}
 
 
-def _state(config: ConfigDict, params: Any) -> tuple[Any, TrainState]:
-    """The optimizer, and the shapes of the state before the first update with their places."""
-    tx = make_optimizer(config, config.total_steps)
+def _state(config: ConfigDict, tx: Any, params: Any, mesh: Any) -> TrainState:
+    """The shapes of the state before the first update, with their places."""
     state = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
         params=params,
@@ -269,54 +239,22 @@ def _state(config: ConfigDict, params: Any) -> tuple[Any, TrainState]:
         guard=new_guard(),
         ema=params if config.ema_decay else None,
     )
-    places = shardings(state, make_mesh(config))
-    return tx, jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        shardings(state, mesh),
     )
 
 
-def _as_trained(config: ConfigDict, model: Any, params: Any) -> tuple[Any, Any]:
-    """See `as_trained`; of shapes."""
-    stacked = jax.eval_shape(lambda params: as_trained(config, model, params)[1], params)
-    return as_trained(config, model, {})[0], stacked
-
-
-def _training(task: RunData, model: Any, params: Any) -> Memory:
-    config = task.config.copy_and_resolve_references()
-    config.compile = "jit"  # The same program, and one that can be looked at.
-    mesh = make_mesh(config)
-    model, params = _as_trained(config, model, params)
-    tx, state = _state(config, params)
-    batch = _batch(task, task.train_ops, config.batch)
-    step: Any = make_step_from_config(config, model, tx, mesh, task.value_range)
-    # What comes out takes the place of the state that goes in, but for the figures.
-    temporary = _temporary(step.lower(state, batch).compile())
-    weights = _bytes(state.params)
-    return Memory(
-        **_lasting(state),
-        gradients=None if temporary is None else min(weights, temporary),
-        activations=None if temporary is None else max(temporary - weights, 0),
-        # The one at work, and those that are there before they are needed: see `DevicePrefetcher`.
-        batches=_bytes(batch, mesh) * (1 + config.prefetch),
-    )
-
-
-def _evaluation(task: RunData, model: Any, params: Any) -> Memory:
-    """While an evaluation goes on, the optimizer and the next training batches stay where they
-    are."""
-    config = task.config
-    mesh = make_mesh(config)
-    model, params = _as_trained(config, model, params)
-    _, state = _state(config, params)
-    batch = _batch(task, task.eval_ops, config.batch_eval)
-    step: Any = make_eval_step(model, mesh=mesh, loss=config.loss)
-    ahead = _bytes(_batch(task, task.train_ops, config.batch), mesh) * (1 + config.prefetch)
-    return Memory(
-        **_lasting(state),
-        gradients=0,
-        activations=_temporary(step.lower(state.params, batch).compile()),
-        batches=_bytes(batch, mesh) * EVAL_BATCHES + ahead,
-    )
+def _batch(task: RunData, ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    blank = np.zeros((8, 8, task.train.channels), np.uint8)
+    dtype = ops(blank, np.random.default_rng(0)).dtype
+    several = task.train.multi_label
+    label = ((size, len(task.labels)), jnp.float32) if several else ((size,), jnp.int32)
+    return {
+        "image": jax.ShapeDtypeStruct((size, *task.image_shape), dtype),
+        "label": jax.ShapeDtypeStruct(*label),
+    }
 
 
 def _temporary(program: Any) -> int | None:
@@ -327,11 +265,6 @@ def _temporary(program: Any) -> int | None:
     except (AttributeError, RuntimeError):  # None, or a figure is not there; not implemented.
         return None
     return needed if needed > 0 else None  # TPUs have told zeros and -1.
-
-
-def _lasting(state: TrainState) -> dict[str, int]:
-    parameters = _bytes((state.params, state.ema))
-    return {"parameters": parameters, "optimizer": _bytes(state) - parameters}
 
 
 def _bytes(tree: Any, mesh: Any = None) -> int:

@@ -17,13 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from vit_jax.training.hardware import Usage
-from vit_jax.training.inputs import Clock
-from vit_jax.training.processes import (
+from vit_jax.training.distributed import (
     broadcast_from_main,
     is_main_process,
     raise_on_all_processes,
 )
+from vit_jax.training.hardware import Usage
+from vit_jax.training.inputs import Clock
 from vit_jax.training.state import new_guard
 from vit_jax.training.workdir import METRICS, MetricsWriter, read_metrics
 

@@ -35,7 +35,16 @@ from vit_jax.training.config import (
     weights_source,
     without_effect,
 )
-from vit_jax.training.hardware import Usage, untold
+from vit_jax.training.distributed import (
+    SharedStop,
+    StopSignal,
+    assert_equal_across_processes,
+    broadcast_from_main,
+    is_main_process,
+    raise_on_all_processes,
+    share_of_cores,
+)
+from vit_jax.training.hardware import Profile, Usage, trace_folder, untold
 from vit_jax.training.inputs import DevicePrefetcher, RunData, open_data, to_device
 from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.optimizer import make_optimizer
@@ -47,20 +56,9 @@ from vit_jax.training.outputs import (
     score_text,
     write_outputs,
 )
-from vit_jax.training.processes import (
-    SharedStop,
-    assert_equal_across_processes,
-    broadcast_from_main,
-    is_main_process,
-    raise_on_all_processes,
-    share_of_cores,
-)
-from vit_jax.training.profile import Profile, trace_folder
 from vit_jax.training.progress import RunLog
-from vit_jax.training.signals import StopRequest
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import MUST_BE_FINITE, Step, make_step_from_config
-from vit_jax.training.watch import Watch
 from vit_jax.training.workdir import (
     BEST_WEIGHTS,
     CHECKPOINTS,
@@ -86,7 +84,7 @@ def run(
 
     The workdir gets config.json, metrics.jsonl, TensorBoard events, checkpoints/, and at the end
     weights.npz with its weights.json (`vit_jax.load(workdir)`), report.html and report.png. SIGTERM
-    and Ctrl-C save and return. Of several processes (see `training.processes`) the first writes;
+    and Ctrl-C save and return. Of several processes (see `training.distributed`) the first writes;
     the others return the same.
 
     Args:
@@ -99,12 +97,11 @@ def run(
     or a disk that can't be written. What was saved before stays good.
     """
     folder, disk = epath.Path(workdir), full_disk_explained(f"the workdir {workdir}")
-    with StopRequest() as own_stop, disk, contextlib.ExitStack() as stack:
+    with StopSignal() as own_stop, disk, contextlib.ExitStack() as stack:
         with raise_on_all_processes():
             config = check_config(config)
             if sources:
                 config.dataset = sources[0].name + IN_MEMORY_SUFFIX
-        watch = stack.enter_context(Watch(config.silence_timeout))
         result = None
         with raise_on_all_processes():
             if is_main_process():
@@ -114,7 +111,7 @@ def run(
             return result
         assert_equal_across_processes({"in the workdir a lock of process": lock_holder(folder)})
 
-        context, state, scores, signal = train(config, folder, sources, own_stop, watch)
+        context, state, scores, signal = train(config, folder, sources, own_stop)
 
         step = int(state.step)
         vit = context.with_weights(state) if scores else None
@@ -142,8 +139,7 @@ def train(
     config: ConfigDict,
     folder: epath.Path,
     sources: tuple[Source, Source] | None,
-    own_stop: StopRequest,
-    watch: Watch,
+    own_stop: StopSignal,
 ) -> tuple["RunContext", TrainState, Scores | None, str | None]:
     """Trains to the last step or to a signal, the name of which is given; the state is then saved.
 
@@ -164,10 +160,9 @@ def train(
         batches = stack.enter_context(open_batches(context, step))
         unread: deque[UnreadStep] = deque()
         profile = stack.enter_context(Profile(config.profile, trace_folder(folder)))
-        stop = SharedStop(own_stop, context.mesh)
+        stop = SharedStop(own_stop)
         stack.callback(gc.unfreeze)
-        stack.push(watch.fail)
-        stack.enter_context(full_disk_explained(f"the workdir {folder}"))  # Before `watch.fail`.
+        stack.enter_context(full_disk_explained(f"the workdir {folder}"))
         log.say(context.introduction)
         if damaged:
             log.say(damaged)
@@ -176,7 +171,7 @@ def train(
         log.restart_clock(batches.clock)
 
         while True:
-            last, stopping = step == total, stop.check(wait=step == start)
+            last, stopping = step == total, stop.check()
             evaluates = last or is_due(step, config.eval_every)
             saves = last or is_due(step, config.checkpoint_every)
             saves |= rolls_back and checkpoints.latest is None

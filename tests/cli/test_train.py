@@ -1,4 +1,4 @@
-"""What the allocator is told, in processes of their own."""
+"""`vit-jax train` keeps memory between steps: what the allocator is told, in other processes."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ import pytest
 # Page faults while 256 MB are taken, written and given back, eight times over.
 CHILD = """
 import ctypes, fnmatch, resource
-from vit_jax import allocator
-allocator.glob.glob = lambda pattern: fnmatch.filter({found}, pattern)
-print(allocator.keep_memory())
+from vit_jax.cli import train
+train.glob.glob = lambda pattern: fnmatch.filter({found}, pattern)
+print(train.keep_memory())
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 size = ctypes.c_size_t(2**28)
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 def kept(found=(), **environment: str) -> tuple[bool, int]:
     """What `keep_memory` returns, and the page faults after the first block."""
-    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    path = {"PYTHONPATH": str(Path(__file__).parents[2])}
     lines = subprocess.run(
         [sys.executable, "-c", CHILD.format(found=[*found])],
         env=os.environ | path | environment,
@@ -64,9 +64,9 @@ def test_training_is_told_before_it_has_threads(tmp_path):
     """A heap for another thread would not be the one whose memory is kept."""
     child = (
         "import sys, threading\n"
-        "from vit_jax import allocator\n"
+        "from vit_jax.cli import train\n"
         "def keep(): print('numpy' in sys.modules, threading.active_count()); sys.exit()\n"
-        "allocator.keep_memory = keep\n"
+        "train.keep_memory = keep\n"
         "from vit_jax.cli import main\n"
         f"main(['train', '--config=digits', '--workdir={tmp_path}/run'])\n"
     )

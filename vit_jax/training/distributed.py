@@ -1,0 +1,303 @@
+"""Several processes that train together, on JAX's own distributed runtime.
+
+JAX finds the processes, watches them by heartbeats, and aborts all when one is lost. Here is what a
+run adds: its options, one line for each thing that goes wrong, and a stop at the same step.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vit_jax import data
+from vit_jax.errors import UserError
+from vit_jax.training.last_words import HOSTS
+
+INITIALIZATION_S = 300  # Until a process that has not come is given up.
+SHUTDOWN_S = 30  # That a process waits at its end for the others.
+GRACE_S = 10  # That one waits which fails while the others may go on.
+EXIT_AGAIN = 75  # Exit status: start the same command again.
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_timeout_s: float = 60.0,
+) -> None:
+    """Joins the processes of a run, before JAX looks at any device; a single one stays alone.
+
+    Args:
+      coordinator: "host:port" of process 0, on which it listens. With None for all three, JAX finds
+        the others of a TPU slice, of Slurm's or Open MPI's tasks (`jax.distributed.initialize`).
+      num_processes, process_id: their number, and the number of this one, from 0.
+      heartbeat_timeout_s: silence after which JAX gives a process up, and aborts all others.
+
+    Raises UserError if the options make no sense. If not all come within INITIALIZATION_S, JAX
+    aborts this process.
+    """
+    if (coordinator, num_processes, process_id) == (None, None, None):
+        # JAX would give the only task of Slurm or Open MPI one of its GPUs.
+        if "1" in map(os.environ.get, ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
+            return
+    elif coordinator is None or num_processes is None or process_id is None:
+        raise UserError(
+            "--coordinator, --num-processes and --process-id belong together: give all three"
+        )
+    else:
+        _check(coordinator, num_processes, process_id)
+        if num_processes == 1:
+            return
+        _explain_aborts(process_id, num_processes)
+    with warnings.catch_warnings():
+        # On Kubernetes JAX asks for a package, also of those who give the options.
+        warnings.simplefilter("ignore")
+        try:
+            jax.distributed.initialize(
+                *(coordinator, num_processes, process_id),
+                initialization_timeout=INITIALIZATION_S,
+                heartbeat_timeout_seconds=max(math.ceil(heartbeat_timeout_s), 1),
+                shutdown_timeout_seconds=SHUTDOWN_S,
+            )
+        except (OSError, ValueError, RuntimeError) as e:
+            # There are no others; a notebook service's TPU has no metadata server to ask for them.
+            if coordinator is None and (isinstance(e, OSError) or "should be defined" in str(e)):
+                return
+            raise UserError(
+                f"JAX can't find the other processes ({_first_line(e)}): give --coordinator, "
+                "--num-processes and --process-id; if there are none, --num-processes=1 "
+                "--process-id=0 --coordinator=localhost:1"
+            ) from e
+    if num_processes not in (None, jax.process_count()):
+        raise UserError(
+            f"process {process_id} of {num_processes} came to {jax.process_count()} processes: "
+            "give every process the same --num-processes and its own --process-id"
+        )
+    if jax.process_count() > 1:
+        if coordinator is None:
+            _explain_aborts(jax.process_index(), jax.process_count())
+        os.write(2, f"{HOSTS}{json.dumps(allgather(platform.node()))}\n".encode())
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator is {coordinator!r}, expected HOST:PORT of process 0")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process-id is {process_id} of --num-processes {num_processes}, expected 0 to "
+            f"{num_processes - 1}"
+        )
+    if process_id == 0 and num_processes > 1:
+        try:  # JAX would end by a segmentation fault.
+            socket.create_server(("", int(port))).close()
+        except OSError as e:
+            raise UserError(
+                f"process 0 can't listen on port {port} ({e.strerror}): choose another port in "
+                "--coordinator"
+            ) from e
+
+
+def _explain_aborts(process_id: int, num_processes: int) -> None:
+    """Has JAX's C++ code tell in one line why it aborts this process; see `last_words`.
+
+    Python keeps its standard output, which is for the result (Gloo prints there), and error.
+    """
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+    program = Path(__file__).with_name("last_words.py")
+    numbers = (process_id, num_processes, INITIALIZATION_S)
+    child = subprocess.Popen(
+        [sys.executable, "-I", str(program), *map(str, numbers)],
+        stdin=subprocess.PIPE,
+        stdout=2,
+        start_new_session=True,  # Ctrl-C and a launcher's kill are not for it: it ends by itself.
+    )
+    assert child.stdin is not None
+    for number in (1, 2):
+        os.dup2(child.stdin.fileno(), number)
+    child.stdin.close()
+
+
+@contextlib.contextmanager
+def exit_with_others(heartbeat_timeout_s: float) -> Iterator[None]:
+    """A block that the processes of a run leave together, or else end one by one.
+
+    An error is told, and the process ends with its status (2 for a UserError) even if the others
+    go on; JAX then aborts them. If the error is the loss of another process, JAX is waited for,
+    which knows which one. A single process sees nothing of all this.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
+            raise
+        status, text = 1, "".join(traceback.format_exception(error)).strip()
+        if lost := _lost_connection(error):
+            wait = max(math.ceil(heartbeat_timeout_s), 1) + GRACE_S
+            print(
+                f"vit-jax: the connection to another process is lost ({lost}): waiting up to "
+                f"{wait} s for JAX to say which",
+                file=sys.stderr,
+            )
+            time.sleep(wait)
+            status, text = EXIT_AGAIN, "vit-jax: JAX does not say: start the same command again"
+        elif isinstance(error, UserError):
+            status, text = 2, f"vit-jax: {error}"
+        elif isinstance(error, KeyboardInterrupt):
+            status, text = 130, "vit-jax: interrupted"
+        print(text, file=sys.stderr, flush=True)
+        shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        shutdown.start()
+        shutdown.join(GRACE_S)
+        if shutdown.is_alive():  # The others don't end.
+            os._exit(status)
+        raise SystemExit(status) from None
+
+
+def _lost_connection(error: BaseException | None) -> str:
+    """The first line about a communication that failed, of an error or those it comes from."""
+    while error is not None:
+        if re.search(r"gloo|nccl|coordination service", str(error), re.IGNORECASE):
+            return _first_line(error)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def allgather(value: Any) -> list[Any]:
+    """What each process has, in their order; JSON values. All have to call it together."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([text.size], np.int32)).ravel()
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def broadcast_from_main(value: Any) -> Any:
+    """The main process's value, a JSON value, in all. All have to call it together."""
+    return allgather(value if is_main_process() else None)[0]
+
+
+def share_of_cores() -> int:
+    """The cores for this process alone, if those of a machine are shared out among the processes
+    that were given them. All have to call it together."""
+    given = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    everyone = allgather([platform.node(), given])
+    users = Counter(core for host, cores in everyone if host == platform.node() for core in cores)
+    share = sum(1 / users[core] for core in given) / len(given)
+    return max(int(data.own_cores() * share + 1e-6), 1)
+
+
+@contextlib.contextmanager
+def raise_on_all_processes() -> Iterator[None]:
+    """A block without communication that all processes get through, or none: a UserError of one is
+    raised by all."""
+    error = None
+    try:
+        yield
+    except UserError as e:
+        error = e
+    problems = allgather(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for i, problem in enumerate(problems):
+        if problem is not None:
+            raise UserError(f"process {i}: {problem}")
+
+
+def assert_equal_across_processes(values: Mapping[str, Any]) -> None:
+    """Raises UserError, in all processes, naming what differs between two of them and where."""
+    everyone = allgather([platform.node(), {k: repr(v) for k, v in values.items()}])
+    host, first = everyone[0]
+    for i, (other_host, other) in enumerate(everyone):
+        for key in first | other:
+            if first.get(key) != other.get(key):
+                raise UserError(
+                    f"process {i} on {other_host} has {key} {other.get(key)}, process 0 on {host} "
+                    f"has {first.get(key)}: start all processes with the same command, code and "
+                    "data, and a workdir that all of them share"
+                )
+
+
+class StopSignal:
+    """A context in which SIGTERM and Ctrl-C don't kill, but are noted in `signal_name`.
+
+    A second Ctrl-C interrupts at once. Of several processes JAX notes SIGTERM, from `initialize`
+    on, and tells the others: see `SharedStop`. Outside the main thread, where Python allows no
+    handlers, signals are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            handled = [signal.SIGINT, *[signal.SIGTERM] * (jax.process_count() == 1)]
+            self._before = {number: signal.signal(number, self._note) for number in handled}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # For JAX.
+
+
+class SharedStop:
+    """A `StopSignal` of any process, noticed by all of them at the same call of `check`."""
+
+    def __init__(self, own: StopSignal):
+        self._own, self._calls = own, 0
+        self.signal_name: str | None = None
+
+    def check(self) -> bool:
+        """Whether to stop. All processes have to call it alike: JAX counts the calls, and chooses
+        the next one that none of them has made."""
+        if self.signal_name is None:
+            if jax.process_count() == 1:
+                self.signal_name = self._own.signal_name
+            elif multihost_utils.reached_preemption_sync_point(self._calls):
+                names = allgather(self._own.signal_name)
+                self.signal_name = next(filter(None, names), "SIGTERM")
+            self._calls += 1
+        return self.signal_name is not None
