@@ -45,6 +45,7 @@ def emulator() -> Iterator[dict[str, str]]:
 
 def _serve(port: int) -> None:
     import json
+    import logging
     import threading
     from functools import partial
     from http import HTTPStatus, server
@@ -118,7 +119,7 @@ def _serve(port: int) -> None:
             return handle(self, method)
 
     emulator.Router.handle = handle_alone
-    emulator.logger.disabled = True  # That of each thing that is not there.
+    logging.disable()  # It tells of each thing that is not there.
 
     class Server(server.ThreadingHTTPServer):
         request_queue_size = 128
