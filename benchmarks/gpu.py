@@ -458,7 +458,7 @@ class Ours:
         import numpy as np
 
         from vit_jax.training import TrainState
-        from vit_jax.training.guard import new_guard
+        from vit_jax.training.state import new_guard
 
         net, tx = self._networks[network], self._optimizer(variant)
 

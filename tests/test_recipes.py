@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from vit_jax import cli, load
-from vit_jax.training.metrics import read_metrics
+from vit_jax.training.workdir import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = REPOSITORY / "scripts"

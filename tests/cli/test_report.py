@@ -9,7 +9,7 @@ from PIL import Image
 from tests.cli.conftest import write_images
 from tests.training.conftest import TINY
 from vit_jax.cli import main
-from vit_jax.training.metrics import read_metrics
+from vit_jax.training.workdir import read_metrics
 
 
 @pytest.fixture

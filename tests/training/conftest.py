@@ -1,5 +1,6 @@
 """Fixtures of the tests of training."""
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vit_jax.training import outcome as outcome_module
-from vit_jax.training import run
+from vit_jax.training import outputs, run
 from vit_jax.training.options import load_config, override
 
+# The module; `training.run` is the function.
+run_module = importlib.import_module("vit_jax.training.run")
 TINY = Path(__file__).resolve().parents[1] / "tiny.py"
 
 
@@ -74,7 +76,7 @@ def outcome():
 @pytest.fixture
 def no_image(monkeypatch):
     """Drawing the report takes most of so small a run; the first of all draws it."""
-    monkeypatch.setattr(outcome_module, "write_report", lambda report, path: path.touch())
+    monkeypatch.setattr(outputs, "write_report", lambda report, path: path.touch())
 
 
 @pytest.fixture(scope="session")

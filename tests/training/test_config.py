@@ -9,12 +9,14 @@ from vit_jax.training.config import (
     config_from_json,
     config_to_json,
     differing_fields,
+    eval_spec,
     flatten,
+    mixup,
+    train_spec,
     weights_source,
     without_effect,
 )
 from vit_jax.training.options import find_config_file, load_config, override
-from vit_jax.training.task import eval_spec, mixup, train_spec
 
 
 def changed(*options):

@@ -15,8 +15,8 @@ from tests.cli.conftest import write_images
 from vit_jax.cli import main
 from vit_jax.data import AUGREG
 from vit_jax.training import default_config
-from vit_jax.training.config import flatten
-from vit_jax.training.fields import CHOICES, LIMITS, model_fields
+from vit_jax.training.config import FIELD as TABLE
+from vit_jax.training.config import MODEL_SIZES, flatten, model_fields
 
 PLAIN = Path(__file__).resolve().parent / "plain.py"
 
@@ -162,7 +162,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "3": "config.batch 16 is not divisible by config.accum_steps 3",
         "32": "config.batch 16 is not divisible by config.accum_steps 32",
     },
-    "sharding": dict.fromkeys(CHOICES["sharding"], SAME),
+    "sharding": dict.fromkeys(TABLE["sharding"].values, SAME),
     "compile": {"jit": SAME, "pmap": SAME},
     "compile_cache": {
         "off": says("compiled programs are not kept"),
@@ -170,7 +170,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "{table}": says("compiled programs are not kept: {table} can't be written"),
     },
     "scan_layers": {"true": SAME, "false": SAME, "maybe": "config.scan_layers is 'maybe'"},
-    "remat": dict.fromkeys(CHOICES["remat"], SAME),
+    "remat": dict.fromkeys(TABLE["remat"].values, SAME),
     "attention": {"auto": SAME, "xla": SAME, "cudnn": "config.attention is cudnn, but "},
     "optim": {"sgd": SAME, "adamw": OTHER},
     "momentum": {"0": OTHER, "0.999": OTHER},
@@ -179,7 +179,9 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
     "b2": {"0": says("no effect has config.b2 0.0 (config.optim is sgd)"), "0.999": SAME},
     "weight_decay": {"0": SAME, "0.1": OTHER},
     "base_lr": {"0": OTHER, "1": OTHER, "1e30": "became inf"},
-    "decay_type": {name: SAME if name == "cosine" else OTHER for name in CHOICES["decay_type"]},
+    "decay_type": {
+        name: SAME if name == "cosine" else OTHER for name in TABLE["decay_type"].values
+    },
     "warmup_steps": {
         "0": SAME,
         "1": OTHER,
@@ -207,7 +209,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
     "threads": {"0": SAME, "1": SAME, "3": SAME},
     "workers": {"-1": SAME, "0": SAME, "2": SAME},
     "image_dtype": {"uint8": SAME, "float32": OTHER},
-    "on_bad_step": dict.fromkeys(CHOICES["on_bad_step"], SAME),
+    "on_bad_step": dict.fromkeys(TABLE["on_bad_step"].values, SAME),
     "spike": {"0": SAME, "10": SAME, "1": "config.spike is 1.0, and a usual gradient is 1 times"},
     "silence_timeout": {"1": SAME, "599.9": SAME},
 }
@@ -260,8 +262,9 @@ def change(workdir: Path, plain: Path) -> float:
 def test_the_table_has_every_field_and_every_choice():
     known = {name.removeprefix("config.") for name in flatten(default_config())}
     assert FIELDS.keys() == known | {f"model.{name}" for name in model_fields()}
-    for field, choices in (CHOICES | {"augment": tuple(AUGREG)}).items():
-        assert FIELDS[field].keys() == set(choices)
+    for field in TABLE.values():
+        if field.values and isinstance(field.default, str):
+            assert FIELDS[field.name].keys() == set(field.values)
     assert all(value in FIELDS[field] for field, value in FAST)
 
 
@@ -307,7 +310,9 @@ def test_a_field_set_alone_trains_or_is_refused_in_one_line(field, value, plain,
 
 def beyond():
     """Numbers that a field may not have."""
-    for field, (least, bound) in LIMITS.items():
+    numbers = (f for f in TABLE.values() if f.values and not isinstance(f.default, str))
+    limits = {field.name: field.values for field in numbers}
+    for field, (least, bound) in (limits | dict.fromkeys(MODEL_SIZES, (1, math.inf))).items():
         yield field, str(least - 1)
         yield field, "1e999" if bound == math.inf else str(bound)
         yield field, "nan"

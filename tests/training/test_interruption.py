@@ -24,8 +24,8 @@ from vit_jax.data import open_source
 from vit_jax.errors import UserError
 from vit_jax.evaluation.images import evaluate_images
 from vit_jax.training import run
-from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.metrics import read_metrics
+from vit_jax.training.checkpoints import Checkpoints
+from vit_jax.training.workdir import read_metrics
 
 TINY = Path(__file__).resolve().parents[1] / "tiny.py"
 PATIENCE = 120  # Seconds until a process that shows no sign of life fails a test.

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import vit_jax
+from tests.training.conftest import run_module
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
-from vit_jax.training import make_optimizer, run, trainer
-from vit_jax.training.feed import DevicePrefetcher
-from vit_jax.training.task import Task
+from vit_jax.training import make_optimizer, run
+from vit_jax.training.inputs import DevicePrefetcher, RunData
 
 SHORT = (
     *("total_steps=6", "eval_every=3", "checkpoint_every=4", "progress_every=3"),
@@ -155,9 +155,9 @@ def test_a_run_compiles_once_moves_nothing_unasked_and_waits_where_it_tells_some
         return last
 
     last = None
-    real_step_of, array = trainer.step_of, type(jnp.zeros(()))
+    real_step_of, array = run_module.make_step_from_config, type(jnp.zeros(()))
     real_result, real_watch = Future.result, DevicePrefetcher.watch
-    monkeypatch.setattr(trainer, "step_of", step_of)
+    monkeypatch.setattr(run_module, "make_step_from_config", step_of)
     monkeypatch.setattr(Future, "result", result)
     monkeypatch.setattr(DevicePrefetcher, "watch", watch)
     for name in ("block_until_ready", "device_get"):
@@ -200,9 +200,9 @@ def test_a_run_has_no_more_than_prefetch_batches_beside_the_one_at_work(
             counts.append(asked - sum(loss.is_ready() for loss in losses))
             yield batch
 
-    real_step_of, real_batches = trainer.step_of, Task.train_batches
-    monkeypatch.setattr(trainer, "step_of", step_of)
-    monkeypatch.setattr(Task, "train_batches", train_batches)
+    real_step_of, real_batches = run_module.make_step_from_config, RunData.train_batches
+    monkeypatch.setattr(run_module, "make_step_from_config", step_of)
+    monkeypatch.setattr(RunData, "train_batches", train_batches)
     run(tiny("prefetch=3"), tmp_path / "run")
     assert len(losses) == 40
     assert max(counts) == 4

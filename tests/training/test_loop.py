@@ -11,9 +11,9 @@ from vit_jax.checkpoints import open_arrays
 from vit_jax.errors import UserError
 from vit_jax.evaluation.images import evaluate_images
 from vit_jax.training import run
-from vit_jax.training.feed import DevicePrefetcher
-from vit_jax.training.metrics import read_metrics
-from vit_jax.training.review import review
+from vit_jax.training.inputs import DevicePrefetcher
+from vit_jax.training.outputs import evaluate_workdir
+from vit_jax.training.workdir import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_image")
 
@@ -88,7 +88,7 @@ def test_averaged_weights_are_evaluated_and_left(tiny, tmp_path):
     assert best.top1 == max(x["test/top1"] for x in tests)
 
     (tmp_path / "weights.npz").unlink()
-    assert review(tmp_path).scores.loss == pytest.approx(scores.loss, rel=1e-6)
+    assert evaluate_workdir(tmp_path).scores.loss == pytest.approx(scores.loss, rel=1e-6)
     with pytest.raises(
         UserError, match=r"another configuration \(config\.ema_decay 0\.8 -> 0\.0; "
     ):

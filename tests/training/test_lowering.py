@@ -22,7 +22,7 @@ from vit_jax.models.blocks import BlockLoop, stack_blocks
 from vit_jax.models.kernels import CUDNN, Kernels, choose_kernels, cpu_kernels
 from vit_jax.sharding import shardings
 from vit_jax.training import TrainState, default_config, make_mesh, make_optimizer, make_train_step
-from vit_jax.training.guard import new_guard
+from vit_jax.training.state import new_guard
 
 # Wide enough for some weights to be split over 8 devices.
 VIT = dict(patch_size=(4, 4), hidden_size=128, num_layers=2, num_heads=2, mlp_dim=256)

@@ -11,13 +11,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.training.test_fields import PLAIN
-from vit_jax.training.fields import CHOICES
+from vit_jax.training.config import FIELD
 
 # An empty text leaves the field at its default.
 VALUES = {
-    **{name: CHOICES[name] for name in ("sharding", "remat", "on_bad_step", "decay_type")},
-    **{name: CHOICES[name] for name in ("dtype", "image_dtype", "optim", "optim_dtype", "loss")},
-    "compile": CHOICES["compile"],
+    **{name: FIELD[name].values for name in ("sharding", "remat", "on_bad_step", "decay_type")},
+    **{
+        name: FIELD[name].values
+        for name in ("dtype", "image_dtype", "optim", "optim_dtype", "loss")
+    },
+    "compile": FIELD["compile"].values,
     "augment": ("none", "light1", "strong1"),
     "workers": ("", "0", "2"),
     "accum_steps": ("1", "4"),
@@ -95,11 +98,11 @@ RUNS = """
     import json, sys
     import jax
     from vit_jax.cli import main
-    from vit_jax.training import outcome
+    from vit_jax.training import outputs
 
     if __name__ == "__main__":
         assert jax.device_count() == 2
-        outcome.write_report = lambda report, path: path.touch()  # Most of the time of such a run.
+        outputs.write_report = lambda report, path: path.touch()  # Most of the time of such a run.
         for row in map(json.loads, sys.stdin):
             print(json.dumps(["status", main(row)]), flush=True)
 """

@@ -13,11 +13,12 @@ from vit_jax.errors import UserError
 from vit_jax.sharding import batch_sharding, make_mesh
 from vit_jax.training import TrainState, make_optimizer
 from vit_jax.training import plan as plan_module
+from vit_jax.training.inputs import open_data
 from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.options import load_config, override
 from vit_jax.training.plan import plan, plan_for
-from vit_jax.training.task import open_task
-from vit_jax.training.trainer import kernels_of, step_of
+from vit_jax.training.run import choose_kernels_from_config
+from vit_jax.training.step import make_step_from_config
 
 
 def config_of(*fields):
@@ -47,18 +48,18 @@ CONFIGS = {
 
 def real_step(config):
     """The step that a run compiles, its state and its first batch."""
-    task = open_task(config)
+    task = open_data(config)
     vit = make_network(config, image_shape=task.image_shape, labels=task.labels, preprocess="")
     mesh = make_mesh(config)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
-    kernels, _ = kernels_of(config, model, task.image_shape[:2], mesh)
+    kernels, _ = choose_kernels_from_config(config, model, task.image_shape[:2], mesh)
     model = model.clone(kernels=kernels)
     state = TrainState.create(params=params, tx=tx, mesh=mesh, ema=config.ema_decay > 0)
     batches = task.train_batches(0)
     batch = jax.device_put(next(batches), batch_sharding(mesh))
     batches.close()
-    return step_of(task, model, tx, mesh), state, batch
+    return make_step_from_config(task.config, model, tx, mesh, task.value_range), state, batch
 
 
 def nbytes(tree):

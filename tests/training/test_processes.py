@@ -16,8 +16,8 @@ from tests.group import TINY, Group, free_port
 from vit_jax import load
 from vit_jax.errors import UserError
 from vit_jax.training import processes, run
-from vit_jax.training.metrics import read_metrics
 from vit_jax.training.options import load_config, override
+from vit_jax.training.workdir import read_metrics
 
 # Wide enough that a layer is split; exact momentum, so that only sums are rounded differently; test
 # images in a number that no number of devices divides.

@@ -14,10 +14,9 @@ from tests.training.conftest import TINY
 from vit_jax import data
 from vit_jax.cli import main
 from vit_jax.errors import UserError
-from vit_jax.training import outcome as outcome_module
-from vit_jax.training import run
+from vit_jax.training import outputs, run
+from vit_jax.training.inputs import open_data
 from vit_jax.training.options import load_config, override
-from vit_jax.training.task import open_task
 from vit_jax.training.workdir import read_config
 
 FIELDS = (
@@ -30,7 +29,7 @@ FIELDS = (
 
 @pytest.fixture(autouse=True)
 def _no_image(monkeypatch):
-    monkeypatch.setattr(outcome_module, "write_report", lambda report, path: path.touch())
+    monkeypatch.setattr(outputs, "write_report", lambda report, path: path.touch())
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,7 @@ def test_so_are_those_of_arrays_in_memory(photos, from_folder, tiny, tmp_path, o
 def test_crops_need_no_resize_before_them(train, evaluation, tiny):
     evaluation += "|resize(16)|gray" if "gray" in train else ""
     source = data.from_arrays(np.zeros((4, 40, 60, 3), np.uint8), [0, 1, 0, 1])
-    task = open_task(tiny(f"pp.train={train}", f"pp.eval={evaluation}"), (source, source))
+    task = open_data(tiny(f"pp.train={train}", f"pp.eval={evaluation}"), (source, source))
     for batches in (task.train_batches(0), task.eval_batches()):
         with contextlib.closing(batches):
             assert next(batches)["image"].shape[1:] == task.image_shape

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from tests.training.conftest import TINY
+from tests.training.conftest import TINY, run_module
 from vit_jax import data
 from vit_jax.errors import UserError
-from vit_jax.training import processes, run, trainer
-from vit_jax.training.task import open_task
+from vit_jax.training import processes, run
+from vit_jax.training.inputs import open_data
 
 
 def readers(config, cores, sources=None):
-    return [str(chosen) for chosen in open_task(config, sources, cores).readers]
+    return [str(chosen) for chosen in open_data(config, sources, cores).readers]
 
 
 def test_by_default_processes_train_where_there_are_more_than_two_cores(tiny):
@@ -42,7 +42,7 @@ def test_the_first_line_of_a_run_says_who_reads_and_why_no_others(
             return digits.read_key(key)
 
     source = replace(digits, read_key=read)
-    monkeypatch.setattr(trainer, "share_of_cores", lambda: 3)
+    monkeypatch.setattr(run_module, "share_of_cores", lambda: 3)
     fields = ("total_steps=1", "warmup_steps=0", "eval_every=0")
     run(tiny(*fields, "threads=0"), tmp_path / "run", sources=(source, source))
     first = capsys.readouterr().err.splitlines()[0]
@@ -119,6 +119,6 @@ def test_a_script_that_nothing_guards_trains_with_worker_processes(tmp_path):
 def test_processes_of_one_machine_share_its_cores_out(own, others, share, monkeypatch):
     monkeypatch.setattr(processes.platform, "node", lambda: "here")
     monkeypatch.setattr(processes.os, "sched_getaffinity", lambda pid: set(own))
-    monkeypatch.setattr(processes, "gather", lambda value: [value, *others])
+    monkeypatch.setattr(processes, "allgather", lambda value: [value, *others])
     monkeypatch.setattr(data.cores, "_QUOTA", "/nowhere")
     assert processes.share_of_cores() == share

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.training.conftest import run_module
 from vit_jax import data, load
 from vit_jax.errors import UserError
 from vit_jax.evaluation.images import evaluate_images
-from vit_jax.training import TrainState, default_config, make_optimizer, run, trainer
-from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.metrics import read_metrics
+from vit_jax.training import TrainState, default_config, make_optimizer, run
+from vit_jax.training.checkpoints import Checkpoints
+from vit_jax.training.inputs import RunData
 from vit_jax.training.optimizer import schedule_of
 from vit_jax.training.signals import StopRequest
-from vit_jax.training.task import Task
+from vit_jax.training.workdir import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_image")
 
@@ -173,7 +174,7 @@ class _Interrupted:
 
     @staticmethod
     def in_step(monkeypatch, step):
-        make = trainer.make_train_step
+        make = run_module.make_step_from_config
 
         def make_interrupting(*args, **kwargs):
             train_step = make(*args, **kwargs)
@@ -186,11 +187,11 @@ class _Interrupted:
 
             return interrupting
 
-        monkeypatch.setattr(trainer, "make_train_step", make_interrupting)
+        monkeypatch.setattr(run_module, "make_step_from_config", make_interrupting)
 
     @staticmethod
     def in_evaluation(monkeypatch, number, after_batches):
-        read, count = Task.eval_batches, 0
+        read, count = RunData.eval_batches, 0
 
         def interrupting(self):
             nonlocal count
@@ -202,7 +203,7 @@ class _Interrupted:
             if count == number and i + 1 == after_batches:
                 signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(Task, "eval_batches", interrupting)
+        monkeypatch.setattr(RunData, "eval_batches", interrupting)
 
 
 @pytest.mark.parametrize("step", [1, 13, 20, 39])
@@ -245,7 +246,7 @@ def test_a_kill_before_the_weights_are_written_costs_only_an_evaluation(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "finish", killed)
+        patch.setattr(run_module, "write_outputs", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tiny(), tmp_path)
     assert run(tiny(), tmp_path).finished
@@ -345,15 +346,15 @@ def test_what_others_log_is_heard_again_after_a_run(tmp_path):
     assert log.level == before
 
 
-@pytest.mark.parametrize("moment", ["open_task", "make_network", "claim_workdir"])
+@pytest.mark.parametrize("moment", ["open_data", "make_network", "write_config"])
 def test_a_stop_while_a_run_starts_is_heeded(moment, tiny, tmp_path, monkeypatch, capsys):
-    begin = getattr(trainer, moment)
+    begin = getattr(run_module, moment)
 
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
         return begin(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, moment, interrupted)
+    monkeypatch.setattr(run_module, moment, interrupted)
     result = run(tiny(), tmp_path)
     assert (result.step, result.finished) == (0, False)
     assert "stopped by SIGTERM at step 0 of 40, nothing to save yet: start" in result.summary

@@ -164,9 +164,8 @@ def show(args: argparse.Namespace) -> None:
     from vit_jax import data
     from vit_jax.data.show import draw_page
     from vit_jax.errors import UserError
-    from vit_jax.training import check_config, default_config
+    from vit_jax.training.config import check_config, default_config, mixup, train_spec
     from vit_jax.training.mixing import mix_images
-    from vit_jax.training.task import mixup, train_spec
 
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}")

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.errors import UserError
     from vit_jax.evaluation.report import write_report
     from vit_jax.page import kind_of
-    from vit_jax.training.review import review
+    from vit_jax.training.outputs import evaluate_workdir
     from vit_jax.training.workdir import PAGE, REPORT
 
     folder = Path(args.workdir)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     kind_of(paths[0])  # What can't be written is told before the work.
     if args.out and not paths[0].parent.is_dir():
         raise UserError(f"{args.out}: there is no folder {paths[0].parent}: make it first")
-    report = review(folder, batch_size=args.batch)
+    report = evaluate_workdir(folder, batch_size=args.batch)
     for path in paths:
         write_report(report, path)
     scores, files = report.scores, [str(path) for path in paths]

@@ -55,13 +55,12 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.workdir:
         raise UserError("--workdir is empty: name the folder of this run")
-    connect(args.coordinator, args.num_processes, args.process_id)
     recipe = args.config if args.data is None else f"finetune_folder:{args.data}"
-    config = load_config(recipe)
-    fields = list(args.fields)
-    if args.weights:
-        fields.append(f"--config.model_or_filename={args.weights}")
-    result = training.run(override(config, fields), args.workdir)
+    weights = [f"--config.model_or_filename={args.weights}"] if args.weights else []
+    # Before the others are waited for, whose time-out is one of its fields.
+    config = override(load_config(recipe), [*args.fields, *weights])
+    connect(args.coordinator, args.num_processes, args.process_id)
+    result = training.run(config, args.workdir)
     if is_main_process():
         print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
     return 0 if result.finished else EXIT_INTERRUPTED

@@ -1,17 +1,31 @@
-"""How batches change weights: state, step, optimizer, parallelism, the loop."""
+"""How batches change weights: state, step, optimizer, parallelism, the run.
 
+Names are looked up on first use: `vit-jax train --help` needs the table of fields alone.
+"""
+
+import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vit_jax.sharding import make_mesh
-from vit_jax.training.config import check_config
-from vit_jax.training.fields import default_config
-from vit_jax.training.optimizer import make_optimizer, make_schedule
-from vit_jax.training.state import TrainState
-from vit_jax.training.step import make_train_step
-
 if TYPE_CHECKING:
-    from vit_jax.training.trainer import run
+    from vit_jax.sharding import make_mesh
+    from vit_jax.training.config import check_config, default_config
+    from vit_jax.training.optimizer import make_optimizer, make_schedule
+    from vit_jax.training.run import run
+    from vit_jax.training.state import TrainState
+    from vit_jax.training.step import make_train_step
 
+_HOMES = {
+    "TrainState": "training.state",
+    "check_config": "training.config",
+    "default_config": "training.config",
+    "make_mesh": "sharding",
+    "make_optimizer": "training.optimizer",
+    "make_schedule": "training.optimizer",
+    "make_train_step": "training.step",
+    "run": "training.run",
+}
 __all__ = [
     "TrainState",
     "check_config",
@@ -24,9 +38,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "run":  # The only one that needs data and checkpoints, which are slow to import.
-        from vit_jax.training.trainer import run
+class _Package(ModuleType):
+    """`training.run` is the function, whoever imports the file of that name."""
 
-        return run
-    raise AttributeError(f"module 'vit_jax.training' has no attribute {name!r}")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "run" or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vit_jax.training' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vit_jax.{_HOMES[name]}"), name)

@@ -1,27 +1,168 @@
-"""The check of a training configuration that a user wrote, and its forms as text."""
+"""The configuration of a run: one table of its fields, and the check of what a user wrote.
+
+Nothing slow is imported with this module: `vit-jax train --help` lists the fields.
+"""
 
 import difflib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from vit_jax import data
-from vit_jax.checkpoints import ENDINGS, split_tower
 from vit_jax.errors import UserError
-from vit_jax.training.fields import (
-    ALIASES,
-    CHOICES,
-    FREE_FIELDS,
-    LIMITS,
-    default_config,
-    model_fields,
+
+
+class Field(NamedTuple):
+    """One field of a configuration.
+
+    Attributes:
+      name: without "config.".
+      default: its value if nobody gives one; its type is the field's.
+      values: the choices; or (least, bound) of a number, least <= value < bound; or any if empty.
+      changes: whether a run may go on with another value: "" no; "run" yes, if all processes have
+        the same; "process" yes, and each process may have its own.
+      help: what it means, in a line.
+    """
+
+    name: str
+    default: Any
+    values: tuple[Any, ...]
+    changes: str
+    help: str
+
+    @property
+    def expected(self) -> str:
+        """The values that it may have, in words; "" for any."""
+        if not self.values or isinstance(self.values[0], str):
+            return f"one of {', '.join(self.values)}" if self.values else ""
+        least, bound = self.values
+        return f"at least {least}" if bound == math.inf else f"{least} <= value < {bound}"
+
+
+POSITIVE, NOT_NEGATIVE, SHARE = (1, math.inf), (0, math.inf), (0, 1)
+AUGMENTS = ("none", "light1", "light2", "medium1", "medium2", "strong1", "strong2")
+# The defaults are the original's fine-tuning recipe where it has one.
+FIELDS = [
+    Field("seed", 0, (0, 2**32), "", "with the step and a place it decides everything random"),
+    # What is trained: any other field of the network may be given in `model` too.
+    Field("model.name", "", (), "", "a model; with weights, they have to be of that model"),
+    Field("model.dropout_rate", 0.0, SHARE, "", "of tokens and in the MLP"),
+    Field("model.attention_dropout_rate", 0.0, SHARE, "", "of attention's weights"),
+    Field("model.stochastic_depth_rate", 0.0, SHARE, "", "of the last block, growing from 0"),
+    Field("model_or_filename", "", (), "", "weights to start from: a file, a workdir, a name"),
+    Field("pretrained_dir", "", (), "", "where such files lie; alone: that of model.name in it"),
+    Field("dtype", "float32", ("float32", "bfloat16"), "", "of activations; weights are float32"),
+    # The data.
+    Field("dataset", "digits", (), "", "a folder of images, a table, a TFDS name: docs/data.md"),
+    Field("tfds_data_dir", "", (), "process", "of TFDS; empty for ~/tensorflow_datasets"),
+    Field("tfds_manual_dir", "", (), "process", "archives for TFDS, downloaded by hand"),
+    Field("corrupt", "error", ("error", "skip"), "process", "for an image that can't be read"),
+    Field("splits.train", "train", (), "", 'images to train on, e.g. "train[:98%]"'),
+    Field("splits.test", "test", (), "", "images to evaluate on"),
+    Field("pp.train", "", (), "", "operations on an image; empty: random crop, flip, augment"),
+    Field("pp.eval", "", (), "", "operations in evaluation; empty: resize to crop, or see resize"),
+    Field("pp.crop", 224, POSITIVE, "", "height and width of what the model sees, in pixels"),
+    Field("pp.resize", 0, NOT_NEGATIVE, "", "pixels of the shorter side before a central crop"),
+    Field("augment", "none", AUGMENTS, "", "RandAugment and mixup by a name of AugReg's"),
+    Field("mixup", 0.0, NOT_NEGATIVE, "", "of its Beta distribution; 0: what augment says"),
+    Field("cutmix", 0.0, NOT_NEGATIVE, "", "of its Beta distribution; 0 for none"),
+    # How long, and how much at once.
+    Field("total_steps", 10_000, POSITIVE, "", "updates of the weights"),
+    Field("batch", 512, POSITIVE, "", "images of a step, over all devices"),
+    Field("batch_eval", 512, POSITIVE, "", "images at once in an evaluation, over all devices"),
+    Field("accum_steps", 8, POSITIVE, "", "slices of a batch, one after the other: saves memory"),
+    # How it is computed.
+    Field(
+        *("sharding", "replicate", ("replicate", "fsdp", "hybrid"), "run"),
+        "weights whole on each device, in parts over all, or over those of a process",
+    ),
+    Field("compile", "jit", ("jit", "pmap"), "", "pmap: data parallelism in one process"),
+    Field("compile_cache", "", (), "process", 'folder of compiled programs; "off" for none'),
+    Field("scan_layers", False, (), "", "compile one block and a loop, not each block"),
+    Field("remat", "none", ("none", "dots", "full"), "run", "what is computed twice: saves memory"),
+    Field("attention", "auto", ("auto", "xla", "cudnn"), "run", "auto: cudnn where it is faster"),
+    # The optimizer.
+    Field("optim", "sgd", ("sgd", "adamw"), "", "the optimizer"),
+    Field("momentum", 0.9, SHARE, "", "of SGD"),
+    Field("optim_dtype", "bfloat16", ("bfloat16", "float32"), "", "of the first moment"),
+    Field("b1", 0.9, SHARE, "", "of AdamW"),
+    Field("b2", 0.999, SHARE, "", "of AdamW"),
+    Field("weight_decay", 0.0, NOT_NEGATIVE, "", "of kernels, times the learning rate"),
+    Field("base_lr", 0.03, NOT_NEGATIVE, "", "the highest learning rate"),
+    Field("decay_type", "cosine", ("cosine", "linear", "constant", "rsqrt"), "", "after warm-up"),
+    Field("warmup_steps", 500, NOT_NEGATIVE, "", "in which the learning rate rises from 0"),
+    Field("grad_norm_clip", 1.0, NOT_NEGATIVE, "", "the most that a gradient's norm is; 0: any"),
+    Field("loss", "softmax", ("softmax", "sigmoid"), "", "sigmoid: several classes an image"),
+    Field("label_smoothing", 0.0, SHARE, "", "share of a label that all classes get"),
+    Field("ema_decay", 0.0, SHARE, "", "of the averaged weights, which are evaluated; 0: none"),
+    # What is shown and kept.
+    Field("progress_every", 10, POSITIVE, "", "steps between two lines of metrics"),
+    Field("eval_every", 100, NOT_NEGATIVE, "", "steps; 0 for at the end only"),
+    Field("checkpoint_every", 1_000, NOT_NEGATIVE, "", "steps; 0 for at the end only"),
+    Field("keep_checkpoints", 2, POSITIVE, "process", "of the last ones"),
+    Field("keep_best", False, (), "", "keep the weights of the best evaluation too"),
+    Field("profile", (), (), "process", "(start, stop): steps of which a trace is written"),
+    # How images get to the device.
+    Field("prefetch", 2, POSITIVE, "process", "batches on the device ahead of the step"),
+    Field("workers", -1, (-1, math.inf), "process", "processes that decode; 0: threads; -1: auto"),
+    Field("threads", 0, NOT_NEGATIVE, "process", "that decode, without workers; 0: one a core"),
+    Field("image_dtype", "uint8", ("uint8", "float32"), "", "of images on their way to the device"),
+    # When something goes wrong.
+    Field(
+        *("on_bad_step", "stop", ("stop", "skip", "rollback"), "run"),
+        "for one that is not finite, or see spike: docs/training.md",
+    ),
+    Field("spike", 0.0, NOT_NEGATIVE, "run", "times the usual gradient make a bad step; 0: none"),
+    Field("silence_timeout", 60.0, (1, 600), "run", "seconds until a silent process is given up"),
+]
+FIELD = {field.name: field for field in FIELDS}
+# Of the network's own fields, see `model_fields`.
+MODEL_SIZES = (
+    *("model.hidden_size", "model.num_layers", "model.num_heads", "model.mlp_dim"),
+    *("model.representation_size", "model.tokens_mlp_dim", "model.channels_mlp_dim"),
 )
+# What other programs call a field.
+ALIASES = {
+    "learning_rate": "config.base_lr",
+    "lr": "config.base_lr",
+    "batch_size": "config.batch",
+    "epochs": "config.total_steps",
+    "steps": "config.total_steps",
+    "image_size": "config.pp.crop",
+    "weights": "config.model_or_filename",
+}
+
+
+def default_config() -> ConfigDict:
+    """Every field with its default value."""
+    values: dict[str, Any] = {}
+    for field in FIELDS:
+        group, _, name = field.name.rpartition(".")
+        (values.setdefault(group, {}) if group else values)[name] = field.default
+    return ConfigDict(values)
+
+
+def model_fields() -> dict[str, Any]:
+    """The fields of the network that config.model may hold beside those of `default_config`, each
+    with a value of its type."""
+    import dataclasses
+
+    from vit_jax.models import MlpMixer, VisionTransformer, variant
+
+    fields = {
+        f.name: f.default
+        for module in (MlpMixer, VisionTransformer)
+        for f in dataclasses.fields(module)
+    }
+    for computed in ("name", "parent", "num_classes", "dtype", "loop", "kernels"):
+        del fields[computed]
+    return fields | variant("R50+ViT-B_16") | variant("Mixer-B_16")
 
 
 def check_config(config: ConfigDict) -> ConfigDict:
@@ -30,63 +171,12 @@ def check_config(config: ConfigDict) -> ConfigDict:
     An unknown field is named by its full path, with the nearest known ones. Local files and folders
     get their absolute paths, so that the same run can be named from any folder.
     """
+    from vit_jax.checkpoints import split_tower
+
     full = default_config()
     _merge(full, _with_splits(config.to_dict()), "config")
-    for field, choices in (CHOICES | {"augment": tuple(data.AUGREG)}).items():
-        if full[field] not in choices:
-            raise UserError(
-                f"config.{field} is {full[field]!r}, expected one of {', '.join(choices)}"
-            )
-    flat = flatten(full)
-    for field, (least, bound) in LIMITS.items():
-        value = flat.get(f"config.{field}")
-        if value is not None and not least <= value < bound:
-            expected = f"at least {least}" if bound == math.inf else f"{least} <= value < {bound}"
-            raise UserError(f"config.{field} is {value}, expected {expected}")
-    patch = full.model.get("patch_size", (1, 1))
-    if len(patch) != 2 or not all(type(size) is int and size > 0 for size in patch):
-        raise UserError(
-            f"config.model.patch_size is {patch}, expected height and width, e.g. (16, 16)"
-        )
-    if full.pp.train and full.augment != "none":
-        raise UserError(
-            f"config.augment {full.augment} and config.pp.train {full.pp.train!r} both say how to "
-            f"augment: leave one out, or write {data.AUGREG[full.augment][0]} into config.pp.train"
-        )
-    if full.batch % full.accum_steps:
-        raise UserError(
-            f"config.batch {full.batch} is not divisible by config.accum_steps {full.accum_steps}: "
-            "change one of them"
-        )
-    if full.profile and not (
-        len(full.profile) == 2
-        and all(type(step) is int for step in full.profile)
-        and 0 <= full.profile[0] < full.profile[1]
-    ):
-        raise UserError(
-            f"config.profile is {full.profile}, expected the steps (start, stop), e.g. (10, 13), "
-            "or () for no trace"
-        )
-    if full.profile and full.profile[0] >= full.total_steps:
-        raise UserError(
-            f"config.profile {full.profile} begins after the last of config.total_steps "
-            f"{full.total_steps}: lower it"
-        )
-    if 0 < full.spike <= 1:
-        raise UserError(
-            f"config.spike is {full.spike}, and a usual gradient is 1 times the usual one: use "
-            "more, e.g. 10, or 0 for never"
-        )
-    if full.compile == "pmap" and full.sharding != "replicate":
-        raise UserError(
-            f"config.compile is pmap, which has the weights whole on every device, and "
-            f"config.sharding {full.sharding}: leave one of them out"
-        )
-    if full.warmup_steps > full.total_steps:
-        raise UserError(
-            f"config.warmup_steps {full.warmup_steps} is more than config.total_steps "
-            f"{full.total_steps}: lower it"
-        )
+    for problem in _problems(full):
+        raise UserError(problem)
     if not data.is_known(full.dataset) and os.path.exists(os.path.expanduser(full.dataset)):
         full.dataset = os.path.abspath(os.path.expanduser(full.dataset))
     for path in _local_weights(full):
@@ -98,12 +188,114 @@ def check_config(config: ConfigDict) -> ConfigDict:
     return full
 
 
+def _merge(full: ConfigDict, values: Mapping[str, Any], path: str) -> None:
+    """Puts values into their fields. Raises UserError for unknown ones and other types."""
+    extra = model_fields() if path == "config.model" else {}
+    for key, value in values.items():
+        here = f"{path}.{key}"
+        if key not in full and key not in extra:
+            raise unknown_field(here, [f"{path}.{k}" for k in full.keys() | extra.keys()])
+        default = full[key] if key in full else extra[key]
+        if not isinstance(default, ConfigDict):
+            full[key] = _convert(value, default, here)
+        elif isinstance(value, Mapping):
+            _merge(default, value, here)
+        else:
+            raise UserError(f"{here} is {value!r}, expected fields: {', '.join(default)}")
+
+
+def _convert(value: Any, default: Any, path: str) -> Any:
+    """The value in its field's type: 1 does for 1.0, a list for a tuple, no more."""
+    if default is None:  # Only representation_size: a number, or no layer.
+        default = 768 if value is not None else None
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if type(value) is not type(default):
+        raise UserError(
+            f"{path} is {value!r} of type {type(value).__name__}, expected "
+            f"{type(default).__name__}, e.g. {default!r}"
+        )
+    return value
+
+
+def _problems(config: ConfigDict) -> Iterator[str]:
+    """What is wrong with the values of a configuration whose fields and types are right."""
+    flat = flatten(config)
+    sizes = [Field(name, 1, POSITIVE, "", "") for name in MODEL_SIZES]
+    for field in [*FIELDS, *sizes]:
+        value = flat.get(f"config.{field.name}")
+        if isinstance(field.default, str):
+            fits = not field.values or value in field.values
+        else:
+            fits = not field.values or value is None or field.values[0] <= value < field.values[1]
+        if not fits:
+            yield f"config.{field.name} is {value!r}, expected {field.expected}"
+    patch = config.model.get("patch_size", (1, 1))
+    if len(patch) != 2 or not all(type(size) is int and size > 0 for size in patch):
+        yield f"config.model.patch_size is {patch}, expected height and width, e.g. (16, 16)"
+    if config.pp.train and config.augment != "none":
+        operation = data.AUGREG[config.augment][0]
+        yield (
+            f"config.augment {config.augment} and config.pp.train {config.pp.train!r} both say how "
+            f"to augment: leave one out, or write {operation} into config.pp.train"
+        )
+    if config.batch % config.accum_steps:
+        yield (
+            f"config.batch {config.batch} is not divisible by config.accum_steps "
+            f"{config.accum_steps}: change one of them"
+        )
+    steps = config.profile
+    if steps and not (
+        len(steps) == 2 and all(type(s) is int for s in steps) and 0 <= steps[0] < steps[1]
+    ):
+        yield (
+            f"config.profile is {steps}, expected the steps (start, stop), e.g. (10, 13), or () "
+            "for no trace"
+        )
+    elif steps and steps[0] >= config.total_steps:
+        yield (
+            f"config.profile {steps} begins after the last of config.total_steps "
+            f"{config.total_steps}: lower it"
+        )
+    if 0 < config.spike <= 1:
+        yield (
+            f"config.spike is {config.spike}, and a usual gradient is 1 times the usual one: use "
+            "more, e.g. 10, or 0 for never"
+        )
+    if config.compile == "pmap" and config.sharding != "replicate":
+        yield (
+            f"config.compile is pmap, which has the weights whole on every device, and "
+            f"config.sharding {config.sharding}: leave one of them out"
+        )
+    if config.warmup_steps > config.total_steps:
+        yield (
+            f"config.warmup_steps {config.warmup_steps} is more than config.total_steps "
+            f"{config.total_steps}: lower it"
+        )
+
+
+def unknown_field(path: str, known: list[str]) -> UserError:
+    """The error for a misspelt field: its full path, and the nearest ones that exist."""
+    # Compared by their last names: "config.model." would make any two look alike.
+    fields: dict[str, list[str]] = {alias: [field] for alias, field in ALIASES.items()}
+    for field in known:
+        fields.setdefault(field.rpartition(".")[2], []).append(field)
+    name = path.rpartition(".")[2]
+    names = [name] if name in fields else difflib.get_close_matches(name, fields, n=3, cutoff=0.6)
+    near = list(dict.fromkeys(field for n in names for field in fields[n]))
+    if near:
+        return UserError(f"unknown field {path}: did you mean {' or '.join(near)}?")
+    usual = ", ".join(dict.fromkeys(ALIASES.values()))
+    return UserError(f"unknown field {path}: often set are {usual}; vit-jax train --help lists all")
+
+
 def without_effect(config: ConfigDict) -> list[str]:
     """Fields of a checked configuration that were set and that another one makes useless, of the
     optimizer, of the preprocessing and of the readers: ["config.b2 0.99 (config.optim is sgd)",
     ...]."""
-    flat, default = flatten(config), flatten(default_config())
-    pp, optim = config.pp, f"config.optim is {config.optim}"
+    flat, pp, optim = flatten(config), config.pp, f"config.optim is {config.optim}"
     reasons = dict.fromkeys(("b1", "b2") if config.optim == "sgd" else ("momentum",), optim)
     if pp.eval:
         reasons |= {"pp.resize": "config.pp.eval is set"}
@@ -111,10 +303,49 @@ def without_effect(config: ConfigDict) -> list[str]:
     if config.workers > 0:
         reasons["threads"] = f"config.workers is {config.workers}"
     return [
-        f"config.{field} {flat[f'config.{field}']} ({reason})"
-        for field, reason in reasons.items()
-        if flat[f"config.{field}"] != default[f"config.{field}"]
+        f"config.{name} {flat[f'config.{name}']} ({reason})"
+        for name, reason in reasons.items()
+        if flat[f"config.{name}"] != FIELD[name].default
     ]
+
+
+def differing_fields(a: ConfigDict, b: ConfigDict) -> list[str]:
+    """What differs between two configurations and matters: ["config.batch 32 -> 64", ...]."""
+    # A field that is younger than a run has its default there.
+    flat_a, flat_b = ({**flatten(default_config()), **flatten(x)} for x in (a, b))
+    free = {f"config.{field.name}" for field in FIELDS if field.changes}
+    return [
+        f"{key} {flat_a.get(key)!r} -> {flat_b.get(key)!r}"
+        for key in sorted((flat_a.keys() | flat_b.keys()) - free)
+        if flat_a.get(key) != flat_b.get(key)
+    ]
+
+
+def flatten(config: ConfigDict, path: str = "config") -> dict[str, Any]:
+    """The fields by their full names, {"config.pp.crop": 224, ...}."""
+    flat = {}
+    for key, value in config.items():
+        here = f"{path}.{key}"
+        flat.update(flatten(value, here) if isinstance(value, ConfigDict) else {here: value})
+    return flat
+
+
+def config_to_json(config: ConfigDict) -> str:
+    """The configuration as JSON text; `config_from_json` gives it back."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
+
+
+def config_from_json(text: str) -> ConfigDict:
+    """The configuration that `config_to_json` wrote."""
+    values = json.loads(text)
+    values["model"] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()
+    }
+    values["profile"] = tuple(values.get("profile", ()))
+    return ConfigDict(values)
+
+
+# Where a run starts.
 
 
 def weights_source(config: ConfigDict) -> str | None:
@@ -122,6 +353,8 @@ def weights_source(config: ConfigDict) -> str | None:
 
     Raises UserError if there are none of that name.
     """
+    from vit_jax.checkpoints import ENDINGS, split_tower
+
     name, folder = config.model_or_filename, config.pretrained_dir
     if not name and not (folder and config.model.name):
         return None
@@ -140,6 +373,8 @@ def weights_source(config: ConfigDict) -> str | None:
 
 def _local_weights(config: ConfigDict) -> list[str]:
     """Where the weights of a configuration may lie."""
+    from vit_jax.checkpoints import ENDINGS
+
     name, folder = config.model_or_filename, Path(config.pretrained_dir or ".").expanduser()
     if name:
         paths = [Path(name).expanduser(), folder / name]
@@ -147,6 +382,40 @@ def _local_weights(config: ConfigDict) -> list[str]:
     else:
         paths = [folder / f"{config.model.name}.npz"] if config.pretrained_dir else []
     return list(dict.fromkeys(map(str, paths)))
+
+
+# What is done to an image.
+
+
+def train_spec(config: ConfigDict) -> str:
+    """What training does to an image."""
+    augment, _ = data.AUGREG[config.augment]
+    parts = [f"inception_crop({config.pp.crop})", "flip", augment, "value_range(-1, 1)"]
+    return config.pp.train or "|".join(filter(None, parts))
+
+
+def eval_spec(config: ConfigDict) -> str:
+    """What evaluation does to an image.
+
+    Raises UserError if it is to be cut larger than it was resized.
+    """
+    from vit_jax.notes import original_preprocess
+
+    crop, resize = config.pp.crop, config.pp.resize
+    if config.pp.eval:
+        return config.pp.eval
+    if resize and resize < crop:
+        raise UserError(
+            f"config.pp.resize {resize} is less than config.pp.crop {crop}: raise it, or use 0"
+        )
+    if resize:
+        return f"resize_small({resize})|central_crop({crop})|value_range(-1, 1)"
+    return original_preprocess((crop, crop))
+
+
+def mixup(config: ConfigDict) -> float:
+    """The parameter of mixup's Beta distribution, 0 for none."""
+    return config.mixup or data.AUGREG[config.augment][1]
 
 
 _PART = r"\s*(even_splits\([^|]*\)|\w+)\s*(\[[^][|]*\]\s*)?"
@@ -163,93 +432,13 @@ def original_split(field: str, value: Any) -> str | None:
 
 
 def _with_splits(values: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(values.get("pp"), dict):
-        pp = dict(values["pp"])
-        moved = {k: pp.pop(k) for k in list(pp) if original_split(f"config.pp.{k}", pp[k])}
-        if moved:
-            splits = dict(values.get("splits", {})) | moved
-            return values | {"pp": pp, "splits": splits}
-    return values
-
-
-def _merge(full: ConfigDict, values: Mapping[str, Any], path: str) -> None:
-    extra = model_fields() if path == "config.model" else {}
-    for key, value in values.items():
-        here = f"{path}.{key}"
-        if key in extra and key not in full:
-            value = tuple(value) if isinstance(value, list) else value
-            full[key] = _convert(value, extra[key], here)
-            continue
-        if key not in full:
-            raise unknown_field(here, [f"{path}.{k}" for k in full.keys() | extra.keys()])
-        default = full[key]
-        if isinstance(default, ConfigDict):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{here} is {value!r}, expected fields: {', '.join(default)}")
-            _merge(default, value, here)
-        else:
-            full[key] = _convert(value, default, here)
-
-
-def _convert(value: Any, default: Any, path: str) -> Any:
-    """The value in its field's type: 1 does for 1.0, nothing else is changed."""
-    if default is None:  # Only representation_size: a number, or no layer.
-        default = 768 if value is not None else None
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise UserError(
-            f"{path} is {value!r} of type {type(value).__name__}, expected "
-            f"{type(default).__name__}, e.g. {default!r}"
-        )
-    return value
-
-
-def unknown_field(path: str, known: list[str]) -> UserError:
-    """The error for a misspelt field: its full path, and the nearest ones that exist."""
-    # Compared by their last names: "config.model." would make any two look alike.
-    fields: dict[str, list[str]] = {alias: [field] for alias, field in ALIASES.items()}
-    for field in known:
-        fields.setdefault(field.rpartition(".")[2], []).append(field)
-    name = path.rpartition(".")[2]
-    names = [name] if name in fields else difflib.get_close_matches(name, fields, n=3, cutoff=0.6)
-    near = list(dict.fromkeys(field for n in names for field in fields[n]))
-    if near:
-        return UserError(f"unknown field {path}: did you mean {' or '.join(near)}?")
-    usual = ", ".join(dict.fromkeys(ALIASES.values()))
-    return UserError(f"unknown field {path}: often set are {usual}; training/fields.py lists all")
-
-
-def config_to_json(config: ConfigDict) -> str:
-    """The configuration as JSON text; `config_from_json` gives it back."""
-    return json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
-
-
-def config_from_json(text: str) -> ConfigDict:
-    """The configuration that `config_to_json` wrote."""
-    values = json.loads(text)
-    values["model"] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()
-    }
-    values["profile"] = tuple(values.get("profile", ()))
-    return ConfigDict(values)
-
-
-def differing_fields(a: ConfigDict, b: ConfigDict) -> list[str]:
-    """What differs between two configurations and matters: ["config.batch 32 -> 64", ...]."""
-    # A field that is younger than a run has its default there.
-    flat_a, flat_b = ({**flatten(default_config()), **flatten(x)} for x in (a, b))
-    return [
-        f"{key} {flat_a.get(key)!r} -> {flat_b.get(key)!r}"
-        for key in sorted(flat_a.keys() | flat_b.keys())
-        if flat_a.get(key) != flat_b.get(key) and key.removeprefix("config.") not in FREE_FIELDS
-    ]
-
-
-def flatten(config: ConfigDict, path: str = "config") -> dict[str, Any]:
-    """The fields by their full names, {"config.pp.crop": 224, ...}."""
-    flat = {}
-    for key, value in config.items():
-        here = f"{path}.{key}"
-        flat.update(flatten(value, here) if isinstance(value, ConfigDict) else {here: value})
-    return flat
+    pp = values.get("pp")
+    splits = (
+        {k: v for k, v in pp.items() if original_split(f"config.pp.{k}", v)}
+        if isinstance(pp, dict)
+        else {}
+    )
+    if not splits:
+        return values
+    rest = {k: v for k, v in values["pp"].items() if k not in splits}
+    return values | {"pp": rest, "splits": {**values.get("splits", {}), **splits}}

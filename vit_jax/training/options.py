@@ -11,8 +11,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
-from vit_jax.training.config import check_config, flatten, original_split, unknown_field
-from vit_jax.training.fields import default_config, model_fields
+from vit_jax.training.config import (
+    check_config,
+    default_config,
+    flatten,
+    model_fields,
+    original_split,
+    unknown_field,
+)
+
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def find_config_file(name: str) -> Path:
@@ -106,14 +114,15 @@ def override(config: ConfigDict, options: Sequence[str]) -> ConfigDict:
             part = part.setdefault(folder, {})
             if not isinstance(part, dict):
                 raise UserError(f"config.{folder} is {part!r} in the file, expected fields")
-        part[last] = _value(name, text, known[name])
-    if "config.total_steps" in changed and "config.warmup_steps" not in changed:
-        steps, warmup = (
-            values["total_steps"],
-            values.get("warmup_steps", known["config.warmup_steps"]),
-        )
-        if isinstance(steps, int) and steps > 0:
-            values["warmup_steps"] = min(warmup, steps)
+        part[last] = _parse(name, text, known[name])
+    steps = values.get("total_steps")
+    if (
+        {"config.total_steps", "config.warmup_steps"} & changed.keys() == {"config.total_steps"}
+        and isinstance(steps, int)
+        and steps > 0
+    ):
+        warmup = values.get("warmup_steps", known["config.warmup_steps"])
+        values["warmup_steps"] = min(warmup, steps)
     return check_config(ConfigDict(values))
 
 
@@ -134,17 +143,16 @@ def _assignments(options: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield name[2:], rest.pop(0) if is_value else None
 
 
-def _value(name: str, text: str | None, example: Any) -> Any:
+def _parse(name: str, text: str | None, example: Any) -> Any:
     """The value that a text means for a field; the text itself, to be refused, if it means none."""
+    if text is None and isinstance(example, bool):
+        return True
     if text is None:
-        if isinstance(example, bool):
-            return True
         raise UserError(f"{name} has no value: write --{name}=VALUE")
     if isinstance(example, str):
         return text
     if isinstance(example, bool):
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        return words.get(text.lower(), text)
+        return _WORDS.get(text.lower(), text)
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -21,12 +21,12 @@ from vit_jax.models.blocks import REMAT
 from vit_jax.models.cost import training_flops
 from vit_jax.models.kernels import choose_kernels
 from vit_jax.sharding import batch_sharding, divisible, make_mesh, shardings
-from vit_jax.training.config import config_from_json, config_to_json
-from vit_jax.training.guard import new_guard
+from vit_jax.training.config import config_from_json, config_to_json, eval_spec
+from vit_jax.training.inputs import RunData, open_data
 from vit_jax.training.network import as_trained, make_network, named_model
 from vit_jax.training.optimizer import make_optimizer
-from vit_jax.training.state import TrainState
-from vit_jax.training.task import Task, eval_spec, open_task
+from vit_jax.training.state import TrainState, new_guard
+from vit_jax.training.step import make_step_from_config
 
 EVAL_BATCHES = 3  # That `evaluate` has on the device: two at work, one waiting.
 
@@ -222,7 +222,7 @@ def _plan_on(devices: int, config: str, options: dict[str, Any]) -> Plan:
     return plan(config_from_json(config), **options)
 
 
-def _task(config: ConfigDict, classes: int | None) -> Task:
+def _task(config: ConfigDict, classes: int | None) -> RunData:
     """The task with the data set if that is at hand, else with a stand-in of RGB images."""
     name = config.dataset
     if data.is_known(name) or os.path.exists(os.path.expanduser(name)):
@@ -243,10 +243,10 @@ def _task(config: ConfigDict, classes: int | None) -> Task:
         source = data.Source(name, (), 3, range(1), np.zeros(1, np.int32), no_image, str)
     if classes is not None:
         source = dataclasses.replace(source, labels=tuple(map(str, range(classes))))
-    return open_task(config, (source, source))
+    return open_data(config, (source, source))
 
 
-def _batch(task: Task, ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(task: RunData, ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     blank = np.zeros((8, 8, task.train.channels), np.uint8)
     dtype = ops(blank, np.random.default_rng(0)).dtype
     label: Any = ((size,), jnp.int32)
@@ -281,16 +281,14 @@ def _as_trained(config: ConfigDict, model: Any, params: Any) -> tuple[Any, Any]:
     return as_trained(config, model, {})[0], stacked
 
 
-def _training(task: Task, model: Any, params: Any) -> Memory:
-    from vit_jax.training.trainer import step_of
-
+def _training(task: RunData, model: Any, params: Any) -> Memory:
     config = task.config.copy_and_resolve_references()
     config.compile = "jit"  # The same program, and one that can be looked at.
     mesh = make_mesh(config)
     model, params = _as_trained(config, model, params)
     tx, state = _state(config, params)
     batch = _batch(task, task.train_ops, config.batch)
-    step: Any = step_of(dataclasses.replace(task, config=config), model, tx, mesh)
+    step: Any = make_step_from_config(config, model, tx, mesh, task.value_range)
     # What comes out takes the place of the state that goes in, but for the figures.
     temporary = _temporary(step.lower(state, batch).compile())
     weights = _bytes(state.params)
@@ -303,7 +301,7 @@ def _training(task: Task, model: Any, params: Any) -> Memory:
     )
 
 
-def _evaluation(task: Task, model: Any, params: Any) -> Memory:
+def _evaluation(task: RunData, model: Any, params: Any) -> Memory:
     """While an evaluation goes on, the optimizer and the next training batches stay where they
     are."""
     config = task.config

@@ -154,6 +154,11 @@ def allgather(value: Any) -> list[Any]:
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
 
 
+def broadcast_from_main(value: Any) -> Any:
+    """What the main process has, in all of them. All have to call it together."""
+    return allgather(value)[0]
+
+
 def share_of_cores() -> int:
     """The cores for this process alone, if those of a machine are shared out among the processes
     that were given them. All have to call it together."""

@@ -1,5 +1,6 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines anywhere else."""
+"""What a run tells while it goes on: a bar on a terminal or plain lines, and metrics.jsonl."""
 
+import contextlib
 import math
 import os
 import sys
@@ -8,13 +9,119 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self, TextIO
 
+from etils import epath
+from ml_collections import ConfigDict
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vit_jax.training.hardware import Usage
+from vit_jax.training.inputs import Clock
+from vit_jax.training.processes import (
+    broadcast_from_main,
+    is_main_process,
+    raise_on_all_processes,
+)
+from vit_jax.training.state import new_guard
+from vit_jax.training.workdir import METRICS, MetricsWriter, read_metrics
+
+HIDDEN = new_guard().keys() - {"bad_steps"}  # What a step remembers, and nobody wants to see.
+
+# What a progress line shows at its end, by its names in a step's metrics and in `Usage`.
+MORE = {
+    "grad": "grad_norm",
+    "mfu": "time/mfu",
+    "img/s/device": "time/images_per_s_per_device",
+    "GiB": "time/memory_peak_gib",
+    "update": "update_norm",
+    "weights": "param_norm",
+}
 REDRAW_SECONDS = 0.1  # A terminal's lines are drawn no oftener, as this takes a millisecond.
+
+
+class RunLog:
+    """A context in which a run tells how it goes: the main process alone prints and writes.
+
+    All processes have to open it together.
+
+    Args:
+      folder: the workdir. step: that of the restored state; what metrics.jsonl holds of later ones
+        is removed.
+      usage: of the devices.
+
+    Attributes:
+      accuracies: {step: "test/top1"} of the evaluations in metrics.jsonl.
+      say: prints a line.
+    """
+
+    def __init__(self, folder: epath.Path, config: ConfigDict, step: int, usage: Usage):
+        self.folder, self._config, self._usage = folder, config, usage
+        self._writer: MetricsWriter | None = None
+        self._stack = contextlib.ExitStack()
+        accuracies: list[tuple[int, float]] = []
+        with raise_on_all_processes():
+            if is_main_process():
+                self._writer = MetricsWriter(folder, resume_step=step)
+                self._stack.callback(self._writer.close)
+                lines = read_metrics(folder / METRICS)
+                accuracies = [(x["step"], x["test/top1"]) for x in lines if "test/top1" in x]
+        self.accuracies: dict[int, float] = dict(broadcast_from_main(accuracies))
+        nowhere = self._stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
+        stream = None if is_main_process() else nowhere
+        self._progress = Progress(config.total_steps, step, stream=stream)
+        self.say = self._progress.message
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self._progress)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a line to metrics.jsonl."""
+        if self._writer:
+            self._writer.write(step, values)
+
+    def sync(self) -> None:
+        """Once this returns, a power cut cannot lose what was written."""
+        if self._writer:
+            self._writer.sync()
+
+    def restart_clock(self, clock: Clock, step: int | None = None) -> None:
+        """Speed is measured from here on; with a step, the time that is left too."""
+        self._before = clock
+        if step is not None:
+            self._progress.restart_clock(step)
+
+    def step(self, step: int, metrics: Mapping[str, float], clock: Clock) -> None:
+        """Shows and writes the metrics of a step that was done at a clock."""
+        steps, seconds = clock.steps - self._before.steps, clock.at - self._before.at
+        wait_share = (clock.idle - self._before.idle) / seconds if steps else math.nan
+        self._before = clock
+        times = self._usage.figures(self._config.batch * steps / seconds if steps else math.nan)
+        values = {k: v for k, v in metrics.items() if k not in HIDDEN}
+        now = values | times
+        self._progress.update(
+            step,
+            loss=values["loss"],
+            lr=values["lr"],
+            images_per_s=times.get("time/images_per_s", math.nan),
+            wait_share=wait_share,
+            more={short: now[name] for short, name in MORE.items() if name in now},
+        )
+        if self._config.on_bad_step == "stop":
+            del values["bad_steps"]
+        if steps:
+            times["time/data_wait"] = wait_share
+        self.write(step, {f"train/{key}": value for key, value in values.items()} | times)
 
 
 class Progress:

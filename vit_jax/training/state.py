@@ -11,7 +11,19 @@ import optax
 from jax.sharding import Mesh
 
 from vit_jax.sharding import make_mesh, put_global, shardings
-from vit_jax.training.guard import BadStep, Guard, new_guard
+
+Guard = Mapping[str, Any]
+
+
+def new_guard() -> Guard:
+    """What a state remembers of good and bad steps, before the first.
+
+    Float32 and int32 scalars: "grad_norm_ema", the mean of the gradient norms of the "good_steps"
+    so far, the latest ones counting most; the number of "bad_steps", and of those
+    "consecutive_bad" at the end.
+    """
+    counts = ("good_steps", "bad_steps", "consecutive_bad")
+    return {"grad_norm_ema": np.float32(0)} | {name: np.int32(0) for name in counts}
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -65,14 +77,11 @@ class TrainState(flax.struct.PyTreeNode):
             **put_global(small, shardings(small, mesh)),
         )
 
-    def moved(self, bad: BadStep) -> "TrainState":
-        """These weights right after a later step that was bad; those between are left out."""
-        later = {"step": bad.step, "bad_steps": bad.bad, "in_a_row": bad.in_a_row}
-        later = put_global(
-            {name: np.int32(x) for name, x in later.items()},
-            dict.fromkeys(later, self.step.sharding),
-        )
-        return self.replace(step=later.pop("step"), guard={**self.guard, **later})
+    def with_counts(self, step: int, **guard: int) -> "TrainState":
+        """These weights as those of another step, with other counts of bad steps."""
+        counts = {name: np.int32(count) for name, count in guard.items() | {("step", step)}}
+        counts = put_global(counts, dict.fromkeys(counts, self.step.sharding))
+        return self.replace(step=counts.pop("step"), guard={**self.guard, **counts})
 
     def dropout_key(self) -> jax.Array:
         """The random key of the next update, a pure function of (seed, step)."""

@@ -10,17 +10,23 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
 from vit_jax.models.blocks import BlockLoop, in_block
 from vit_jax.sharding import batch_sharding, make_mesh, replicated, shardings
-from vit_jax.training.guard import at_step, judge
+from vit_jax.training.config import mixup as mixup_of
 from vit_jax.training.mixing import mix
-from vit_jax.training.state import TrainState
+from vit_jax.training.optimizer import schedule_of
+from vit_jax.training.state import Guard, TrainState
 
 Batch = Mapping[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")  # What a person thinks of first stands first.
+SPIKE_WARMUP = 10  # Good steps before a gradient is called too large.
+EMA_WEIGHT = 0.02  # Of a step in the mean of the gradient's norm, after its first 50.
 
 
 def make_train_step(
@@ -58,8 +64,8 @@ def make_train_step(
       label_smoothing: share of a label that is spread evenly over all classes.
       mixup, cutmix: see `mix`; 0 for none.
       value_range: what 0 and 255 of uint8 images become.
-      skip_bad: whether a step that `judge` calls bad leaves weights and optimizer as they are.
-      spike: see `judge`.
+      skip_bad: whether a bad step leaves weights and optimizer as they are, see `update_guard`.
+      spike: see `update_guard`.
       ema_decay: of the average of the weights, if the state has one.
       update_norm_at: whether "update_norm" is wanted after the step of a number; it is NaN after
         the others. On CPUs it costs 1 to 2 % of a step with SGD. None: after each.
@@ -71,7 +77,7 @@ def make_train_step(
       state passed in is donated: it can't be used again. Metrics are float32 scalars on the device:
       "loss", the mean over the batch, and the global norms of its gradient before clipping,
       "grad_norm", of what the optimizer made of it, "update_norm", and of the new weights,
-      "param_norm"; "lr", if `learning_rate` is given; and what `judge` remembers, see `new_guard`.
+      "param_norm"; "lr", if `learning_rate` is given; and those of `new_guard`.
     """
     mesh = make_mesh() if mesh is None else mesh
     pieces, in_parts = mesh.size * accum_steps, mesh.shape["fsdp"] > 1
@@ -80,30 +86,29 @@ def make_train_step(
             "config.compile pmap is for one process with the weights whole on every device: use "
             "config.compile=jit"
         )
-    loop, of_blocks = getattr(model, "loop", BlockLoop()), hasattr(model, "loop")
-    gather = functools.partial(_gathered, mesh=mesh)
-    if in_parts and of_blocks:  # Inside of them, so that each is gathered when its turn comes.
+    loop, has_blocks = getattr(model, "loop", BlockLoop()), hasattr(model, "loop")
+    gather = functools.partial(_gather, mesh=mesh)
+    if in_parts and has_blocks:  # Inside of them, so that each is gathered when its turn comes.
         model = model.clone(loop=dataclasses.replace(loop, gather=gather))
 
-    def whole(path: Any, x: jax.Array) -> jax.Array:
-        return x if of_blocks and in_block(path) else gather(x)
+    def gather_outside_blocks(path: Any, x: jax.Array) -> jax.Array:
+        return x if has_blocks and in_block(path) else gather(x)
 
     def logits_of(params: Any, images: jax.Array) -> Any:
         return model.apply({"params": params}, images)
 
-    low, high = value_range
-
-    def normalised(images: jax.Array) -> jax.Array:
+    def normalize(images: jax.Array) -> jax.Array:
         """As the operation value_range does it; floats are normalised already."""
         if images.dtype != jnp.uint8:
             return images
+        low, high = value_range
         images = (images.astype(jnp.float32) - 127.5) / 127.5
         return images * ((high - low) / 2) + (high + low) / 2
 
     def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         if in_parts:
-            params = jax.tree_util.tree_map_with_path(whole, params)
-        images = normalised(images)  # A slice at a time.
+            params = jax.tree_util.tree_map_with_path(gather_outside_blocks, params)
+        images = normalize(images)  # A slice at a time.
         logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         return example_losses(logits, labels, loss, label_smoothing).mean()
 
@@ -113,7 +118,7 @@ def make_train_step(
         """With an axis of `pmap`, of the part of the batch that is on this device."""
         key = state.dropout_key()
         if mixup or cutmix:  # Mixed images are floats, so they are normalised before.
-            batch = dict(batch, image=normalised(batch["image"]))
+            batch = dict(batch, image=normalize(batch["image"]))
             classes = jax.eval_shape(logits_of, state.params, batch["image"]).shape[-1]
             batch = mix(batch, key, classes, mixup=mixup, cutmix=cutmix)
         forward: Callable = loss_fn
@@ -127,12 +132,12 @@ def make_train_step(
         value, grads = _accumulate(value_and_grad, accum_steps, state.params, batch, key)
         if axis:
             value, grads = jax.lax.pmean((value, grads), axis)
-        before = at_step(state.opt_state, state.step) if skip_bad else state.opt_state
-        updates, opt_state = tx.update(grads, before, state.params)
+        old_opt = _with_count(state.opt_state, state.step) if skip_bad else state.opt_state
+        updates, opt_state = tx.update(grads, old_opt, state.params)
         params = optax.apply_updates(state.params, updates)
         norms = {"grad_norm": grads, "param_norm": params}
         metrics = {"loss": value} | {name: optax.tree.norm(x) for name, x in norms.items()}
-        ok, guard = judge(state.guard, metrics, spike)
+        ok, guard = update_guard(state.guard, metrics, spike)
         if learning_rate is not None:
             metrics["lr"] = learning_rate(state.step)
         if update_norm_at is None:
@@ -140,7 +145,7 @@ def make_train_step(
         else:  # Of updates that are made again for it, so that the others aren't written to memory.
             metrics["update_norm"] = jax.lax.cond(
                 update_norm_at(state.step + 1),
-                lambda: optax.tree.norm(tx.update(grads, before, state.params)[0]),
+                lambda: optax.tree.norm(tx.update(grads, old_opt, state.params)[0]),
                 lambda: jnp.full_like(metrics["param_norm"], jnp.nan),
             )
         new = {"params": params, "opt_state": opt_state}
@@ -183,14 +188,77 @@ def make_train_step(
 
     def mapped(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         check(batch)
-        return on_each(
-            state, jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), dict(batch))
-        )
+        split = jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), dict(batch))
+        return on_each(state, split)
 
     return mapped
 
 
-def _gathered(x: jax.Array, *, mesh: Mesh) -> jax.Array:
+def make_step_from_config(
+    config: ConfigDict,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    value_range: tuple[float, float],
+) -> Step:
+    """The compiled step of a run, as its configuration says; see `make_train_step`."""
+    on_cpus = mesh.devices.flat[0].platform == "cpu"
+
+    def is_reported(step: jax.Array) -> jax.Array:
+        return (step % config.progress_every == 0) | (step == config.total_steps)
+
+    return make_train_step(
+        model,
+        tx,
+        mesh=mesh,
+        compile=config.compile,
+        accum_steps=config.accum_steps,
+        loss=config.loss,
+        label_smoothing=config.label_smoothing,
+        mixup=mixup_of(config),
+        cutmix=config.cutmix,
+        value_range=value_range,
+        skip_bad=config.on_bad_step != "stop",
+        spike=config.spike,
+        ema_decay=config.ema_decay,
+        # On CPUs it pays to leave it out of the other steps (with Adam it would have to be computed
+        # anew); a GPU would wait for the decision.
+        update_norm_at=is_reported if on_cpus and config.optim == "sgd" else None,
+        learning_rate=schedule_of(config, config.total_steps),
+    )
+
+
+def update_guard(
+    guard: Guard, metrics: Mapping[str, jax.Array], spike: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Whether a step is good, a boolean scalar, and what is remembered after it (`new_guard`).
+
+    A bad one has a metric of MUST_BE_FINITE that isn't, or a "grad_norm" of more than `spike` times
+    the mean of good ones, if `spike` is not 0 and there were SPIKE_WARMUP good ones.
+    """
+    ok = jnp.stack([jnp.isfinite(metrics[name]) for name in MUST_BE_FINITE]).all()
+    grad_norm, mean, good = metrics["grad_norm"], guard["grad_norm_ema"], guard["good_steps"]
+    if spike:
+        ok &= (good < SPIKE_WARMUP) | (grad_norm <= spike * mean)
+    weight = jnp.maximum(1 / (good + 1), EMA_WEIGHT)
+    return ok, {
+        "grad_norm_ema": jnp.where(ok, mean + weight * (grad_norm - mean), mean),
+        "good_steps": good + ok,
+        "bad_steps": guard["bad_steps"] + ~ok,
+        "consecutive_bad": jnp.where(ok, 0, guard["consecutive_bad"] + 1),
+    }
+
+
+def _with_count(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """The optimizer's state with the learning rate of a step, however many updates were made."""
+    return optax.tree.set(
+        opt_state,
+        lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState",
+        count=step,
+    )
+
+
+def _gather(x: jax.Array, *, mesh: Mesh) -> jax.Array:
     """A weight that lies in parts, whole; its gradient is summed in the same parts."""
     place = shardings(x, mesh)
     if place.is_fully_replicated:

@@ -1,15 +1,27 @@
-"""The folder of a run: made once, gone on with only by the same configuration."""
+"""The folder of a run: made once, gone on with only by the same configuration; its metrics.
+
+metrics.jsonl holds one JSON object a line, "step" first and the other keys sorted:
+`{"step": 10, "time/images_per_s": 812.5, "train/loss": 2.25, "train/lr": 0.01}`. Every number is
+written with the digits that give the same float64 back. JSON has no NaN and no infinity: they are
+written as null and read back as NaN. Two equal runs differ in their "time/..." keys only.
+
+What a bucket can't do (lock, append, rename) is done by this file alone.
+"""
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
+import math
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
@@ -18,23 +30,24 @@ from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
 CONFIG = "config.json"  # What makes a folder a run's.
-GIVEN = " (given in Python)"  # Ends the name of images that no name opens again.
-IMAGES = "data.json"  # Fingerprints of the images, by what they are for.
+DATA_FINGERPRINT = "data.json"  # Fingerprints of the images, by what they are for.
+IN_MEMORY_SUFFIX = " (given in Python)"  # Ends the name of images that no name opens again.
 LOCK = "lock"  # Held while a run goes on; names its process and host.
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 BEST_WEIGHTS = "weights_best.npz"
 REPORT = "report.png"
 PAGE = "report.html"
+FLUSH_SECONDS = 5  # After which TensorBoard sees what was written.
 
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
+def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[epath.Path]:
     """The folder of a run, made if it isn't there, and locked until the block ends.
 
-    If the block ends before `claim_workdir`, nothing of this is left.
+    If the block ends before `write_config`, nothing of this is left.
 
     Raises UserError if it is no folder, can't be made or written, another process trains in it, or
     it holds what another run left: then the fields that differ are named and nothing is changed.
@@ -44,8 +57,8 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
             f"the workdir {path} is no folder: mount the bucket (e.g. with gcsfuse) and name its "
             "folder here"
         )
-    workdir = Path(path)
-    made = [p for p in (workdir, *workdir.parents) if not os.path.exists(p)]
+    workdir = epath.Path(path)
+    made = [p for p in (workdir, *workdir.parents) if not p.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except FileExistsError as e:
@@ -59,17 +72,17 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
             _check(workdir, config)
             yield workdir
     finally:
-        with contextlib.suppress(OSError):  # Most often: they are no longer empty.
+        with contextlib.suppress(OSError, ValueError):  # Most often: they are no longer empty.
             for folder in made:
                 folder.rmdir()
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
+def _locked(workdir: epath.Path) -> Iterator[None]:
     """Keeps other processes out. The system lets go of the lock however the process ends."""
     path = workdir / LOCK
     try:
-        file = path.open("a+")
+        file = open(path, "a+")  # noqa: SIM115
     except OSError as e:
         raise UserError(
             f"the workdir {workdir} can't be written ({e.strerror}): choose another place"
@@ -99,16 +112,7 @@ def _locked(workdir: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def check_named(workdir: str | os.PathLike, config: ConfigDict) -> None:
-    """Raises UserError if the images of a run have no name by which to open them again."""
-    if config.dataset.endswith(GIVEN):
-        raise UserError(
-            f"{workdir}: its images were given in Python and can't be opened again: the run "
-            f"itself writes {PAGE} at its end; or give vit-jax evaluate a folder of images"
-        )
-
-
-def lock_holder(workdir: Path) -> str | None:
+def lock_holder(workdir: epath.Path) -> str | None:
     """The process that trains in a folder as this host sees it, or did last; None for none."""
     try:
         return (workdir / LOCK).read_text().strip()
@@ -116,7 +120,7 @@ def lock_holder(workdir: Path) -> str | None:
         return None
 
 
-def _check(workdir: Path, config: ConfigDict) -> None:
+def _check(workdir: epath.Path, config: ConfigDict) -> None:
     if (workdir / CONFIG).exists():
         differing = differing_fields(read_config(workdir), config)
         if differing:
@@ -133,7 +137,7 @@ def _check(workdir: Path, config: ConfigDict) -> None:
         )
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, fingerprints: Mapping[str, str]) -> None:
+def write_config(workdir: epath.Path, config: ConfigDict, fingerprints: Mapping[str, str]) -> None:
     """Writes down whose folder this is and on which images, or checks that these are the same.
 
     Not before a run is about to begin: a mistake found earlier must not bar the folder to the same
@@ -146,16 +150,16 @@ def claim_workdir(workdir: Path, config: ConfigDict, fingerprints: Mapping[str, 
     Raises UserError if the files can't be written, or the images are not those of the run's
     beginning: it could not go on as if it had not stopped.
     """
-    begun = (workdir / CONFIG).exists()
+    file, begun = workdir / DATA_FINGERPRINT, (workdir / CONFIG).exists()
     if begun:
         try:
-            before = json.loads((workdir / IMAGES).read_text())
+            before = json.loads(file.read_text())
             changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
         except (OSError, ValueError, AttributeError):
             _log.warning(
                 "%s is lost or damaged and is written anew: whether these are the images that "
                 "the run began with can't be checked",
-                workdir / IMAGES,
+                file,
             )
         else:
             if changed:
@@ -165,7 +169,7 @@ def claim_workdir(workdir: Path, config: ConfigDict, fingerprints: Mapping[str, 
                     "workdir"
                 )
             return
-    with atomic_write(workdir / IMAGES) as out:
+    with atomic_write(file) as out:
         out.write(json.dumps(dict(fingerprints), indent=1).encode() + b"\n")
     if not begun:  # Last: it is what makes a folder a run's.
         with atomic_write(workdir / CONFIG) as out:
@@ -175,10 +179,139 @@ def claim_workdir(workdir: Path, config: ConfigDict, fingerprints: Mapping[str, 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
     """The configuration of the run in a folder. Raises UserError if there is none or it is
     damaged."""
-    file = Path(workdir) / CONFIG
+    file = epath.Path(workdir) / CONFIG
     try:
         return config_from_json(file.read_text())
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{workdir} is no workdir of a training run: it holds no {CONFIG}") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{file} is damaged ({e}): choose another workdir") from e
+
+
+def check_named(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Raises UserError if the images of a run have no name by which to open them again."""
+    if config.dataset.endswith(IN_MEMORY_SUFFIX):
+        raise UserError(
+            f"{workdir}: its images were given in Python and can't be opened again: the run "
+            f"itself writes {PAGE} at its end; or give vit-jax evaluate a folder of images"
+        )
+
+
+def set_aside(folder: epath.Path) -> None:
+    """Renames what is damaged to NAME.damaged, NAME.damaged1, ..."""
+    names = (folder.with_name(f"{folder.name}.damaged{n or ''}") for n in itertools.count())
+    folder.rename(next(name for name in names if not name.exists()))
+
+
+class MetricsWriter:
+    """Appends scalars to metrics.jsonl and to TensorBoard events in a workdir.
+
+    Opening it at a resumed step removes what an interrupted run wrote beyond that step (and half a
+    line that a kill left), so that no step is missing and none is there twice, if the lines of a
+    step are on disk (see `sync`) before its checkpoint is saved.
+
+    Args:
+      workdir: folder of the run; made if it is not there.
+      resume_step: the last step that the restored state contains; 0 for a fresh run.
+
+    Raises UserError if metrics.jsonl is there and is not such a file; it is then left as it is.
+    """
+
+    def __init__(self, workdir: epath.Path, resume_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / METRICS
+        if path.exists():
+            records = _records(path)
+            kept = b"".join(line for record, line in records if record["step"] <= resume_step)
+            if kept != path.read_bytes():
+                with atomic_write(path) as out:
+                    out.write(kept)
+        self._file = open(path, "ab")  # noqa: SIM115
+        # Not the SummaryWriter: its thread dies on a full disk, and the run then waits for
+        # ever. Files are named by the second, and one of the same second would be emptied.
+        self._events = EventsWriter(str(workdir / "events"), f".{time.time_ns()}")
+        self._flushed = time.monotonic()
+        # What an interrupted run wrote from this step on is not to be shown.
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(session_log=start, step=resume_step + 1))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one line; once this returns, killing the process cannot lose it.
+
+        Args:
+          step: number of updates done.
+          values: scalars by name, such as {"train/loss": 2.25}; anything float() takes.
+        """
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = {key: float(values[key]) for key in sorted(values)}
+        finite = {key: x if math.isfinite(x) else None for key, x in scalars.items()}
+        line = json.dumps({"step": int(step), **finite}, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=x) for k, x in scalars.items()])
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() > self._flushed + FLUSH_SECONDS:
+            self._flush_events()
+
+    def sync(self) -> None:
+        """Once this returns, a power cut cannot lose the lines so far either."""
+        os.fsync(self._file.fileno())
+        self._flush_events()
+
+    def _flush_events(self) -> None:
+        self._events.flush()  # To the disk, which takes a while.
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads a metrics.jsonl, also one that a run is writing or left with half a last line.
+
+    Returns:
+      one dict a line, in the file's order: "step" an int, all others floats (null gives NaN).
+
+    Raises UserError if there is no such file or a line other than a torn last one is no record.
+    """
+    return [record for record, _ in _records(epath.Path(path))]
+
+
+def _records(path: epath.Path) -> list[tuple[dict[str, Any], bytes]]:
+    """The records of a file, each with its line as it stands there, line end included."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(
+            f"Cannot read {path} ({error.strerror}); expected the {METRICS} of a training run: "
+            "give a folder that a run has written."
+        ) from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append((record, line + b"\n"))
+        elif number < len(lines):  # What follows the last line end is nothing, or torn.
+            raise UserError(
+                f"{path} line {number} reads {line[:40].decode(errors='replace')!r}; expected a "
+                'JSON object such as {"step": 10, "train/loss": 0.5}: mend or remove the line.'
+            )
+    return records
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """One line as a record; None where it is none."""
+    try:
+        record = json.loads(line)
+        step = record.pop("step")
+        values = {key: math.nan if x is None else float(x) for key, x in record.items()}
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+        return None
+    return {"step": step, **values} if type(step) is int else None

@@ -1,6 +1,10 @@
 """Steps that go wrong are left out or gone back for, whenever the run is interrupted."""
 
 import signal
+from collections import deque
+from concurrent.futures import Future
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +12,17 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tests.training.conftest import run_module
 from vit_jax import load
 from vit_jax.errors import UserError
-from vit_jax.training import TrainState, run, trainer
-from vit_jax.training.guard import LEARNING, BadStep, judge, new_guard
-from vit_jax.training.metrics import read_metrics
+from vit_jax.sharding import make_mesh
+from vit_jax.training import TrainState, default_config, run
+from vit_jax.training.inputs import open_data
 from vit_jax.training.network import make_network
 from vit_jax.training.optimizer import make_optimizer
-from vit_jax.training.task import open_task
+from vit_jax.training.state import new_guard
+from vit_jax.training.step import SPIKE_WARMUP, make_step_from_config, update_guard
+from vit_jax.training.workdir import read_metrics
 
 NAN = float("nan")
 
@@ -23,7 +30,7 @@ NAN = float("nan")
 def poison(monkeypatch, bad_steps, stops=()):
     """Spoils the images of some steps (those of the n-th are number n - 1), and sends SIGTERM
     after others."""
-    make = trainer.make_train_step
+    make = run_module.make_step_from_config
 
     def make_poisoned(*args, **kwargs):
         train_step = make(*args, **kwargs)
@@ -38,7 +45,7 @@ def poison(monkeypatch, bad_steps, stops=()):
 
         return poisoned
 
-    monkeypatch.setattr(trainer, "make_train_step", make_poisoned)
+    monkeypatch.setattr(run_module, "make_step_from_config", make_poisoned)
 
 
 def guarded(tiny, how, *fields):
@@ -48,22 +55,22 @@ def guarded(tiny, how, *fields):
 def by_hand(config, steps):
     """The averaged weights, without the batches that are "left_out", and going "back" to those
     after batch 20 before some."""
-    task = open_task(config)
+    task = open_data(config)
     shape, spec = task.image_shape, task.eval_ops.spec
     vit = make_network(config, image_shape=shape, labels=task.labels, preprocess=spec)
     tx = make_optimizer(config, config.total_steps)
-    train_step = trainer.step_of(task, vit.model, tx)
+    train_step = make_step_from_config(config, vit.model, tx, make_mesh(), task.value_range)
     state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, ema=True)
     saved, batches = None, task.train_batches(0)
     for i, batch in enumerate(batches):
         if i == config.total_steps:
             break
         if i in steps.get("back", ()):
-            state = jax.tree.map(jnp.copy, saved).moved(BadStep(i, "", 1, 1))
+            state = jax.tree.map(jnp.copy, saved).with_counts(i, bad_steps=1, consecutive_bad=1)
         if i not in steps.get("left_out", ()):
             state, _ = train_step(state, batch)
         else:
-            state = state.moved(BadStep(i + 1, "", 1, 1))
+            state = state.with_counts(i + 1, bad_steps=1, consecutive_bad=1)
         if i + 1 == 20:
             saved = jax.tree.map(jnp.copy, state)
     batches.close()
@@ -157,13 +164,40 @@ def test_what_is_usual_is_the_mean_of_the_good_norms_the_latest_counting_most():
     norms[[5, 70, 200]] = [np.nan, 1e6, np.inf]
     guard, usual, good = new_guard(), 0.0, 0
     for norm in norms:
-        expected = np.isfinite(norm) and (good < LEARNING or norm <= 20 * usual)
+        expected = np.isfinite(norm) and (good < SPIKE_WARMUP or norm <= 20 * usual)
         figures = {"loss": 1.0, "grad_norm": jnp.float32(norm), "param_norm": 1.0}
-        ok, guard = judge(guard, figures, spike=20)
+        ok, guard = update_guard(guard, figures, spike=20)
         assert ok == expected
         if expected:
             good += 1
             usual += max(1 / good, 0.02) * (float(norm) - usual)
-        assert guard["usual"] == pytest.approx(usual, rel=1e-5)
-    assert (guard["bad_steps"], guard["in_a_row"], guard["good"]) == (300 - good, 0, good)
+        assert guard["grad_norm_ema"] == pytest.approx(usual, rel=1e-5)
+    assert (guard["bad_steps"], guard["consecutive_bad"], guard["good_steps"]) == (
+        300 - good,
+        0,
+        good,
+    )
     assert good <= 297
+
+
+def test_metrics_are_read_in_order_up_to_a_step_each_once():
+    config = default_config()
+    config.update(dict(progress_every=2, on_bad_step="rollback"))
+    unread, reported, clock = deque(), [], Future()
+    clock.set_result("clock")
+    log = SimpleNamespace(step=lambda *step: reported.append(step), say=None)
+    for step in range(1, 8):
+        values = dict(loss=NAN if step == 5 else step, grad_norm=1.0, param_norm=1.0)
+        values |= dict(grad_norm_ema=1.0, bad_steps=3, consecutive_bad=int(step == 5))
+        values = {name: np.float32(x) for name, x in values.items()}
+        unread.append(run_module.UnreadStep(step, values, clock))
+    read = partial(run_module.read_metrics, unread, config=config, log=log)
+    assert read(3) is None  # Nobody wants to see this one.
+    assert not reported
+    assert read(4) is None
+    assert [(step, values["loss"], clock) for step, values, clock in reported] == [
+        (2, 2.0, "clock"),
+        (4, 4.0, "clock"),
+    ]
+    assert read(7) == (5, "the loss became nan", 3, 1)
+    assert len(reported) == 2

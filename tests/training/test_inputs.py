@@ -1,5 +1,5 @@
 """Batches are on the device before they are needed, not too many of them, and only an idle device
-waits for them; metrics stay there until they are read."""
+waits for them."""
 
 import gc
 import threading
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vit_jax.sharding import batch_sharding, make_mesh
-from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer
+from vit_jax.training.inputs import DevicePrefetcher
 
 
 class Step:
@@ -130,39 +130,4 @@ def test_the_error_of_a_step_comes_where_its_metrics_are_read():
         done = feed.watch({"loss": step})
     with pytest.raises(RuntimeError, match="out of memory"):
         done.result()
-    feed.close()
-
-
-def metrics(loss, in_a_row=0):
-    values = {"loss": loss, "grad_norm": 1.0, "param_norm": 1.0, "usual": 1.0, "bad_steps": 5}
-    return {k: np.float32(x) for k, x in (values | {"in_a_row": in_a_row}).items()}
-
-
-def test_metrics_are_read_in_order_up_to_a_step_each_once():
-    feed, buffer = prefetcher(Batches(), 1), MetricsBuffer()
-    for number in (1, 2, 3, 4):
-        next(feed)
-        loss = np.nan if number == 2 else number
-        values = metrics(loss, in_a_row=int(number == 2))
-        buffer.add(number, values, feed.watch(values), wanted=number % 2 == 1)
-    first = list(buffer.read(3))
-    assert [step.step for step in first] == [1, 2, 3]
-    assert [step.values.get("loss") for step in first] == pytest.approx([1, np.nan, 3], nan_ok=True)
-    assert [step.bad and step.bad.reason for step in first] == [None, "the loss became nan", None]
-    assert [step.clock.steps for step in first] == [1, 2, 3]
-    assert [(step.step, step.values) for step in buffer.read(9)] == [(4, {})]
-    assert not list(buffer.read(9))
-    feed.close()
-
-
-def test_waiting_for_metrics_waits_for_the_last_step():
-    feed, buffer = prefetcher(Batches(), 1), MetricsBuffer()
-    buffer.wait()
-    next(feed)
-    step = Step()
-    buffer.add(1, {"loss": step}, feed.watch({"loss": step}), wanted=True)
-    threading.Timer(0.2, step.finish).start()
-    begin = time.perf_counter()
-    buffer.wait()
-    assert time.perf_counter() - begin > 0.1
     feed.close()

@@ -2,26 +2,29 @@
 
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from vit_jax.checkpoints.npz import first_line
 from vit_jax.errors import NO_ROOM, UserError
 from vit_jax.training.processes import allgather, is_main_process
 from vit_jax.training.state import TrainState
+from vit_jax.training.workdir import set_aside
 
 CENTURY = 100 * 365 * 24 * 3600  # Seconds.
+# What the guard's fields are called in checkpoints, ever since there are any.
+STORED_NAMES = {"grad_norm_ema": "usual", "good_steps": "good", "consecutive_bad": "in_a_row"}
+LOADED_NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 
 
 class Checkpoints:
@@ -31,7 +34,7 @@ class Checkpoints:
     dies meanwhile leaves the checkpoints before it as they were.
     """
 
-    def __init__(self, folder: Path, *, keep: int, every: int | None = None):
+    def __init__(self, folder: epath.Path, *, keep: int, every: int | None = None):
         """Opens or makes the folder. The last `keep` checkpoints are kept, and with `every`, the
         last one to go back to (see `restore_scheduled`); older ones are deleted."""
         # Orbax reports all its doings, and each error by several threads; a run says what matters.
@@ -67,6 +70,7 @@ class Checkpoints:
             # The next step may be given the arrays to overwrite at once: Orbax has copied them to
             # the host by then, and on a CPU, where there is nothing to copy, JAX leaves memory
             # alone that somebody else holds.
+            state = _renamed(state, STORED_NAMES)
             parts = {"state": _fields(state), "digest": digest(state)}
             self._saving = self._manager.save_checkpointables_async(step, parts)
             self._saving_step = step
@@ -87,12 +91,12 @@ class Checkpoints:
 
         Raises UserError if none of those saved is whole.
         """
-        damaged: dict[int, str | None] = {}
+        damaged: dict[int, str] = {}
         for step in sorted(self._steps(), reverse=True):
-            state, damaged[step] = self._load(step, like)
+            state, problem = self._load(step, like)
             if state is not None:
-                del damaged[step]
                 return state, self._set_aside(damaged, step) if damaged else ""
+            damaged[step] = problem
         if damaged:
             step, problem = next(iter(damaged.items()))
             none = "" if len(damaged) == 1 else f", nor {len(damaged) - 1} before it"
@@ -123,8 +127,9 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return [c.step for c in self._manager.checkpoints]
 
-    def _load(self, step: int, like: TrainState) -> tuple[TrainState | None, str | None]:
+    def _load(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
         """The state of a step, or what is wrong with it; in all processes alike."""
+        like = _renamed(like, STORED_NAMES)
         want = {"state": _fields(like), "digest": jax.eval_shape(digest, like)}
         whole = like.step.sharding
         want = jax.tree.map(
@@ -135,7 +140,7 @@ class Checkpoints:
         context.multiprocessing.primary_host = jax.process_index()
         context.multiprocessing.active_processes = {jax.process_index()}
         hook = sys.unraisablehook
-        sys.unraisablehook = functools.partial(_but_late_callbacks, hook)
+        sys.unraisablehook = functools.partial(_ignore_late_callbacks, hook)
         found, problem = None, None
         try:
             with context:
@@ -152,14 +157,12 @@ class Checkpoints:
             same = np.array_equal(*jax.device_get((digest(state), found["digest"])))
             problems = allgather(None if same else "its contents are not what was saved")
             if not any(problems):
-                return state, None
+                return _renamed(state, LOADED_NAMES), ""
         return None, next(filter(None, problems))
 
-    def _set_aside(self, damaged: Mapping[int, str | None], good: int) -> str:
+    def _set_aside(self, damaged: Mapping[int, str], good: int) -> str:
         for step in damaged if is_main_process() else ():
-            folder = self.folder / str(step)
-            names = (self.folder / f"{step}.damaged{n or ''}" for n in itertools.count())
-            folder.rename(next(name for name in names if not name.exists()))
+            set_aside(self.folder / str(step))
         allgather(None)  # Only then is the folder read again.
         self._manager.reload()
         reasons = ", ".join(f"{step} ({problem})" for step, problem in damaged.items())
@@ -186,8 +189,7 @@ class Checkpoints:
         except Exception as e:  # TensorStore, Orbax and the system each raise their own kinds.
             # Looked up on the disk: Orbax strikes a checkpoint from its list before the one that is
             # to take its place is written.
-            good = [int(p.name) for p in self.folder.glob("[0-9]*") if p.name.isdigit()]
-            good = [s for s in good if s < step]
+            good = [s for s in saved_steps(self.folder) if s < step]
             rest = (
                 f"the checkpoint of step {max(good)} is still good" if good else "none is saved yet"
             )
@@ -207,6 +209,16 @@ class _Keep:
         steps = [c.step for c in checkpoints]
         kept = steps[-self._keep :] + [s for s in steps if _scheduled(s, self._every)][-1:]
         return [step in kept for step in steps]
+
+
+def saved_steps(folder: epath.Path) -> list[int]:
+    """The steps of which a folder holds complete checkpoints."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def _renamed(state: TrainState, names: Mapping[str, str]) -> TrainState:
+    return state.replace(guard={names.get(k, k): x for k, x in state.guard.items()})
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
@@ -243,7 +255,7 @@ def digest(state: Any) -> jax.Array:
     return jnp.stack([of(x) for x in jax.tree.leaves(state)])
 
 
-def _but_late_callbacks(hook: Callable, problem: Any) -> None:
+def _ignore_late_callbacks(hook: Callable, problem: Any) -> None:
     if str(problem.exc_value) != "Event loop is closed":
         hook(problem)
 

@@ -9,8 +9,8 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.training import TrainState, make_optimizer, run
-from vit_jax.training.checkpointing import Checkpoints, digest
-from vit_jax.training.feed import DevicePrefetcher
+from vit_jax.training.checkpoints import Checkpoints, digest
+from vit_jax.training.inputs import DevicePrefetcher
 
 
 @pytest.fixture(scope="module")
