@@ -84,6 +84,9 @@ class GrowingFiles:
         return status.st_size, status.st_mtime_ns
 
 
+_claims: dict[str, "Claim"] = {}  # Of this process, by their paths.
+
+
 class Claim:
     """Holds a run in a bucket for this process, by an object that names it.
 
@@ -113,6 +116,7 @@ class Claim:
                     self._wait_for_its_end(*found)
                     self._generation = found[0]
         self._thread.start()
+        _claims[os.fspath(self._path)] = self
         return self
 
     def check(self) -> None:
@@ -127,6 +131,7 @@ class Claim:
                 )
 
     def __exit__(self, *_: object) -> None:
+        del _claims[os.fspath(self._path)]
         self._ended.set()
         self._thread.join()
         # If that fails, it is not ours any more, or the next process waits for `stale_s`.
@@ -186,6 +191,12 @@ class Claim:
                     f"process {holder} is training in {os.path.dirname(self._path)}: wait for it, "
                     "stop it, or choose another workdir"
                 )
+
+
+def check_claim(path: str | os.PathLike) -> None:
+    """Renews the claim that this process holds on a path, if it holds one; see `Claim.check`."""
+    if claim := _claims.get(os.fspath(path)):
+        claim.check()
 
 
 @functools.cache

@@ -100,8 +100,12 @@ def is_bucket(path: str | os.PathLike) -> bool:
 def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
     """Makes a UserError of what goes wrong with a bucket: no such one, no permission, no network.
 
-    Raises it also if the extra `gcs` isn't installed. FileNotFoundError is left as it is.
+    Raises it also if the extra `gcs` isn't installed. FileNotFoundError is left as it is, and of a
+    local path everything.
     """
+    if not is_bucket(path):
+        yield
+        return
     try:
         import google.api_core.exceptions as api
         import google.auth.exceptions as auth
@@ -128,12 +132,29 @@ def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
             reason = "there is no such bucket or object: correct the name"
         elif isinstance(e, auth.RefreshError):
             reason = "the credentials have expired: run gcloud auth application-default login"
-        elif isinstance(e, OSError) and e.errno is not None:  # The file system here.
-            raise
+        elif isinstance(e, OSError) and not isinstance(e, http.RequestException):
+            raise  # The file system here.
         else:
             first = next(iter(str(e).splitlines()), type(e).__name__)[:200]
             reason = f"the bucket can't be reached ({first}): try again later"
         raise UserError(f"{path}: {reason}") from e
+
+
+@functools.cache
+def has_credentials() -> bool:
+    """Whether this machine has credentials for buckets and the extra `gcs`."""
+    try:
+        import gcsfs  # noqa: F401
+        import google.auth
+    except ImportError:
+        return False
+    if "STORAGE_EMULATOR_HOST" in os.environ:
+        return True
+    try:
+        google.auth.default()
+    except google.auth.exceptions.DefaultCredentialsError:
+        return False
+    return True
 
 
 @functools.cache

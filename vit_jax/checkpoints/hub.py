@@ -16,7 +16,7 @@ from pathlib import Path
 from vit_jax.checkpoints import augreg
 from vit_jax.checkpoints.download import download
 from vit_jax.errors import UserError
-from vit_jax.files import cache_folder
+from vit_jax.files import cache_folder, has_credentials
 
 STORE = "https://storage.googleapis.com"
 AUGREG_INDEX = f"{STORE}/vit_models/augreg/index.csv"
@@ -95,6 +95,16 @@ def resolve(
     for companion in companions(url):
         fetch(companion, cache_dir=cache_dir, offline=offline)
     return fetch(url, cache_dir=cache_dir, offline=offline)
+
+
+def needs_credentials(address: str) -> bool:
+    """Whether a gs:// address is to be read with the machine's credentials: not those of published
+    weights, nor where there is no network, no credentials or nothing that could use them."""
+    bucket = address.removeprefix("gs://").partition("/")[0]
+    public = {folder.place.partition("/")[0] for folder in FOLDERS.values()}
+    if bucket in public | {"big_vision"} or _is_offline():
+        return False
+    return has_credentials()
 
 
 def locate(

@@ -13,6 +13,7 @@ from vit_jax.checkpoints import open_arrays, read_spec, to_tree
 from vit_jax.evaluation.images import evaluate_images
 from vit_jax.evaluation.metrics import Scores
 from vit_jax.evaluation.report import Report, choose_examples, environment, write_report
+from vit_jax.files import as_path
 from vit_jax.pretrained import WEIGHTS, Pretrained, load
 from vit_jax.training.checkpoints import saved_steps
 from vit_jax.training.config import default_config, eval_spec, flatten
@@ -108,7 +109,7 @@ def evaluate_workdir(workdir: str | os.PathLike, *, batch_size: int = 64) -> Rep
 
     Raises UserError if it is no workdir, or something in it or the images can't be read.
     """
-    folder = epath.Path(workdir)
+    folder = as_path(workdir)
     config = read_config(folder)
     saved = max(saved_steps(folder / CHECKPOINTS), default=None)
     finished = (folder / WEIGHTS).exists()

@@ -8,6 +8,7 @@ from typing import Self
 
 import jax
 
+from vit_jax.buckets import GrowingFiles
 from vit_jax.checkpoints.npz import first_line
 from vit_jax.training.processes import allgather
 
@@ -34,6 +35,7 @@ class Profile:
     def __init__(self, steps: Sequence[int], folder: Path):
         self._start, self._stop = steps or (0, 0)
         self._folder = folder
+        self._files = GrowingFiles(folder, [])
         self._running = False
 
     def at(self, step: int, wait: Callable[[], None]) -> str:
@@ -46,9 +48,9 @@ class Profile:
         wait()
         try:
             if due:
-                jax.profiler.start_trace(self._folder)
+                jax.profiler.start_trace(self._files.folder)
             else:
-                jax.profiler.stop_trace()
+                self._stop_trace()
         except RuntimeError as e:  # Somebody else traces, or the platform has no profiler.
             self._running, self._stop = False, self._start
             return f"no trace: {first_line(e)}"
@@ -66,4 +68,9 @@ class Profile:
     ) -> None:
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            self._stop_trace()
+        self._files.close()
+
+    def _stop_trace(self) -> None:
+        jax.profiler.stop_trace()
+        self._files.sync()
