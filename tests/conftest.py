@@ -42,6 +42,7 @@ def bucket(_emulator, monkeypatch, request):
 
     for name, value in _emulator.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("VIT_JAX_OFFLINE")
     return as_path(f"gs://bucket/{request.node.name}-{uuid.uuid4().hex[:8]}")
 
 

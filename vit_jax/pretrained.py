@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import checkpoints, data
+from vit_jax.buckets import local_copy
 from vit_jax.checkpoints import hub
 from vit_jax.checkpoints.spec import AnySpec, LiTSpec
-from vit_jax.buckets import local_copy
 from vit_jax.errors import UserError
 from vit_jax.files import as_path, atomic_write, bucket_errors, is_bucket
 from vit_jax.models import POOLED, LiT
@@ -264,7 +264,10 @@ class PretrainedLiT(Pretrained):
         if self.vocabulary is None:
             super().save(path, style=style)
             return
-        copy, content = as_path(path).with_suffix(self.vocabulary.suffix), self.vocabulary.read_bytes()
+        copy, content = (
+            as_path(path).with_suffix(self.vocabulary.suffix),
+            self.vocabulary.read_bytes(),
+        )
         if copy.exists() and not (copy.is_file() and copy.read_bytes() == content):
             raise UserError(
                 f"{copy} is there already and is not the vocabulary that belongs beside {path}: "
@@ -376,6 +379,9 @@ def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
     return path, tower
 
 
+ORBAX_MARKERS = ("_CHECKPOINT_METADATA", "_METADATA")
+
+
 def _copy_from_bucket(path: Any) -> Path:
     """The local copy of a file, an Orbax folder, or the weights of a workdir in a bucket."""
     with bucket_errors(path):
@@ -383,7 +389,7 @@ def _copy_from_bucket(path: Any) -> Path:
             path = path / WEIGHTS
         elif (path / "config.json").exists():
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
-        elif path.is_dir() and not checkpoints.is_orbax(path):
+        elif path.is_dir() and not any((path / name).exists() for name in ORBAX_MARKERS):
             raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
     return local_copy(path, beside=(".json", ".txt", ".model"))
 
