@@ -79,6 +79,47 @@ def test_imports_point_one_way(part):
             assert imported_parts(file) <= ALLOWED[part] | {part, "errors", "files"}, file
 
 
+# Circles that are known: (a file, another that it leads to and that leads back).
+KNOWN_CIRCLES: set[frozenset[str]] = set()
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The files of the package that a file imports, at its top or inside of a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            # Of `from vit_jax.data import images` the module is meant, not its folder's __init__.
+            names |= whole | ({node.module} if not any(map(file_of, whole)) else set())
+    return {file for name in names if (file := file_of(name)) and file != path}
+
+
+def file_of(name: str) -> Path | None:
+    """The file of a module of this package; None for a name that is no module."""
+    place = PACKAGE.parent.joinpath(*name.split("."))
+    found = [f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()]
+    return found[0] if found and name.startswith("vit_jax") else None
+
+
+@pytest.mark.parametrize("folder", sorted({f.parent for f in PACKAGE.rglob("*.py")} - {PACKAGE}))
+def test_no_circle_of_files_within_a_folder(folder):
+    files = set(folder.glob("*.py")) - {folder / "__init__.py"}
+    edges = {file: imported_files(file) & files for file in files}
+    reached = {file: set(direct) for file, direct in edges.items()}
+    for _ in files:
+        for seen in reached.values():
+            seen |= set().union(*(reached[file] for file in seen))
+    circles = {
+        frozenset(f"{folder.name}/{f.name}" for f in (one, other))
+        for one in files
+        for other in reached[one]
+        if one in reached[other]
+    }
+    assert circles == {pair for pair in KNOWN_CIRCLES if next(iter(pair)).startswith(folder.name)}
+
+
 def fresh(code: str) -> str:
     """What a new process prints."""
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}

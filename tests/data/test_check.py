@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from vit_jax import cli
-from vit_jax.data import check_report, open_source
+from vit_jax.data import check as checking
+from vit_jax.data import open_source
 from vit_jax.data.check import check
-from vit_jax.data.sources import Source
+from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 
 
@@ -70,7 +71,7 @@ def test_clean_data_has_no_problem(clean):
     assert test.class_counts.tolist() == [1, 2]
     assert sorted(train.sizes.tolist()) == [[6 + i, 9] for i in range(7)]
     assert train.channels == {3: 7}
-    assert "Nothing was found" in check_report.summary(result)
+    assert "Nothing was found" in checking.summary(result)
 
 
 def test_everything_that_is_wrong_is_found_and_named(dirty):
@@ -113,7 +114,7 @@ def test_a_core_that_this_process_was_given_is_a_thread(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 7])
 def test_the_result_does_not_depend_on_threads(dirty, threads):
     one, other = checked(dirty, threads=threads), checked(dirty)
-    assert check_report.as_dict(one) == check_report.as_dict(other)
+    assert checking.as_dict(one) == checking.as_dict(other)
 
 
 def test_the_same_pixels_in_another_shape_are_another_image(tmp_path):
@@ -166,7 +167,7 @@ def test_memory_is_bounded(tmp_path):
     code = (
         "import resource, numpy as np\n"
         "from vit_jax.data.check import check\n"
-        "from vit_jax.data.sources import Source\n"
+        "from vit_jax.data.source import Source\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "read = lambda key: np.full((500, 700, 3), key % 256, np.uint8)\n"
         "source = Source('s', ('a',), 3, range(1000), np.zeros(1000, np.int32), read, str)\n"
@@ -285,14 +286,14 @@ def test_many_classes_sizes_and_odd_names_are_drawn(tmp_path):
         save(tmp_path / "data" / f"$class_{i} 日本" / "x.png", image(i, 1 + 20 * i, 1 + i % 7))
     source = open_source(str(tmp_path / "data"), "train")
     result = check({f"train[{i}:]": source for i in range(8)})
-    for path in check_report.write_report(result, tmp_path / "out", "title $x$ _y"):
+    for path in checking.write_report(result, tmp_path / "out", "title $x$ _y"):
         assert os.path.getsize(path) > 1000
 
 
 def test_a_report_that_cannot_be_written_is_a_user_error(clean, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: can't be written to .*; choose another folder"):
-        check_report.write_report(checked(clean), tmp_path / "file", "title")
+        checking.write_report(checked(clean), tmp_path / "file", "title")
 
 
 def test_a_terminal_gets_a_bar(clean, tmp_path):

@@ -68,5 +68,5 @@ def test_images_without_a_label_matter_where_they_are_opened(photos, tmp_path):
 
 
 def test_other_columns_are_named(photos):
-    with pytest.raises(UserError, match="columns image, label, expected 'image' of type Image"):
-        from_huggingface(dataset_of(photos, "train"), image="image")
+    with pytest.raises(UserError, match="columns image, label, expected 'photo' of type Image"):
+        from_huggingface(dataset_of(photos, "train"), image="photo")

@@ -1,5 +1,6 @@
 """The preprocessing text: what it computes, and that it is parsed strictly."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -189,6 +190,9 @@ def test_the_range_of_values_can_be_undone_to_look_at_a_image(spec, levels):
         ("randaug(magnitude=7.5, layers=1)", "randaug(1, 7.5)"),
         ("color_jitter(.4, .4, .4, 0)", "color_jitter(0.4, 0.4, 0.4)"),
         ("random_erasing()", "random_erasing"),
+        ("normalize(0.5, .5)", "normalize(0.5, 0.5)"),
+        ("normalize((.5,.5,.5), (1, 1, 1))", "normalize(0.5, 1)"),
+        ("normalize(std=0.25, mean=(0.4, 0.5, 0))", "normalize((0.4, 0.5, 0), 0.25)"),
     ],
 )
 def test_spellings_of_the_same_are_equal(written, canonical):
@@ -239,8 +243,21 @@ def test_spellings_of_the_same_are_equal(written, canonical):
         ("random_erasing(1, 0)", "0 < area_min <= area_max <= 1"),
         (
             "resize(8)|value_range(-1, 1)|randaug(2, 9)",
-            "at position 30 works on values of 0 to 255",
+            "at position 30 works on values of 0 to 255: put it before value_range",
         ),
+        ("normalize(0, 1)|randaug(2, 9)", "put it before normalize"),
+        ("normalize(0.5)", r"missing .* 'std'; expected normalize\(mean, std\)"),
+        (
+            "normalize((0.5, 0.5), 1)",
+            r"mean is \(0.5, 0.5\), expected a number, or one a channel: 3",
+        ),
+        ("normalize((1, True, 0), 1)", r"mean is \(1, True, 0\), expected a number"),
+        (
+            "normalize(123.7, 58.4)",
+            "expected a mean of 0 to 1 and a std of more than 0 to 1: 255 is 1",
+        ),
+        ("normalize(0.5, (0.2, 0.2, 0))", "a std of more than 0 to 1"),
+        ("normalize(0, 9" + "9" * 400 + ")", "std is a?.*, expected a number"),
     ],
 )
 def test_mistakes_are_told_with_their_place_and_what_was_expected(spec, message):
@@ -284,6 +301,60 @@ def test_hostile_arguments_are_user_errors(arguments):
         parse(f"resize({arguments})")
 
 
+# Normalising, by whoever reads or on the device.
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = f"normalize({MEAN}, {STD})"
+
+
+def test_normalize_is_the_field_s_mean_and_std_of_images_in_0_to_1():
+    found = parse(IMAGENET)(IMAGE)
+    expected = (IMAGE / 255 - np.array(MEAN)) / np.array(STD)  # As torchvision's Normalize.
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    grey = parse("normalize(0.1307, 0.3081)")(GREY)
+    np.testing.assert_allclose(grey, (GREY / 255 - 0.1307) / 0.3081, rtol=0, atol=2e-6)
+
+
+def test_a_mean_and_std_of_a_half_are_the_range_of_minus_one_to_one():
+    half, original = parse("normalize(0.5, 0.5)"), parse("value_range(-1, 1)")
+    assert half.normalize == original.normalize
+    np.testing.assert_array_equal(half(IMAGE), original(IMAGE))
+    assert str(original.range) == "-1 to 1"
+    assert str(parse("resize(8)").range) == "0 to 255"
+    assert str(parse(IMAGENET).range) == "-2.1179 to 2.24891, -2.03571 to 2.42857, -1.80444 to 2.64"
+
+
+def test_values_for_three_channels_refuse_an_image_of_one():
+    with pytest.raises(UserError, match="values for 3 channels and an image of 1; put rgb or gray"):
+        parse(IMAGENET)(GREY)
+    assert parse(f"rgb|{IMAGENET}")(GREY).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "ending", ["value_range(-0.5, 2)", IMAGENET, "normalize(0.4, (1, 0.5, 1))"]
+)
+def test_the_device_normalises_as_whoever_reads(ending):
+    whole = parse(f"resize(20)|flip|{ending}")
+    for before in (whole.without_normalize(), whole.without_normalize(as_uint8=True)):
+        assert before.spec == "resize(20)|flip"
+        images = before(IMAGE, RNG(1))
+        assert images.dtype == before.dtype
+        on_device = jax.jit(whole.normalize)(images)
+        assert on_device.dtype == np.float32
+        np.testing.assert_allclose(on_device, whole.normalize(images), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(
+        whole.normalize(whole.without_normalize()(IMAGE, RNG(1))), whole(IMAGE, RNG(1))
+    )
+
+
+@pytest.mark.parametrize("ending", ["value_range(-1, 1)", IMAGENET])
+def test_a_device_s_uint8_images_can_be_looked_at_again(ending):
+    preprocess = parse(ending)
+    for seen in (preprocess(IMAGE), np.asarray(jax.jit(preprocess.normalize)(IMAGE))):
+        np.testing.assert_array_equal(preprocess.undo_range(seen), IMAGE)
+
+
 def test_whole_levels_leave_the_range_to_the_device():
     whole = parse("resize(5)|gray|value_range(0, 1)")
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
@@ -315,7 +386,7 @@ def test_whole_levels_are_those_of_the_rounded_floats(ops, size):
     levels, _ = parse(f"{ops}|value_range(-1, 1)").to_levels()
     image = RNG(0).integers(0, 256, (*size, 3), np.uint8)
     for seed in range(5):
-        expected = images.whole_levels(floats(image, RNG(seed)))
+        expected = images.to_uint8(floats(image, RNG(seed)))
         np.testing.assert_array_equal(levels(image, RNG(seed)), expected)
 
 
@@ -323,9 +394,16 @@ def test_whole_levels_are_those_of_the_rounded_floats(ops, size):
     "spec", ["resize(5)", "value_range(0, 1)|flip", "value_range(0, 255)|value_range(0, 1)"]
 )
 def test_only_a_range_at_the_end_can_be_left(spec):
-    assert parse(spec).to_levels() is None
+    assert parse(spec).to_levels() is parse(spec).normalize is None
+    with pytest.raises(ValueError, match="doesn't end with its only normalisation"):
+        parse(spec).without_normalize()
+
+
+def test_ranges_of_several_channels_are_no_pair_of_numbers():
+    assert parse(IMAGENET).to_levels() is None
+    np.testing.assert_allclose(parse(IMAGENET).value_range, (-2.117904, 2.64), rtol=1e-6)
 
 
 def test_without_any_operation_whole_images_are_taken():
     levels, _ = parse("value_range(-1, 1)").to_levels()
-    assert levels.part((3, 5), np.random.default_rng(0)) == (0, 0, 3, 5)
+    assert levels.crop_box((3, 5), np.random.default_rng(0)) is None

@@ -63,7 +63,7 @@ def test_processes_that_were_chosen_train_to_the_end(tiny, tmp_path, monkeypatch
         return digits.read_key(key)
 
     sources = (replace(digits, read_key=read), data.open_source("digits", "test"))
-    monkeypatch.setattr(data.cores, "own_cores", lambda: 3)
+    monkeypatch.setattr(data.workers, "own_cores", lambda: 3)
     for workers in (-1, 0):
         config = tiny("total_steps=20", "threads=0", f"workers={workers}")
         assert run(config, tmp_path / str(workers), sources=sources).finished
@@ -120,5 +120,5 @@ def test_processes_of_one_machine_share_its_cores_out(own, others, share, monkey
     monkeypatch.setattr(processes.platform, "node", lambda: "here")
     monkeypatch.setattr(processes.os, "sched_getaffinity", lambda pid: set(own))
     monkeypatch.setattr(processes, "allgather", lambda value: [value, *others])
-    monkeypatch.setattr(data.cores, "_QUOTA", "/nowhere")
+    monkeypatch.setattr(data.workers, "_QUOTA", "/nowhere")
     assert processes.share_of_cores() == share

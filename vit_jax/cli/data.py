@@ -130,27 +130,23 @@ def check(args: argparse.Namespace) -> int:
     """Prints a summary; 1 if there is something that training would suffer from."""
     import json
 
-    from vit_jax.data import check_report
-    from vit_jax.data.check import check as check_sources
-    from vit_jax.data.sources import open_source, open_splits
+    from vit_jax.data import check as checking
+    from vit_jax.data.splits import open_all, open_source
 
     options = _seed_and_places(args)
     if args.split:
         sources = {name: open_source(args.source, name, **options) for name in args.split}
     else:
-        names: dict[Callable, str] = {}  # a split's second name stands for the same function
-        for name, opens in open_splits(args.source, **options).items():
-            names.setdefault(opens, name)
-        opened = {name: opens() for opens, name in names.items()}
+        opened = open_all(args.source, **options)
         sources = {name: source for name, source in opened.items() if len(source)}
     with _progress() as progress:
-        result = check_sources(sources, progress=progress)
-    written = check_report.write_report(result, args.out, args.source) if args.out else []
+        result = checking.check(sources, progress=progress)
+    written = checking.write_report(result, args.out, args.source) if args.out else []
     if args.json:
-        print(json.dumps(check_report.as_dict(result), indent=1))
+        print(json.dumps(checking.as_dict(result), indent=1))
     else:
-        print(check_report.summary(result))
-        if listed := check_report.details(result, limit=5):
+        print(checking.summary(result))
+        if listed := checking.details(result, limit=5):
             print(f"\n{listed}")
         if written:
             print(f"\nWritten: {', '.join(written)}")
@@ -162,7 +158,7 @@ def show(args: argparse.Namespace) -> None:
     from functools import partial
 
     from vit_jax import data
-    from vit_jax.data.show import draw_page
+    from vit_jax.data.check import draw_page
     from vit_jax.errors import UserError
     from vit_jax.training.config import check_config, default_config, mixup, train_spec
     from vit_jax.training.mixing import mix_images

@@ -6,14 +6,14 @@ Names are looked up on first use, so that importing the package loads neither Op
 import importlib
 
 _HOMES = {
-    "Source": "sources",
-    "open_source": "sources",
-    "open_splits": "sources",
+    "Source": "source",
+    "data_fingerprint": "source",
+    "open_source": "splits",
+    "open_splits": "splits",
+    "prepare_tfds": "splits",
+    "is_known": "splits",
     "from_arrays": "arrays",
-    "from_huggingface": "huggingface",
-    "prepare_tfds": "prepare",
-    "is_known": "sources",
-    "data_fingerprint": "sources",
+    "from_huggingface": "arrays",
     "decode": "images",
     "read": "images",
     "Preprocess": "preprocess",
@@ -22,10 +22,10 @@ _HOMES = {
     "AUGREG": "augment",
     "Readers": "workers",
     "choose_readers": "workers",
-    "own_cores": "cores",
+    "own_cores": "workers",
     "LEAST_FOR_PROCESSES": "workers",
-    "train_batches": "pipeline",
-    "eval_batches": "pipeline",
+    "train_batches": "batches",
+    "eval_batches": "batches",
 }
 __all__ = list(_HOMES)
 

@@ -1,28 +1,22 @@
-"""Images in memory: NumPy arrays, and .npz files of them."""
+"""Images in arrays: of NumPy, in .npz files, and in Hugging Face's `datasets`."""
 
 import hashlib
 import os
 import re
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from vit_jax.data.folders import held_out_splits
-from vit_jax.data.sources import Source, Splits
+from vit_jax.data.source import Numbering, Source, Splits, held_out_splits
 from vit_jax.errors import UserError
 
 Images = np.ndarray | Sequence[np.ndarray]
 
 
 def from_arrays(
-    images: Images,
-    labels: Any,
-    *,
-    names: Sequence[str] | None = None,
-    name: str = "arrays",
+    images: Images, labels: Any, *, names: Sequence[str] | None = None, name: str = "arrays"
 ) -> Source:
     """A source of images in memory, or in a `np.memmap`; they are not copied.
 
@@ -35,11 +29,12 @@ def from_arrays(
 
     Raises UserError if these don't fit together.
     """
-    return _source(name, [("", images)], 0, labels, names)
+    _check_lengths(name, images, labels)
+    return _source(name, {"": images}, "", labels, names)
 
 
 def array_splits(dataset: str, seed: int) -> Splits:
-    """The parts of an .npz file.
+    """The splits of an .npz file.
 
     It holds `SPLIT_images` and `SPLIT_labels` for each split, or `images` and `labels`, of which a
     fifth is held out; and `names` of the classes if they have any.
@@ -47,42 +42,39 @@ def array_splits(dataset: str, seed: int) -> Splits:
     try:
         with np.load(os.path.expanduser(dataset), allow_pickle=False) as file:
             arrays = dict(file)
-    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds for what is damaged
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds for what is damaged.
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(
             f"{dataset}: can't be read ({reason}), expected an .npz of arrays"
         ) from None
-    found = [match[1] for key in arrays if (match := re.fullmatch(r"(?:(\w+)_)?images", key))]
-    if not found:
+    images = {
+        match[1] or "": array
+        for key, array in arrays.items()
+        if (match := re.fullmatch(r"(?:(\w+)_)?images", key))
+    }
+    if not images:
         raise UserError(
             f"{dataset}: holds {', '.join(arrays) or 'nothing'}, expected train_images, "
             "train_labels, test_images, test_labels or images, labels"
         )
-    found.sort(key=lambda split: (split != "train", split or ""))
+    images = dict(sorted(images.items(), key=lambda item: (item[0] != "train", item[0])))
     labels = {}
-    for split in found:
+    for split in images:
         key = f"{split}_labels" if split else "labels"
         if key not in arrays:
             raise UserError(f"{dataset}: no {key} beside {key[:-6]}images; add them")
         labels[split] = arrays[key]
+        _check_lengths(dataset, images[split], labels[split])
     names = arrays.get("names")
-    if names is None and labels[found[0]].size:
-        names = _class_names(dataset, labels[found[0]])
-    parts = [(split or "", arrays[f"{split}_images" if split else "images"]) for split in found]
-    sources = {
-        split: _source(dataset, parts, place, labels[split], names)
-        for place, split in enumerate(found)
-    }
-    if None in sources:
-        return held_out_splits(partial(sources.__getitem__, None), seed)
+    if names is None:  # All splits have the classes of the first.
+        names = _class_names(dataset, next(iter(labels.values())))
+    sources = {split: _source(dataset, images, split, labels[split], names) for split in images}
+    if "" in sources:
+        return held_out_splits(partial(sources.__getitem__, ""), seed)
     return {split: partial(sources.__getitem__, split) for split in sources}
 
 
-def _source(
-    name: str, parts: list[tuple[str, Images]], place: int, labels: Any, names: Any
-) -> Source:
-    """The source of one of several parts, whose keys go on where those of the last part end."""
-    images = parts[place][1]
+def _check_lengths(name: str, images: Images, labels: Any) -> None:
     shape = np.shape(labels)
     if len(shape) not in (1, 2) or 0 in shape[1:] or not np.iterable(images):
         raise UserError(
@@ -92,20 +84,24 @@ def _source(
         raise UserError(
             f"{name}: {len(images)} images and {len(labels)} labels, expected one for each"
         )
-    channels = _channels(name, images)
+
+
+def _source(name: str, images: Mapping[str, Images], split: str, labels: Any, names: Any) -> Source:
+    """The source of one of several splits, whose examples are numbered through."""
+    channels = _channels(name, images[split])
     names = tuple(str(n) for n in (_class_names(name, labels) if names is None else names))
     label_ids = _label_ids(name, labels, names)
-    starts = np.cumsum([0, *(len(part) for _, part in parts)]).tolist()
+    numbering = Numbering(name, {split: len(part) for split, part in images.items()})
     return Source(
         name=name,
         labels=names,
         channels=channels,
-        keys=range(starts[place], starts[place + 1]),
+        keys=numbering.keys(split),
         label_ids=label_ids,
-        read_key=partial(_image, [part for _, part in parts], starts),
-        describe_key=partial(_describe, name, [split for split, _ in parts], starts),
+        read_key=partial(_image, images, numbering),
+        describe_key=numbering.describe,
         multi_label=label_ids.ndim == 2,
-        identity=partial(_digest, images),
+        identity=partial(_digest, images[split]),
     )
 
 
@@ -122,7 +118,7 @@ def _channels(name: str, images: Images) -> int:
             f"{', '.join(str(s[-1]) for s in shapes) or 'none'}, expected uint8 (n, h, w), "
             "(n, h, w, 1) or (n, h, w, 3)"
         )
-    return next(iter(shapes))[0]
+    return shapes.pop()[0]
 
 
 def _class_names(name: str, labels: Any) -> list[str]:
@@ -143,12 +139,7 @@ def _label_ids(name: str, labels: Any, names: tuple[str, ...]) -> np.ndarray:
                 f"{name}: labels of shape {labels.shape} from {labels.min()} to {labels.max()}, "
                 f"expected (n, {len(names)}) of 0 and 1, a column for each class"
             )
-        # All in one width, so that parts can be added up.
-        rows = [np.flatnonzero(row) for row in labels]
-        ids = np.full(labels.shape, -1, np.int32)
-        for target, row in zip(ids, rows, strict=True):
-            target[: len(row)] = row
-        return ids
+        return _padded([np.flatnonzero(row) for row in labels], labels.shape[1])
     labels = labels.reshape(len(labels))
     if labels.dtype.kind in "US":
         index = {n: i for i, n in enumerate(names)}
@@ -161,15 +152,18 @@ def _label_ids(name: str, labels: Any, names: tuple[str, ...]) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def _image(parts: list[Images], starts: list[int], key: int) -> np.ndarray:
-    place = bisect_right(starts, key) - 1
-    image = parts[place][int(key) - starts[place]]
+def _padded(rows: Sequence[Sequence[int] | np.ndarray], width: int) -> np.ndarray:
+    """int32 (n, width), each row filled up with -1."""
+    ids = np.full((len(rows), width), -1, np.int32)
+    for target, row in zip(ids, rows, strict=True):
+        target[: len(row)] = row
+    return ids
+
+
+def _image(images: Mapping[str, Images], numbering: Numbering, key: int) -> np.ndarray:
+    split, place = numbering.find(key)
+    image = images[split][place]
     return image if image.ndim == 3 else image[..., None]
-
-
-def _describe(name: str, splits: list[str], starts: list[int], key: int) -> str:
-    place = bisect_right(starts, key) - 1
-    return f"{name} {splits[place]}".rstrip() + f"[{key - starts[place]}]"
 
 
 def _digest(images: Images) -> str:
@@ -179,3 +173,96 @@ def _digest(images: Images) -> str:
         digest.update(repr(image.shape).encode())
         digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+# Hugging Face's `datasets`: objects of that library, and what its `save_to_disk` wrote.
+
+
+def from_huggingface(
+    dataset: Any, *, image: str = "image", label: str = "label", name: str = "dataset"
+) -> Source:
+    """A source of the images of a `datasets.Dataset` (one split, not a DatasetDict).
+
+    Args:
+      dataset: with a column of type Image and one of type ClassLabel, or of lists of ClassLabel:
+        then an image may have several labels.
+      image, label: names of these columns.
+      name: what errors call the source.
+
+    Raises UserError if it has no such columns, or images without a label.
+    """
+    return _labelled(_whole_dataset(dataset, image, label, name), range(len(dataset)))
+
+
+def saved_splits(path: str, seed: int) -> Splits:
+    """The splits that `save_to_disk` wrote; of a single one a fifth is held out."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path}: a data set of Hugging Face's; to read it run pip install datasets, or "
+            "prepare another kind"
+        ) from None
+    try:
+        found = datasets.load_from_disk(os.path.expanduser(path))
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path}: can't be opened by `datasets` ({reason})") from None
+    if not isinstance(found, dict):
+        return held_out_splits(partial(from_huggingface, found, name=path), seed)
+    # One source for all, so that splits can be added up.
+    together = datasets.concatenate_datasets(list(found.values()))
+    whole = _whole_dataset(together, "image", "label", path)
+    numbering = Numbering(path, {split: len(part) for split, part in found.items()})
+    return {split: partial(_labelled, whole, numbering.keys(split)) for split in found}
+
+
+def _whole_dataset(dataset: Any, image: str, label: str, name: str) -> Source:
+    features = getattr(dataset, "features", None) or {}
+    image_type: Any = features.get(image)
+    label_type: Any = features.get(label)
+    classes = getattr(label_type, "feature", label_type)  # Of a list.
+    multi_label = classes is not label_type
+    if not hasattr(image_type, "decode") or not getattr(classes, "names", None):
+        raise UserError(
+            f"{name}: columns {', '.join(features) or 'none'}, expected {image!r} of type Image "
+            f"and {label!r} of type ClassLabel; name others with image= and label=, or give "
+            "one split"
+        )
+    column = dataset[label][:]
+    if multi_label:
+        rows = [row or [] for row in column]
+        ids = _padded(rows, max(map(len, rows), default=0))
+    else:
+        ids = np.array([-1 if id_ is None else id_ for id_ in column], np.int32)
+    return Source(
+        name=name,
+        labels=tuple(classes.names),
+        channels=3,
+        keys=range(len(dataset)),
+        label_ids=ids,
+        read_key=partial(
+            _content, dataset.cast_column(image, type(image_type)(decode=False)), image, name
+        ),
+        describe_key=partial("{}[{}]".format, name),
+        multi_label=multi_label,
+        identity=partial(getattr, dataset, "_fingerprint", ""),
+    )
+
+
+def _labelled(whole: Source, part: range) -> Source:
+    """Some of the images, which need labels: those of a competition's test aren't told."""
+    assert whole.label_ids is not None
+    missing = int((whole.label_ids[part] < 0).sum())
+    if missing and not whole.multi_label:
+        raise UserError(f"{whole.name}: {missing:,} images have no label; leave them out")
+    return whole.take(part)
+
+
+def _content(dataset: Any, image: str, name: str, key: int) -> bytes:
+    from vit_jax.data import images  # Loads OpenCV.
+
+    stored = dataset[int(key)][image]
+    if stored is None:
+        raise UserError(f"{name}[{key}]: no image; remove the row")
+    return stored["bytes"] or images.content(stored["path"])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from vit_jax.data.images import whole_levels
+from vit_jax.data.images import to_uint8
 from vit_jax.data.ops import Step, op
 from vit_jax.errors import UserError
 
@@ -44,12 +44,12 @@ def randaug(layers: int, magnitude: float) -> Step:
     distortions, level = tuple(RANDAUG.values()), magnitude / 10
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        image = whole_levels(image)
+        image = to_uint8(image)
         for chosen in rng.integers(len(distortions), size=layers):
             image = distortions[chosen](image, level, rng)
         return image
 
-    return Step(apply, random=True, levels=True)
+    return Step(apply, random=True, on_uint8=True)
 
 
 @op
@@ -70,13 +70,13 @@ def color_jitter(brightness: float, contrast: float, saturation: float, hue: flo
     changes = [(change, low, high) for change, low, high in changes if low < high]
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        image = whole_levels(image)
+        image = to_uint8(image)
         for i in rng.permutation(len(changes)):
             change, low, high = changes[i]
             image = change(image, rng.uniform(low, high))
         return image
 
-    return Step(apply, random=True, levels=True)
+    return Step(apply, random=True, on_uint8=True)
 
 
 @op
@@ -91,7 +91,7 @@ def random_erasing(p: float = 0.5, area_min: float = 0.02, area_max: float = 0.4
         raise UserError("expected 0 <= p <= 1 and 0 < area_min <= area_max <= 1")
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        image = whole_levels(image)
+        image = to_uint8(image)
         if rng.random() >= p:
             return image
         full_height, full_width, channels = image.shape
@@ -108,7 +108,7 @@ def random_erasing(p: float = 0.5, area_min: float = 0.02, area_max: float = 0.4
                 break
         return image
 
-    return Step(apply, random=True, levels=True)
+    return Step(apply, random=True, on_uint8=True)
 
 
 # What they are made of: uint8 (h, w, c), contiguous, to uint8 of the same shape. The colours are
@@ -245,11 +245,13 @@ def _blend(start: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
     return cv2.addWeighted(image, factor, start, 1 - factor, _CUT_OFF).reshape(image.shape)
 
 
-def _either(rng: np.random.Generator) -> int:
+def random_sign(rng: np.random.Generator) -> int:
+    """1 or -1."""
     return 1 if rng.random() < 0.5 else -1
 
 
-def _enhanced(level: float) -> float:
+def enhance_factor(level: float) -> float:
+    """What a level of RandAugment means for colour, contrast, brightness and sharpness."""
     return 1.8 * level + 0.1
 
 
@@ -261,21 +263,25 @@ RANDAUG: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray
     "AutoContrast": lambda image, _, rng: autocontrast(image),
     "Equalize": lambda image, _, rng: equalize(image),
     "Invert": lambda image, _, rng: invert(image),
-    "Rotate": lambda image, level, rng: rotate(image, _either(rng) * 30 * level),
+    "Rotate": lambda image, level, rng: rotate(image, random_sign(rng) * 30 * level),
     "Posterize": lambda image, level, rng: posterize(image, int(level * 4)),
     "Solarize": lambda image, level, rng: solarize(image, int(level * 256)),
     "SolarizeAdd": lambda image, level, rng: solarize_add(image, int(level * 110)),
-    "Color": lambda image, level, rng: saturate(image, _enhanced(level)),
-    "Contrast": lambda image, level, rng: change_contrast(image, _enhanced(level)),
-    "Brightness": lambda image, level, rng: brighten(image, _enhanced(level)),
-    "Sharpness": lambda image, level, rng: sharpen(image, _enhanced(level)),
-    "ShearX": lambda image, level, rng: affine(image, (1, _either(rng) * 0.3 * level, 0, 0, 1, 0)),
-    "ShearY": lambda image, level, rng: affine(image, (1, 0, 0, _either(rng) * 0.3 * level, 1, 0)),
+    "Color": lambda image, level, rng: saturate(image, enhance_factor(level)),
+    "Contrast": lambda image, level, rng: change_contrast(image, enhance_factor(level)),
+    "Brightness": lambda image, level, rng: brighten(image, enhance_factor(level)),
+    "Sharpness": lambda image, level, rng: sharpen(image, enhance_factor(level)),
+    "ShearX": lambda image, level, rng: affine(
+        image, (1, random_sign(rng) * 0.3 * level, 0, 0, 1, 0)
+    ),
+    "ShearY": lambda image, level, rng: affine(
+        image, (1, 0, 0, random_sign(rng) * 0.3 * level, 1, 0)
+    ),
     "TranslateX": lambda image, level, rng: affine(
-        image, (1, 0, _either(rng) * 100 * level, 0, 1, 0)
+        image, (1, 0, random_sign(rng) * 100 * level, 0, 1, 0)
     ),
     "TranslateY": lambda image, level, rng: affine(
-        image, (1, 0, 0, 0, 1, _either(rng) * 100 * level)
+        image, (1, 0, 0, 0, 1, random_sign(rng) * 100 * level)
     ),
     "Cutout": lambda image, level, rng: cutout(image, int(level * 40), rng),
 }

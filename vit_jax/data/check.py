@@ -1,20 +1,36 @@
-"""Looks at every image before training: what can't be read, what is there twice, what sizes."""
+"""Looks at images before training: `check` finds what can't be read, what is there twice, what
+sizes there are, and tells it; `draw_page` shows what a preprocessing makes of some."""
 
 import hashlib
+import itertools
+import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data.cores import own_cores
-from vit_jax.data.sources import Source
+from vit_jax.data.images import shrink
+from vit_jax.data.preprocess import Preprocess
+from vit_jax.data.source import Source
+from vit_jax.data.workers import own_cores
 from vit_jax.errors import UserError
 
-_BLOCK = 64  # images that a thread takes at once
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLOCK = 64  # Images that a thread takes at once.
+_MANY_CLASSES = 40  # More can't be named in the drawing.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito
+_TITLE_CHARS = 24  # What fits above an image.
+_TINY = 96  # Images of fewer pixels a side are magnified as they are, without smoothing.
+
+Mix = Callable[[np.ndarray, int], tuple[np.ndarray, float]]
 
 
 class Image(NamedTuple):
@@ -81,14 +97,15 @@ class Check:
         found = []
         for name, split in self.splits.items():
             if split.unreadable:
-                found.append(f"{count_of(len(split.unreadable))} of {name} can't be read")
+                found.append(f"{_count_of(len(split.unreadable))} of {name} can't be read")
             empty = [self.labels[i] for i in np.flatnonzero(split.class_counts == 0)]
             if empty and name.startswith("train"):
-                found.append(f"{name} has no image of {_shortened(empty)}")
+                more = f" and {len(empty) - 5:,} more classes" if len(empty) > 5 else ""
+                found.append(f"{name} has no image of {', '.join(map(repr, empty[:5]))}{more}")
         if self.leaks:
-            found.append(f"{count_of(len(self.leaks))} found in several splits")
+            found.append(f"{_count_of(len(self.leaks))} found in several splits")
         if self.contradictions:
-            found.append(f"{count_of(len(self.contradictions))} found under several classes")
+            found.append(f"{_count_of(len(self.contradictions))} found under several classes")
         return found
 
 
@@ -108,36 +125,72 @@ def check(
       progress: called with the numbers of images done and of all.
     """
     threads = min(own_cores(), 16) if threads is None else threads
-    total = sum(map(len, sources.values()))
+    total, done = sum(map(len, sources.values())), 0
+    classes = next(iter(sources.values())).labels
     splits: dict[str, CheckedSplit] = {}
-    digests, places, labels = [], [], []
-    done = 0
-    for number, (name, source) in enumerate(sources.items()):
+    facts = [np.empty(0, _FACTS)]
+    labels: list[tuple[int, ...]] = []
+    owners: list[str] = []
+    same: dict[tuple[int, ...], tuple[int, ...]] = {}  # Equal labels share their memory.
+    for name, source in sources.items():
         blocks = [range(i, min(i + _BLOCK, len(source))) for i in range(0, len(source), _BLOCK)]
-        result = _Result(len(source), len(source.labels))
+        seen, first, unreadable = [np.empty(0, _FACTS)], len(labels), []
         pool = ThreadPoolExecutor(threads)
         try:
-            for block, seen in zip(blocks, pool.map(partial(_look, source), blocks), strict=True):
-                result.add(block, seen)
+            for block, found in zip(blocks, pool.map(partial(_look, source), blocks), strict=True):
+                seen.append(found[0])
+                labels += [same.setdefault(ids, ids) for ids in found[1]]
+                unreadable += found[2]
                 done += len(block)
                 progress(done, total)
         finally:
             pool.shutdown(cancel_futures=True)
-        splits[name] = result.finished()
-        read = np.flatnonzero(result.read)
-        digests.append(result.digests[read])
-        labels += [result.labels[i] for i in read]
-        places.append(np.stack([np.full_like(read, number), read], axis=1))
-    names = next(iter(sources.values())).labels
-    where = np.concatenate(places)
+        facts.append(np.concatenate(seen))
+        owners += [name] * len(facts[-1])
+        ids = np.fromiter(itertools.chain.from_iterable(labels[first:]), np.int64)
+        splits[name] = CheckedSplit(
+            count=len(source),
+            unreadable=unreadable,
+            class_counts=np.bincount(ids, minlength=len(classes)),
+            sizes=facts[-1]["size"],
+            channels=dict(Counter(facts[-1]["channels"].tolist())),
+            grey=int(facts[-1]["grey"].sum()),
+        )
+    everything = np.concatenate(facts)
 
     def image(i: int) -> Image:
-        split = list(sources)[where[i, 0]]
-        label = ";".join(names[id_] for id_ in labels[i]) or "no class"
-        return Image(split, sources[split].describe(int(where[i, 1])), label)
+        name = sources[owners[i]].describe(int(everything["index"][i]))
+        label = ";".join(classes[id_] for id_ in labels[i]) or "no class"
+        return Image(owners[i], name, label)
 
-    groups = _equal(np.concatenate(digests))
-    return Check(names, splits, [[image(i) for i in group] for group in groups])
+    groups = _equal(everything["digest"])
+    return Check(classes, splits, [[image(i) for i in group] for group in groups])
+
+
+_FACTS = np.dtype(
+    [("index", "i8"), ("digest", "S16"), ("size", "i4", 2), ("channels", "i4"), ("grey", "?")]
+)
+
+
+def _look(source: Source, indices: Iterable[int]) -> tuple[np.ndarray, list, list[str]]:
+    """Facts and labels of the images that can be read, and why others can't."""
+    facts, labels, unreadable = [], [], []
+    for index in indices:
+        try:
+            example = source[index]
+        except UserError as error:
+            unreadable.append(str(error))
+            continue
+        image, label = np.ascontiguousarray(example["image"]), example["label"]
+        digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+        digest.update(image.data)
+        # A few pixels tell of most images that they are coloured.
+        grey = image.shape[2] == 3 and all(
+            (part == part[..., :1]).all() for part in (image[::16, ::16], image)
+        )
+        facts.append((index, digest.digest(), image.shape[:2], image.shape[2], grey))
+        labels.append((label,) if np.ndim(label) == 0 else tuple(np.flatnonzero(label).tolist()))
+    return np.array(facts, _FACTS), labels, unreadable
 
 
 def _equal(values: np.ndarray) -> list[np.ndarray]:
@@ -148,80 +201,272 @@ def _equal(values: np.ndarray) -> list[np.ndarray]:
     return sorted((g for g in groups if len(g) > 1), key=lambda group: group[0])
 
 
-class _Seen(NamedTuple):
-    shape: tuple[int, int, int]
-    grey: bool
-    digest: bytes
-    labels: tuple[int, ...]
+def _count_of(number: int) -> str:
+    return f"{number:,} image{'' if number == 1 else 's'}"
 
 
-def _look(source: Source, indices: Iterable[int]) -> list[_Seen | str]:
-    """What is to be known of some images, or why they can't be read."""
-    seen: list[_Seen | str] = []
-    for index in indices:
-        try:
-            example = source[index]
-        except UserError as error:
-            seen.append(str(error))
+# What was found, told in words, JSON and histograms.
+
+
+def summary(result: Check) -> str:
+    """What a person reads first, some lines for each split."""
+    lines = []
+    for name, split in result.splits.items():
+        lines.append(f"{name}: {_count_of(split.count)}")
+        facts = {"classes": f"{len(result.labels):,}"}
+        counts = split.class_counts
+        if counts.any():
+            least, most = np.argmin(counts), np.argmax(counts)
+            facts["classes"] += f", each of {counts[least]:,}"
+            if counts[least] < counts[most]:
+                facts["classes"] += f" ({result.labels[least]}) to {counts[most]:,}"
+                facts["classes"] += f" ({result.labels[most]})"
+            facts["classes"] += " images"
+        if len(split.sizes):
+            height, width = split.sizes.T
+            facts["height"] = _told(height, ",.0f", " pixels")
+            facts["width"] = _told(width, ",.0f", " pixels")
+            facts["aspect"] = _told(width / height, ".3g", "")
+            facts["channels"] = " or ".join(map(str, sorted(split.channels)))
+            if split.grey:
+                facts["channels"] += f"; {_count_of(split.grey)} without colour"
+        facts["duplicates"] = f"{result.duplicates(name) or 'none'}"
+        facts["unreadable"] = f"{len(split.unreadable) or 'none'}"
+        lines += [f"  {title:<12}{text}" for title, text in facts.items()]
+    if not result.problems:
+        return "\n".join([*lines, "", "Nothing was found that training would suffer from."])
+    return "\n".join([*lines, "", "Problems", *(f"  {problem}" for problem in result.problems)])
+
+
+def _told(values: np.ndarray, form: str, unit: str) -> str:
+    low, middle, high = (format(value, form) for value in _range(values).values())
+    return f"{low}{unit}" if low == high else f"{low} to {high}{unit}, median {middle}"
+
+
+def _range(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
+    return {
+        "min": values.min().item(),
+        "median": float(np.median(values)),
+        "max": values.max().item(),
+    }
+
+
+def details(result: Check, limit: int | None = None) -> str:
+    """Every image that something is the matter with, by name; `limit` of a kind at most."""
+
+    def section(title: str, found: Sequence[str]) -> list[str]:
+        left = len(found) - len(shown := found[:limit])
+        more = [f"  ... and {left:,} more"] if left else []
+        return ["", title, *(f"  {text}" for text in shown), *more] if found else []
+
+    def groups(found: Iterable[Sequence[Image]]) -> list[str]:
+        named = ([f"{p.name} ({p.split}, {p.label})" for p in group] for group in found)
+        return ["\n    = ".join(group) for group in named]
+
+    unreadable = [text for split in result.splits.values() for text in split.unreadable]
+    within = [g for g in result.identical if len({(p.split, p.label) for p in g}) == 1]
+    lines = [
+        *section("Unreadable", unreadable),
+        *section("The same pixels in several splits", groups(result.leaks)),
+        *section("The same pixels under several classes", groups(result.contradictions)),
+        *section("The same pixels several times", groups(within)),
+    ]
+    return "\n".join(lines[1:])
+
+
+def as_dict(result: Check) -> dict[str, Any]:
+    """All of it, for JSON."""
+    return {
+        "problems": result.problems,
+        "splits": {
+            name: {
+                "count": split.count,
+                "unreadable": split.unreadable,
+                "classes": dict(zip(result.labels, split.class_counts.tolist(), strict=True)),
+                "height": _range(split.sizes[:, 0]),
+                "width": _range(split.sizes[:, 1]),
+                "aspect": _range(split.sizes[:, 1] / split.sizes[:, 0]),
+                "channels": {str(number): count for number, count in split.channels.items()},
+                "grey": split.grey,
+                "duplicates": result.duplicates(name),
+            }
+            for name, split in result.splits.items()
+        },
+        "identical": [[image._asdict() for image in group] for group in result.identical],
+    }
+
+
+def write_report(result: Check, folder: str | os.PathLike, title: str) -> list[str]:
+    """Writes check.txt and check.png, and tells their paths."""
+    text, drawing = (os.path.join(folder, name) for name in ("check.txt", "check.png"))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(text, "w", encoding="utf-8", errors="backslashreplace") as file:
+            print(title, "", summary(result), "", details(result), sep="\n", file=file)
+            print("\nImages of each class:", ", ".join(result.splits), file=file)
+            counts = np.stack([split.class_counts for split in result.splits.values()], axis=1)
+            for label, row in zip(result.labels, counts.tolist(), strict=True):
+                print(" ", *(f"{count:>9,}" for count in row), f" {label}", file=file)
+        _save(_histograms(result, title), drawing)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't be written to ({error.strerror}); choose another folder"
+        ) from None
+    return [text, drawing]
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """Of matplotlib's objects alone: no pyplot, no window, no state left behind."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: "Figure", path: str | os.PathLike) -> None:
+    with warnings.catch_warnings():
+        # Names in scripts that the font lacks are drawn as boxes: a warning says no more.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, format="png")
+
+
+def _histograms(result: Check, title: str) -> "Figure":
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(12, 8)
+    figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
+    upper, *lower = figure.subplot_mosaic([["c"] * 3, ["h", "w", "a"]]).values()
+    _draw_classes(upper, result)
+    sizes = [split.sizes for split in result.splits.values()]
+    values = {
+        "height in pixels": [size[:, 0] for size in sizes],
+        "width in pixels": [size[:, 1] for size in sizes],
+        "aspect (width / height)": [size[:, 1] / size[:, 0] for size in sizes],
+    }
+    for ax, (name, found) in zip(lower, values.items(), strict=True):
+        everything = np.concatenate(found)
+        if not len(everything):
             continue
-        image, label = np.ascontiguousarray(example["image"]), example["label"]
-        digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
-        digest.update(image.data)
-        ids = (label,) if np.ndim(label) == 0 else tuple(np.flatnonzero(label).tolist())
-        seen.append(_Seen(image.shape, _is_grey(image), digest.digest(), ids))
-    return seen
+        log = everything.max() > 20 * everything.min()
+        edges = np.histogram_bin_edges(np.log(everything) if log else everything, 40)
+        edges = np.exp(edges) if log else edges
+        for i, one in enumerate(found):  # The first filled, so that none hides another.
+            color = _COLORS[i % len(_COLORS)]
+            ax.hist(one, edges.tolist(), histtype="step", fill=i == 0, color=color, linewidth=1.5)
+        if log:
+            ax.set_xscale("log")
+        ax.set_xlabel(name)
+        ax.set_ylabel("images")
+    for ax in (upper, *lower):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    return figure
 
 
-def _is_grey(image: np.ndarray) -> bool:
-    # A few pixels tell of most images that they are coloured.
-    return image.shape[2] == 3 and all(
-        (part == part[..., :1]).all() for part in (image[::16, ::16], image)
-    )
+def _draw_classes(ax: "Axes", result: Check) -> None:
+    count = len(result.labels)
+    first = next(iter(result.splits.values())).class_counts
+    named = count <= _MANY_CLASSES
+    order = np.arange(count) if named else np.argsort(-first, kind="stable")
+    width = 0.8 / len(result.splits)
+    for i, (name, split) in enumerate(result.splits.items()):
+        color = _COLORS[i % len(_COLORS)]
+        if named:
+            places = order + (i - (len(result.splits) - 1) / 2) * width
+            ax.bar(places, split.class_counts, width, label=name, color=color)
+        else:
+            ax.step(np.arange(count), split.class_counts[order], label=name, color=color)
+    if named:
+        labels = [_short(name, 18) for name in result.labels]
+        long = count * max(map(len, labels)) > 120
+        ax.set_xticks(order, labels, rotation=90 if long else 0, parse_math=False)
+    else:
+        ax.set_xlabel(f"{count:,} classes, from the largest to the smallest")
+    ax.set_ylim(bottom=0)
+    ax.set_title("Images of each class", fontsize=11, loc="left")
+    ax.legend(frameon=False, loc="upper right", ncols=len(result.splits), bbox_to_anchor=(1, 1.12))
 
 
-class _Result:
-    """Collects what was seen of a split's images, in little memory."""
-
-    def __init__(self, count: int, classes: int):
-        self.read = np.zeros(count, bool)
-        self.digests = np.zeros(count, "S16")
-        self.labels: list[tuple[int, ...]] = [()] * count
-        self._labels: dict[tuple[int, ...], tuple[int, ...]] = {}  # each but once in memory
-        self._sizes = np.zeros((count, 2), np.int32)
-        self._class_counts = np.zeros(classes, np.int64)
-        self._channels: Counter[int] = Counter()
-        self._grey = 0
-        self._unreadable: list[str] = []
-
-    def add(self, indices: Sequence[int], seen: Sequence[_Seen | str]) -> None:
-        for index, one in zip(indices, seen, strict=True):
-            if isinstance(one, str):
-                self._unreadable.append(one)
-                continue
-            self.read[index] = True
-            self.digests[index] = one.digest
-            self.labels[index] = self._labels.setdefault(one.labels, one.labels)
-            self._sizes[index] = one.shape[:2]
-            self._class_counts[list(one.labels)] += 1
-            self._channels[one.shape[2]] += 1
-            self._grey += one.grey
-
-    def finished(self) -> CheckedSplit:
-        return CheckedSplit(
-            count=len(self.read),
-            unreadable=self._unreadable,
-            class_counts=self._class_counts,
-            sizes=self._sizes[self.read],
-            channels=dict(self._channels),
-            grey=self._grey,
-        )
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def count_of(number: int, thing: str = "image", plural: str = "s") -> str:
-    """A number of things, e.g. "1 image", "1,200 images"."""
-    return f"{number:,} {thing}{'' if number == 1 else plural}"
+# What a preprocessing makes of images.
 
 
-def _shortened(names: Sequence[str], shown: int = 5) -> str:
-    rest = f" and {len(names) - shown:,} more classes" if len(names) > shown else ""
-    return ", ".join(map(repr, names[:shown])) + rest
+def draw_page(
+    path: str | os.PathLike,
+    source: Source,
+    preprocess: Preprocess,
+    *,
+    count: int = 6,
+    draws: int = 5,
+    seed: int = 0,
+    mix: Mix | None = None,
+) -> None:
+    """Draws a PNG with a row for each of some images: as it is, then preprocessed again and again.
+
+    Args:
+      path: the file to write; its folder is made if it isn't there.
+      source: of which `count` images are chosen at random.
+      preprocess: what is done to them; the range of values is undone.
+      draws: how often each is preprocessed; once, if nothing is random.
+      seed: decides the choice and everything random.
+      mix: (float32 (count, h, w, c), draw) -> those images mixed, each with the one before, and
+        the share in [0, 1] that is its own.
+
+    Raises:
+      UserError: an image can't be read or preprocessed, or the file not be written.
+    """
+    count = min(count, len(source))
+    draws = draws if preprocess.random or mix else 1
+    chosen = np.sort(np.random.default_rng(seed).choice(len(source), count, replace=False))
+    examples = [source[int(i)] for i in chosen]
+    labels = []
+    for example in examples:
+        ids = np.flatnonzero(example["label"]) if source.multi_label else [example["label"]]
+        label = ", ".join(source.labels[i] for i in ids) or "no label"
+        labels.append(_short(" ".join(label.split()), _TITLE_CHARS))
+    figure = _figure(2.3 * (1 + draws), 2.5 * count + 0.6)
+    axes = figure.subplots(count, 1 + draws, squeeze=False)
+    for row, example, label in zip(axes, examples, labels, strict=True):
+        height, width, _ = example["image"].shape
+        _draw_image(row[0], example["image"], f"{label}\n{height} x {width}")
+    for draw in range(draws):
+        images = [
+            preprocess(example["image"], np.random.default_rng((seed, draw, row)))
+            for row, example in enumerate(examples)
+        ]
+        titles = [""] * count
+        if mix:
+            mixed, share = mix(np.stack(images), draw)
+            images = list(mixed)
+            if share < 0.995:
+                titles = [
+                    f"{share:.2f} {own}\n+ {1 - share:.2f} {labels[row - 1]}"
+                    for row, own in enumerate(labels)
+                ]
+        for ax, image, title in zip(axes[:, 1 + draw], images, titles, strict=True):
+            _draw_image(ax, preprocess.undo_range(image), title)
+    figure.suptitle(f"{preprocess.spec}{', mixed' if mix else ''}", fontsize=10, parse_math=False)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        _save(figure, path)
+    except OSError as error:
+        raise UserError(
+            f"{os.fspath(path)} can't be written ({error.strerror}): choose another place"
+        ) from None
+
+
+def _draw_image(ax: "Axes", image: np.ndarray, title: str) -> None:
+    pixels = shrink(image, 512)  # matplotlib makes floats of all that it gets.
+    pixels = pixels[..., 0] if image.shape[2] == 1 else pixels
+    smooth = "nearest" if max(image.shape[:2]) < _TINY else "antialiased"
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
+    ax.set_title(title, fontsize=8, parse_math=False)
+    ax.set(xticks=[], yticks=[])

@@ -1,20 +1,21 @@
-"""The operations of a preprocessing text that cut, resize and convert; see `preprocess`.
+"""The operations of a preprocessing text that cut, resize, convert and normalise; see `preprocess`.
 
 To add an operation, write a function with `@op`, here or in `augment`: its parameters are the
-operation's, its annotations say what they may be (`Size`, `Pixels`, int, float or bool), and it
-returns a `Step`.
+operation's, its annotations say what they may be (`Size`, `Pixels`, `PerChannel`, int, float or
+bool), and it returns a `Step`.
 """
 
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, Any, NewType
 
 import cv2
 import numpy as np
 
 from vit_jax.data import images
+from vit_jax.data.images import Box
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,10 +23,62 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]  # (height, width); written 224 or (224, 192)
 Pixels = NewType("Pixels", int)
-Apply = Callable[..., np.ndarray]  # (image, rng), and rounded=True where `Step` says so
-Choose = Callable[[tuple[int, int], np.random.Generator], images.Part]
+PerChannel = tuple[float, ...]  # One for each channel, or one for all; written 0.5 or (0.5, 0.4)
 
-KEPT: Size = (-1, -1)
+SAME_SIZE: Size = (-1, -1)
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Maps values of 0 to 255, u = (x - 127.5) / 127.5, to u * scale + offset.
+
+    That is what `value_range` and `normalize` are: one operation, used by whoever reads an image
+    and inside of a compiled step alike.
+
+    Attributes:
+      scale, offset: one number for each channel, or one for all.
+    """
+
+    scale: PerChannel
+    offset: PerChannel
+
+    def __call__(self, images: Any) -> Any:
+        """float32 (..., c) of an array of NumPy or JAX, uint8 or float32 (..., c).
+
+        Raises UserError if it has another number of channels.
+        """
+        count = max(len(self.scale), len(self.offset))
+        if count not in (1, images.shape[-1]):
+            raise UserError(
+                f"normalize: values for {count} channels and an image of {images.shape[-1]}; put "
+                "rgb or gray before it, or give one number for all"
+            )
+        pixels = images - np.float32(127.5)
+        pixels /= np.float32(127.5)  # In place, of NumPy's arrays: the rest costs no memory.
+        pixels *= _float32(self.scale)
+        pixels += _float32(self.offset)
+        return pixels
+
+    @property
+    def bounds(self) -> tuple[PerChannel, PerChannel]:
+        """What 0 and 255 become."""
+        scale, offset = np.broadcast_arrays(self.scale, self.offset)
+        return tuple((offset - scale).tolist()), tuple((offset + scale).tolist())
+
+    def undo(self, images: np.ndarray) -> np.ndarray:
+        """The uint8 images (..., c) of normalised ones, to be looked at."""
+        low, high = self.bounds
+        levels = (images - _float32(low)) * _float32(255 / np.subtract(high, low))
+        return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+    def __str__(self) -> str:
+        """E.g. "-1 to 1"; with a range for each channel, all of them."""
+        return ", ".join("{:g} to {:g}".format(*ends) for ends in zip(*self.bounds, strict=True))
+
+
+def _float32(values: Any) -> Any:
+    # A scalar stays one: XLA leaves out multiplying by 1.
+    return np.float32(values[0]) if len(values) == 1 else np.array(values, np.float32)
 
 
 @dataclass(frozen=True)
@@ -34,23 +87,23 @@ class Step:
 
     Attributes:
       apply: (image (h, w, c), rng) -> image, float32 or still uint8.
-      part: ((h, w) of its input, rng) -> the part that `apply` gets; by default that is all of it.
+      crop: ((h, w) of its input, rng) -> the box that `apply` gets; by default that is all of it.
       size: (h, w) of its result; None if that depends on the image; by default that of its input.
       random: whether it draws from `rng`.
-      levels: whether it works on whole grey levels, 0 to 255.
-      moves: whether it moves pixels, no more.
-      rounds: whether `apply` takes rounded=True, for whole grey levels.
-      value_range: (lo, hi) that it maps 0 and 255 to, if that is what it does.
+      on_uint8: whether it works on whole grey levels, 0 to 255.
+      is_geometric: whether it moves pixels, no more.
+      can_round: whether `apply` takes rounded=True, for a result of uint8.
+      normalize: what it does, if it normalises.
     """
 
-    apply: Apply
-    part: Choose | None = None
-    size: Size | None = KEPT
+    apply: Callable[..., np.ndarray]
+    crop: Callable[[Size, np.random.Generator], Box] | None = None
+    size: Size | None = SAME_SIZE
     random: bool = False
-    levels: bool = False
-    moves: bool = False
-    rounds: bool = False
-    value_range: tuple[float, float] | None = None
+    on_uint8: bool = False
+    is_geometric: bool = False
+    can_round: bool = False
+    normalize: Normalize | None = None
 
 
 OPS: dict[str, Callable[..., Step]] = {}
@@ -81,16 +134,13 @@ def inception_crop(
     """
     if not 0 < area_min <= area_max <= 1:
         raise UserError("expected 0 < area_min <= area_max <= 1")
-
-    def part(shape: tuple[int, int], rng: np.random.Generator) -> images.Part:
-        return random_box(shape, rng, area_min, area_max)
-
-    return replace(resize(size, antialias), part=part, random=True)
+    crop = functools.partial(random_box, area_min=area_min, area_max=area_max)
+    return replace(resize(size, antialias), crop=crop, random=True)
 
 
 def random_box(
     shape: tuple[int, int], rng: np.random.Generator, area_min: float, area_max: float
-) -> images.Part:
+) -> Box:
     """The part that `inception_crop` takes of an (h, w) image."""
     full_height, full_width = shape
     smallest, largest = (a * full_height * full_width for a in (area_min, area_max))
@@ -116,7 +166,7 @@ def flip() -> Step:
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return cv2.flip(image, 1).reshape(image.shape) if rng.random() > 0.5 else image
 
-    return Step(apply, random=True, moves=True)
+    return Step(apply, random=True, is_geometric=True)
 
 
 @op
@@ -127,7 +177,7 @@ def resize(size: Size, antialias: bool = False) -> Step:
     is averaged under a triangle as wide as the reduction; without, pixels between are passed over.
     """
     apply = functools.partial(_resized, size=size, antialias=antialias)
-    return Step(apply, size=size, rounds=True)
+    return Step(apply, size=size, can_round=True)
 
 
 @op
@@ -145,15 +195,11 @@ def resize_small(size: Pixels, antialias: bool = False) -> Step:
             )
         return _resized(image, rng, result, antialias, rounded)
 
-    return Step(apply, size=None, rounds=True)
+    return Step(apply, size=None, can_round=True)
 
 
 def _resized(
-    image: np.ndarray,
-    _: np.random.Generator,
-    size: Size,
-    antialias: bool,
-    rounded: bool = False,
+    image: np.ndarray, _: Any, size: Size, antialias: bool, rounded: bool = False
 ) -> np.ndarray:
     """float32, or uint8 if `rounded`."""
     height, width, channels = image.shape
@@ -164,7 +210,7 @@ def _resized(
     columns = rows.reshape(size[0], width, channels).swapaxes(0, 1).reshape(width, -1)
     result = _triangles(width, size[1]) @ columns
     resized = result.reshape(size[1], size[0], channels).swapaxes(0, 1)
-    return images.whole_levels(resized) if rounded else resized
+    return images.to_uint8(resized) if rounded else resized
 
 
 def _triangles(before: int, after: int) -> "csr_array":
@@ -192,10 +238,10 @@ def central_crop(size: Size) -> Step:
     """The middle of the image, which must be as large as `size` at least."""
 
     def apply(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
-        height, width = _room("central_crop", image, size)
-        return _cut(image, height // 2, width // 2, size)
+        height, width = _margin("central_crop", image, size)
+        return images.cut(image, (height // 2, width // 2, *size))
 
-    return Step(apply, size=size, moves=True)
+    return Step(apply, size=size, is_geometric=True)
 
 
 @op
@@ -203,25 +249,21 @@ def random_crop(size: Size) -> Step:
     """A part of `size` from anywhere in the image, which must be as large at least."""
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        top, left = rng.integers(0, _room("random_crop", image, size), endpoint=True)
-        return _cut(image, top, left, size)
+        top, left = rng.integers(0, _margin("random_crop", image, size), endpoint=True)
+        return images.cut(image, (top, left, *size))
 
-    return Step(apply, size=size, random=True, moves=True)
+    return Step(apply, size=size, random=True, is_geometric=True)
 
 
-def _room(name: str, image: np.ndarray, size: Size) -> Size:
+def _margin(name: str, image: np.ndarray, size: Size) -> Size:
     """How much higher and wider than `size` the image is."""
-    room = image.shape[0] - size[0], image.shape[1] - size[1]
-    if min(room) < 0:
+    margin = image.shape[0] - size[0], image.shape[1] - size[1]
+    if min(margin) < 0:
         raise UserError(
             f"{name}: the image is {image.shape[0]} x {image.shape[1]}, expected "
             f"{size[0]} x {size[1]} or larger; put resize_small({max(size)}) before it"
         )
-    return room
-
-
-def _cut(image: np.ndarray, top: int, left: int, size: Size) -> np.ndarray:
-    return image[top : top + size[0], left : left + size[1]]
+    return margin
 
 
 @op
@@ -229,13 +271,13 @@ def random_shift(pixels: Pixels) -> Step:
     """Moves the image by up to `pixels` each way; the gap is 0: black, if before value_range."""
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        height, width = image.shape[:2]
-        padded = np.zeros((height + 2 * pixels, width + 2 * pixels, image.shape[2]), image.dtype)
+        height, width, channels = image.shape
+        padded = np.zeros((height + 2 * pixels, width + 2 * pixels, channels), image.dtype)
         padded[pixels : pixels + height, pixels : pixels + width] = image
         top, left = rng.integers(0, 2 * pixels + 1, 2)
-        return padded[top : top + height, left : left + width]
+        return images.cut(padded, (top, left, height, width))
 
-    return Step(apply, random=True, moves=True)
+    return Step(apply, random=True, is_geometric=True)
 
 
 @op
@@ -249,17 +291,20 @@ def value_range(lo: float, hi: float) -> Step:
     """Maps 0..255 to lo..hi, neither rounded nor clipped; -1, 1 is exactly (x - 127.5) / 127.5."""
     if not lo < hi:
         raise UserError("expected lo < hi")
-    half, middle = np.float32((hi - lo) / 2), np.float32((hi + lo) / 2)
-    centre = np.float32(127.5)
+    return _normalized(Normalize(((hi - lo) / 2,), ((hi + lo) / 2,)))
 
-    def apply(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
-        pixels = image - centre  # then in place: the rest costs no memory
-        pixels /= centre
-        pixels *= half
-        pixels += middle
-        return pixels
 
-    return Step(apply, value_range=(lo, hi))
+@op
+def normalize(mean: PerChannel, std: PerChannel) -> Step:
+    """(x / 255 - mean) / std, the field's convention: of images in [0, 1], for each channel."""
+    if not (0 <= min(mean) <= max(mean) <= 1 and 0 < min(std) <= max(std) <= 1):
+        raise UserError("expected a mean of 0 to 1 and a std of more than 0 to 1: 255 is 1 here")
+    scale, offset = 0.5 / np.array(std), (0.5 - np.array(mean)) / np.array(std)
+    return _normalized(Normalize(tuple(scale.tolist()), tuple(offset.tolist())))
+
+
+def _normalized(normalization: Normalize) -> Step:
+    return Step(lambda image, _: normalization(image), normalize=normalization)
 
 
 @op

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data import augment  # noqa: F401 (it has operations, too)
-from vit_jax.data.images import Part, whole_levels
-from vit_jax.data.ops import KEPT, OPS, Size, Step
+from vit_jax.data.images import Box, cut, to_uint8
+from vit_jax.data.ops import OPS, SAME_SIZE, Normalize, PerChannel, Size, Step
 from vit_jax.errors import UserError
 
-MAX_PIXELS = 16384  # a longer side is a slip of the keyboard
-OPERATIONS = tuple(OPS)  # their names
-MAX_LENGTH = 1000  # of a specification, in characters
+MAX_PIXELS = 16384  # A longer side is a slip of the keyboard.
+MAX_LENGTH = 1000  # Of a specification, in characters.
+OPERATIONS = tuple(OPS)  # Their names.
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Preprocess:
     Attributes:
       spec: the specification in its one canonical spelling.
       steps: its operations.
-      dtype: "float32", or "uint8" for results rounded to whole grey levels, see `to_levels`.
+      dtype: of results: "float32", or "uint8" if they are rounded.
     """
 
     spec: str
@@ -50,51 +50,72 @@ class Preprocess:
         """(h, w) of every result, or None if it depends on the image."""
         size = None
         for step in self.steps:
-            size = size if step.size == KEPT else step.size
+            size = size if step.size == SAME_SIZE else step.size
         return size
 
     @property
+    def normalize(self) -> Normalize | None:
+        """The last operation if it normalises, and no other does: what a device can do instead."""
+        found = [step.normalize for step in self.steps if step.normalize]
+        return found[0] if len(found) == 1 and self.steps[-1].normalize else None
+
+    @property
+    def range(self) -> Normalize:
+        """What becomes of 0 to 255, wherever in the text that is said; compare it, or print it."""
+        found = [step.normalize for step in self.steps if step.normalize]
+        return found[-1] if found else Normalize((127.5,), (127.5,))
+
+    @property
     def value_range(self) -> tuple[float, float]:
-        """What 0 and 255 become."""
-        ranges = [step.value_range for step in self.steps if step.value_range]
-        return ranges[-1] if ranges else (0.0, 255.0)
+        """What 0 and 255 become, the lowest and the highest of all channels."""
+        low, high = self.range.bounds
+        return min(low), max(high)
+
+    def without_normalize(self, *, as_uint8: bool = False) -> "Preprocess":
+        """What comes before `normalize`, which has to be there.
+
+        Args:
+          as_uint8: for results rounded to uint8, in place of float32.
+        """
+        if not self.normalize:
+            raise ValueError(f"{self.spec!r} doesn't end with its only normalisation")
+        steps, spec = list(self.steps[:-1]), self.spec.rpartition("|")[0]
+        if not as_uint8:
+            return Preprocess(spec, tuple(steps))
+        for i, step in reversed(list(enumerate(steps))):
+            if step.can_round:  # What follows moves pixels or would round them: round here.
+                steps[i] = replace(step, apply=functools.partial(step.apply, rounded=True))
+            if not (step.is_geometric or step.on_uint8):
+                break
+        return Preprocess(spec, tuple(steps), "uint8")
 
     def to_levels(self) -> tuple["Preprocess", tuple[float, float]] | None:
         """What leaves the last value_range to others: (uint8 preprocessing, (lo, hi)).
 
-        None if there is something after it, or none.
+        None if there is something after it, none, or one for each channel.
         """
-        value_range = self.steps[-1].value_range
-        if value_range is None or any(step.value_range for step in self.steps[:-1]):
+        if self.normalize is None or len(self.normalize.bounds[0]) > 1:
             return None
-        steps = list(self.steps[:-1])
-        for i, step in reversed(list(enumerate(steps))):
-            if step.rounds:  # What follows moves pixels or would round them: round here.
-                steps[i] = replace(step, apply=functools.partial(step.apply, rounded=True))
-            if not (step.moves or step.levels):
-                break
-        spec = self.spec.rpartition("|")[0]
-        return Preprocess(spec, tuple(steps), "uint8"), value_range
+        return self.without_normalize(as_uint8=True), self.value_range
 
     def undo_range(self, image: np.ndarray) -> np.ndarray:
-        """The uint8 image that value_range made a result of, to be looked at."""
-        low, high = self.value_range
-        return np.clip(np.rint((image - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
+        """The uint8 image that a normalised result was made of, to be looked at."""
+        return self.range.undo(image)
 
-    def part(self, shape: tuple[int, int], rng: np.random.Generator | None) -> Part:
-        """The part of an (h, w) image that the first operation takes, drawn from `rng`."""
-        first = self.steps[0].part if self.steps else None  # `to_levels` may leave none.
-        return first(shape, rng) if first and rng else (0, 0, *shape)
+    def crop_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box | None:
+        """The box that the first operation takes of an (h, w) image, drawn from `rng`, if any."""
+        crop = self.steps[0].crop if self.steps else None
+        return crop(size, rng) if crop else None
 
     def __call__(
-        self, image: np.ndarray, rng: np.random.Generator | None = None, *, cut: bool = False
+        self, image: np.ndarray, rng: np.random.Generator | None = None, *, cropped: bool = False
     ) -> np.ndarray:
         """Applies the operations from left to right.
 
         Args:
           image: uint8 (h, w, c), c 1 or 3.
           rng: the only source of randomness.
-          cut: whether `image` is just the `part`, drawn from the same `rng`.
+          cropped: whether `image` is just the `crop_box`, drawn from the same `rng`.
 
         Returns:
           array (h', w', c') of `dtype`.
@@ -106,14 +127,12 @@ class Preprocess:
             if self.random:
                 raise TypeError(f"{self.spec!r} is random: pass a numpy.random.Generator")
             rng = np.random.default_rng(0)
-        for i, step in enumerate(self.steps):
-            if step.part and not (cut and i == 0):
-                top, left, height, width = step.part(image.shape[:2], rng)
-                image = image[top : top + height, left : left + width]
+        for step in self.steps:
+            if step.crop and not cropped:
+                image = cut(image, step.crop(image.shape[:2], rng))
+            cropped = False  # Only the first operation's.
             image = step.apply(image, rng)
-        if self.dtype == "uint8":
-            return whole_levels(image)
-        return np.ascontiguousarray(image, np.float32)
+        return to_uint8(image) if self.dtype == "uint8" else np.ascontiguousarray(image, np.float32)
 
 
 def parse(spec: str, *, train: bool = True) -> Preprocess:
@@ -143,10 +162,10 @@ def parse(spec: str, *, train: bool = True) -> Preprocess:
                 f"{text} {where} is random, expected operations that always give the "
                 "same result; remove it from the evaluation's preprocessing"
             )
-        if step.levels and any(earlier.startswith("value_range") for earlier in texts):
-            raise UserError(
-                f"{text} {where} works on values of 0 to 255: put it before value_range"
-            )
+        normalized = [name for name, earlier in zip(texts, steps, strict=True) if earlier.normalize]
+        if step.on_uint8 and normalized:
+            name = normalized[0].partition("(")[0]
+            raise UserError(f"{text} {where} works on values of 0 to 255: put it before {name}")
         if text == "decode" and texts:
             raise UserError(f"decode {where}: images arrive decoded, it can only stand first")
         steps.append(step)
@@ -173,26 +192,37 @@ def _parse_op(text: str, where: str) -> tuple[Step, str]:
         close = difflib.get_close_matches(name, OPS)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(OPS)}"
         raise UserError(f"unknown operation {_short(name)} {where}; {hint}")
-    signature = inspect.signature(OPS[name])
+    parameters = inspect.signature(OPS[name]).parameters
     try:
         given, named = _literals(arguments)
-        bound = signature.bind(*given, **named)
+        bound = inspect.signature(OPS[name]).bind(*given, **named)
         values = {
-            key: _convert(key, value, signature.parameters[key].annotation)
+            key: _convert(key, value, parameters[key].annotation)
             for key, value in bound.arguments.items()
         }
         step = OPS[name](**values)
     except (UserError, TypeError) as error:
+        expected = [
+            p.name if p.default is p.empty else f"{p.name}={_spelled(p.default)}"
+            for p in parameters.values()
+        ]
+        form = f"{name}({', '.join(expected)})" if expected else f"{name} without arguments"
         raise UserError(
-            f"wrong arguments {_short(text)} {where}: {error}; expected {_expected(name)}"
+            f"wrong arguments {_short(text)} {where}: {error}; expected {form}"
         ) from None
-    return step, _canonical(name, values, signature)
+    # Required arguments by position, others by name and only where they aren't the default.
+    texts = [
+        _spelled(values[key]) if p.default is p.empty else f"{key}={_spelled(values[key])}"
+        for key, p in parameters.items()
+        if values.get(key, p.default) != p.default
+    ]
+    return step, f"{name}({', '.join(texts)})" if texts else name
 
 
 def _literals(arguments: str) -> tuple[list[Any], dict[str, Any]]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's advice on odd number spellings
+            warnings.simplefilter("ignore")  # Python's advice on odd number spellings.
             call = ast.parse(f"f({arguments})", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise ValueError
@@ -214,6 +244,13 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         raise UserError(
             f"{name} is {_short(value)}, expected a {'whole ' if kind is int else ''}number"
         )
+    if kind is PerChannel:
+        values = value if isinstance(value, tuple) else (value,)
+        if len(values) not in (1, 3) or not all(
+            type(v) in (int, float) and abs(v) < 1e9 for v in values
+        ):
+            raise UserError(f"{name} is {_short(value)}, expected a number, or one a channel: 3")
+        return tuple(map(float, values[:1] if len(set(values)) == 1 else values))
     pair = value if kind is Size and isinstance(value, tuple) else (value, value)
     if len(pair) != 2 or not all(type(v) is int and 0 < v <= MAX_PIXELS for v in pair):
         shape = f"1 to {MAX_PIXELS} pixels" + (" or (height, width)" if kind is Size else "")
@@ -221,36 +258,18 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     return pair if kind is Size else value
 
 
-def _canonical(name: str, values: dict[str, Any], signature: inspect.Signature) -> str:
-    """Required arguments by position, others by name and only where they aren't the default."""
-    texts = []
-    for key, parameter in signature.parameters.items():
-        if parameter.default is parameter.empty:
-            texts.append(_number(values[key]))
-        elif values.get(key, parameter.default) != parameter.default:
-            texts.append(f"{key}={_number(values[key])}")
-    return f"{name}({', '.join(texts)})" if texts else name
-
-
-def _number(value: Any) -> str:
+def _spelled(value: Any) -> str:
     if isinstance(value, tuple):
-        return str(value[0]) if value[0] == value[1] else str(value)
+        same = len(set(value)) == 1
+        return _spelled(value[0]) if same else f"({', '.join(map(_spelled, value))})"
     if isinstance(value, bool) or value != int(value):
         return repr(value)
     return str(int(value))
 
 
-def _expected(name: str) -> str:
-    texts = [
-        p.name if p.default is p.empty else f"{p.name}={_number(p.default)}"
-        for p in inspect.signature(OPS[name]).parameters.values()
-    ]
-    return f"{name}({', '.join(texts)})" if texts else f"{name} without arguments"
-
-
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to print integers of thousands of digits
+    except ValueError:  # Python refuses to print integers of thousands of digits.
         return "a huge number"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,34 +1,39 @@
-"""TensorFlow Datasets, read without TensorFlow: by name or from the folder of a prepared one.
+"""TensorFlow Datasets, read and written without TensorFlow.
 
 Images are left encoded and decoded by us, and labels are read with them: opening a data set reads
 none of its examples.
 """
 
+import contextlib
+import difflib
 import importlib.util
+import io
+import itertools
 import logging
 import mmap
 import os
 import re
+import shutil
 import struct
-from bisect import bisect_right
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from vit_jax.data.sources import Source, Splits, unknown_dataset
+from vit_jax.data.source import Numbering, Source, Splits
 from vit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 
 def named_splits(dataset: str, data_dir: str, manual_dir: str) -> Splits:
-    """The parts of a TFDS data set, which is prepared first if it isn't yet.
+    """The splits of a TFDS data set, which is prepared first if it isn't yet.
 
     Args:
       dataset: "name", "name/config", and either with ":1.2.3" for a version.
-      data_dir, manual_dir: see `open_splits`.
+      data_dir, manual_dir: see `splits.open_splits`.
 
     Raises UserError if TFDS has no such data set, or it isn't prepared and can't be here.
     """
@@ -42,11 +47,11 @@ def named_splits(dataset: str, data_dir: str, manual_dir: str) -> Splits:
         builder = None
     except Exception as error:
         raise _failure(f"{dataset}: can't be opened", error) from None
-    return _splits(dataset, builder or _prepare(dataset, where, manual_dir))
+    return _splits(dataset, builder or _download(dataset, where, manual_dir))
 
 
 def prepared_splits(dataset: str) -> Splits:
-    """The parts of a data set by its folder, DIR with dataset_info.json or DIR/1.0.0 with it."""
+    """The splits of a data set by its folder, DIR with dataset_info.json or DIR/1.0.0 with it."""
     import tensorflow_datasets as tfds
 
     path = os.path.expanduser(dataset)
@@ -60,7 +65,17 @@ def prepared_splits(dataset: str) -> Splits:
     return _splits(dataset, builder)
 
 
-def _prepare(dataset: str, data_dir: str | None, manual_dir: str) -> Any:
+def unknown_dataset(dataset: str, names: Sequence[str]) -> UserError:
+    """The error for a data set that is neither there nor among the `names` of TFDS."""
+    close = difflib.get_close_matches(dataset, ["digits", *names], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return UserError(
+        f"unknown dataset {dataset!r}: there is no such folder or file, and neither 'digits' nor "
+        f"TFDS has that name; give the path of a folder of images, a .csv, .jsonl or .npz{hint}"
+    )
+
+
+def _download(dataset: str, data_dir: str | None, manual_dir: str) -> Any:
     """Downloads and prepares a stock data set. Its builder needs TensorFlow."""
     import tensorflow_datasets as tfds
 
@@ -78,7 +93,9 @@ def _prepare(dataset: str, data_dir: str | None, manual_dir: str) -> Any:
             "config.tfds_data_dir that holds it"
         )
     _log.warning("Preparing %s in %s", dataset, place)
-    _hide_gpus()
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # It must not take the device's memory from JAX.
     config = tfds.download.DownloadConfig(
         manual_dir=os.path.expanduser(manual_dir) or None, try_download_gcs=False
     )
@@ -88,13 +105,6 @@ def _prepare(dataset: str, data_dir: str | None, manual_dir: str) -> Any:
     except Exception as error:
         raise _failure(f"{dataset}: can't be prepared in {place}", error) from None
     return builder
-
-
-def _hide_gpus() -> None:
-    """TensorFlow must not take the device's memory from JAX."""
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
 
 
 def _failure(what: str, error: Exception) -> UserError:
@@ -109,36 +119,31 @@ def _failure(what: str, error: Exception) -> UserError:
 
 def _splits(dataset: str, builder: Any) -> Splits:
     info = builder.info
-    names = [name for name, split in info.splits.items() if split.num_examples]
-    if not names:
+    lengths = {name: split.num_examples for name, split in info.splits.items()}
+    lengths = {name: length for name, length in lengths.items() if length}
+    if not lengths:
         raise UserError(f"{dataset}: {builder.data_dir} holds no examples; prepare it again")
     image, label = _columns(dataset, info)
-    classes = getattr(info.features[label], "feature", info.features[label])  # of a sequence
-    labels = tuple(classes.names or map(str, range(classes.num_classes)))
-    multi_label = classes is not info.features[label]
-    examples = _Examples(dataset, builder, names, image, label, multi_label)
-    channels = info.features[image].shape[-1]
+    classes = getattr(info.features[label], "feature", info.features[label])  # Of a sequence.
+    numbering = Numbering(dataset, lengths)
+    examples = _Examples(builder, numbering, image, label)
+    sizes = [(name, split.shard_lengths, split.num_bytes) for name, split in info.splits.items()]
 
-    def open_one(place: int) -> Source:
-        examples.check(place)
+    def open_one(split: str) -> Source:
+        _check_files(dataset, info, split)
         return Source(
             name=dataset,
-            labels=labels,
-            channels=1 if channels == 1 else 3,
-            keys=range(examples.starts[place], examples.starts[place + 1]),
+            labels=tuple(classes.names or map(str, range(classes.num_classes))),
+            channels=1 if info.features[image].shape[-1] == 1 else 3,
+            keys=numbering.keys(split),
             label_ids=None,
             read_key=examples.read,
-            describe_key=examples.describe,
-            multi_label=multi_label,
-            identity=partial(_identity, info),
+            describe_key=numbering.describe,
+            multi_label=classes is not info.features[label],
+            identity=partial(str, f"{info.full_name} {sizes}"),
         )
 
-    return {name: partial(open_one, place) for place, name in enumerate(names)}
-
-
-def _identity(info: Any) -> str:
-    sizes = [(name, split.shard_lengths, split.num_bytes) for name, split in info.splits.items()]
-    return f"{info.full_name} {sizes}"
+    return {split: partial(open_one, split) for split in lengths}
 
 
 def _columns(dataset: str, info: Any) -> tuple[str, str]:
@@ -162,94 +167,78 @@ def _columns(dataset: str, info: Any) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-class _Examples:
-    """The examples of all splits one after the other; may be copied to other processes."""
+def _check_files(dataset: str, info: Any, split: str) -> None:
+    """Raises UserError if a file of a split is missing or, array_record, cut short."""
+    from array_record.python.array_record_module import ArrayRecordReader
 
-    def __init__(
-        self,
-        dataset: str,
-        builder: Any,
-        names: Sequence[str],
-        image: str,
-        label: str,
-        multi_label: bool,
-    ):
+    files = zip(info.splits[split].filepaths, info.splits[split].shard_lengths, strict=True)
+    for file, expected in files:
+        what = f"{dataset}: {os.fspath(file)}"
+        if not file.exists():
+            raise UserError(f"{what} is missing; prepare the data set again")
+        if info.file_format.value == "array_record":
+            try:
+                found = ArrayRecordReader(os.fspath(file)).num_records()
+            except Exception as error:
+                raise _failure(f"{what} is truncated or damaged", error) from None
+            if found != expected:
+                raise UserError(
+                    f"{what} is truncated (found {found:,} examples of {expected:,}); prepare "
+                    "the data set again"
+                )
+
+
+class _Examples:
+    """The examples of all splits by their numbers; may be copied to other processes."""
+
+    def __init__(self, builder: Any, numbering: Numbering, image: str, label: str):
         import tensorflow_datasets as tfds
 
-        info = builder.info
-        self._dataset, self._names = dataset, names
-        self._image, self._label, self._multi_label = image, label, multi_label
+        self._builder, self._numbering = builder, numbering
+        self._image, self._label = image, label
         # What else there is, e.g. a mask, isn't parsed.
         self._features = tfds.features.FeaturesDict(
-            {name: info.features[name] for name in (image, label)}
+            {name: builder.info.features[name] for name in (image, label)}
         )
         self._decoders = {image: tfds.decode.SkipDecoding()}
-        lengths = [info.splits[name].num_examples for name in names]
-        self.starts: list[int] = np.cumsum([0, *lengths]).tolist()
-        self._builder = builder
-        self._records: dict[int, Any] = {}
+        self._records: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_records": {}}
 
-    def check(self, place: int) -> None:
-        """Raises UserError if a file of a split is missing or, array_record, cut short."""
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        info = self._builder.info
-        split = info.splits[self._names[place]]
-        for file, expected in zip(split.filepaths, split.shard_lengths, strict=True):
-            path, what = os.fspath(file), f"{self._dataset}: {os.fspath(file)}"
-            if not file.exists():
-                raise UserError(f"{what} is missing; prepare the data set again")
-            if info.file_format.value == "array_record":
-                try:
-                    found = ArrayRecordReader(path).num_records()
-                except Exception as error:
-                    raise _failure(f"{what} is truncated or damaged", error) from None
-                if found != expected:
-                    raise UserError(
-                        f"{what} is truncated (found {found:,} examples of {expected:,}); prepare "
-                        "the data set again"
-                    )
-
     def read(self, key: int) -> tuple[bytes, Any]:
         """The image's file and its label, or an array of them."""
-        place = bisect_right(self.starts, key) - 1
+        split, place = self._numbering.find(key)
+        what = self._numbering.describe(key)
         try:
-            record = self._open(place)[int(key) - self.starts[place]]
+            if split not in self._records:  # Two threads may both do this: no harm.
+                self._records[split] = self._open_records(split)
+            record = self._records[split][place]
             example = self._features.deserialize_example_np(record, decoders=self._decoders)
         except Exception as error:
-            raise _failure(f"{self.describe(key)}: can't be read", error) from None
+            raise _failure(f"{what}: can't be read", error) from None
         label = example[self._label]
-        if not self._multi_label and label < 0:  # How TFDS marks a test set that keeps its secrets.
-            raise UserError(f"{self.describe(key)}: has no label; choose another split")
+        if np.ndim(label) == 0 and label < 0:  # How TFDS marks a test set that keeps its secrets.
+            raise UserError(f"{what}: has no label; choose another split")
         return bytes(example[self._image]), label
 
-    def describe(self, key: int) -> str:
-        """As "cifar10 test[12]"."""
-        place = bisect_right(self.starts, key) - 1
-        return f"{self._dataset} {self._names[place]}[{key - self.starts[place]}]"
-
-    def _open(self, place: int) -> Any:
+    def _open_records(self, split: str) -> Any:
         """The records of a split by number."""
-        if place not in self._records:  # Two threads may both do this: no harm.
-            self._records[place] = self._open_records(self._builder.info.splits[self._names[place]])
-        return self._records[place]
-
-    def _open_records(self, split: Any) -> Any:
         import tensorflow_datasets as tfds
 
-        kind = self._builder.info.file_format.value
+        info = self._builder.info
+        kind = info.file_format.value
         if kind == "tfrecord":
-            return _TfRecords([os.fspath(f) for f in split.filepaths], split.shard_lengths)
+            files = [os.fspath(file) for file in info.splits[split].filepaths]
+            return _TfRecords(files, info.splits[split].shard_lengths)
         try:
             return self._builder.as_data_source(
-                split=split.name, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+                split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
         except Exception as error:
+            name = self._numbering.name
             raise _failure(
-                f"{self._dataset}: the {kind} files of {split.name!r} can't be opened", error
+                f"{name}: the {kind} files of {split!r} can't be opened", error
             ) from None
 
 
@@ -260,22 +249,20 @@ class _TfRecords:
     """
 
     def __init__(self, files: list[str], lengths: list[int]):
-        self._files = files
-        self._starts = np.cumsum([0, *lengths]).tolist()
-        self._offsets: dict[int, np.ndarray] = {}
+        self._numbering = Numbering("", dict(zip(files, lengths, strict=True)))
+        self._offsets: dict[str, np.ndarray] = {}
 
     def __getitem__(self, index: int) -> bytes:
-        shard = bisect_right(self._starts, index) - 1
-        if shard not in self._offsets:
-            self._offsets[shard] = self._scan(shard)
-        begin, end = self._offsets[shard][index - self._starts[shard] :][:2].tolist()
-        with open(self._files[shard], "rb") as file:
-            file.seek(begin + 12)
-            return file.read(end - begin - 16)
+        file, place = self._numbering.find(index)
+        if file not in self._offsets:
+            self._offsets[file] = self._scan(file)
+        begin, end = self._offsets[file][place : place + 2].tolist()
+        with open(file, "rb") as opened:
+            opened.seek(begin + 12)
+            return opened.read(end - begin - 16)
 
-    def _scan(self, shard: int) -> np.ndarray:
-        file, count = self._files[shard], self._starts[shard + 1] - self._starts[shard]
-        offsets = [0]
+    def _scan(self, file: str) -> np.ndarray:
+        count, offsets = len(self._numbering.keys(file)), [0]
         with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as data:
             while len(offsets) <= count and offsets[-1] + 16 <= len(data):
                 (length,) = struct.unpack_from("<Q", data, offsets[-1])
@@ -283,3 +270,107 @@ class _TfRecords:
             if len(offsets) <= count or offsets[-1] > len(data):
                 raise ValueError(f"{file} is cut short")
         return np.array(offsets, np.int64)
+
+
+# Writing.
+
+
+def write_splits(sources: Mapping[str, Source], destination: str, corrupt: str) -> dict[str, int]:
+    """Writes splits as a data set; see `splits.prepare_tfds`."""
+    import tensorflow_datasets as tfds
+
+    target = os.path.abspath(os.path.expanduser(destination))
+    parent, name = os.path.split(target)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    except OSError as error:
+        raise UserError(
+            f"{destination}: can't be made ({error.strerror}); choose another folder"
+        ) from None
+    try:
+        # A name that TFDS takes, after the folder's.
+        name = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_").lower()
+        name = name if name[:1].isalpha() else f"images_{name}".rstrip("_")
+        builder = _builder(sources, name, temporary, corrupt)
+        tfds.disable_progress_bar()
+        # TFDS would tell of the temporary folder, on stdout.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+        os.rename(builder.data_dir, target)
+        return {split: info.num_examples for split, info in builder.info.splits.items()}
+    finally:
+        tfds.enable_progress_bar()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _builder(sources: Mapping[str, Source], name: str, data_dir: str, corrupt: str) -> Any:
+    import tensorflow_datasets as tfds
+    from rich.console import Console
+    from rich.progress import track
+
+    screen = Console(stderr=True)
+    one = next(iter(sources.values()))
+    classes = tfds.features.ClassLabel(names=list(one.labels))
+    label = "labels" if one.multi_label else "label"
+    features = {
+        "image": tfds.features.Image(shape=(None, None, one.channels)),
+        label: tfds.features.Sequence(classes) if one.multi_label else classes,
+    }
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=f"Labelled images, from {one.name}.",
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", label),
+                disable_shuffling=True,  # The order of the source is kept.
+            )
+
+        def _split_generators(self, dl_manager):
+            # TFDS takes no empty split: each has to give a first example.
+            started = {s: self._generate_examples(source) for s, source in sources.items()}
+            found = {
+                split: track(
+                    itertools.chain([first], rest),
+                    split,
+                    total=len(sources[split]),
+                    console=screen,
+                    disable=not screen.is_terminal,
+                )
+                for split, rest in started.items()
+                if (first := next(rest, None))
+            }
+            if not found:
+                raise UserError(f"{one.name}: no image that can be read; add some")
+            return found
+
+        def _generate_examples(self, source):
+            return _encoded_examples(source, label, corrupt)
+
+    Builder.name = name
+    return Builder(data_dir=data_dir, file_format="array_record")
+
+
+def _encoded_examples(
+    source: Source, label: str, corrupt: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    import cv2
+
+    for index in range(len(source)):
+        try:
+            stored, ids = source.stored(index)
+            pixels = source.decode(stored, index)
+        except UserError as error:
+            if corrupt != "skip":
+                raise
+            _log.warning("Skipping %s", error)
+            continue
+        labels = [int(i) for i in ids if i >= 0] if source.multi_label else int(ids)
+        if not isinstance(stored, bytes):
+            order = np.ascontiguousarray(pixels[..., ::-1])  # OpenCV's is blue, green, red.
+            stored = cv2.imencode(".png", order)[1].tobytes()
+        yield index, {"image": stored, label: labels}

@@ -1,4 +1,4 @@
-"""Who fills batches: threads of this process, or processes of their own.
+"""Who fills batches: threads of this process, or processes of their own, and in what memory.
 
 The processes are started as programs, so that nothing of this one has to be fit to be forked or
 run again, and import OpenCV and NumPy only. They take their tasks, a few rows of a batch, from one
@@ -9,6 +9,7 @@ when that pipe does, however the process that started them ended.
 import contextlib
 import copy
 import io
+import math
 import mmap
 import os
 import pickle
@@ -17,36 +18,39 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import traceback
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from vit_jax.data.buffers import Layout, anonymous_file, map_buffer
-from vit_jax.data.cores import own_cores
-from vit_jax.data.reading import Batch, Reader, Skipped
-from vit_jax.data.sources import Source
+from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 
 AUTOMATIC = -1
 THREADS_INSTEAD = "--config.workers=0 reads it by threads"
-# Of so few cores, threads leave none idle, and start at once.
-_CORES_FOR_THREADS = 2
 LEAST_FOR_PROCESSES = 4096  # Images of an evaluation: fewer are read while processes would start.
+_CORES_FOR_THREADS = 2  # Of so few cores, threads leave none idle, and start at once.
 _MOST_THREADS = 16  # More would only take turns for the interpreter's lock.
 _MOST_COPIED = 2 << 30  # Bytes of images in memory that are copied unasked.
+_QUOTA = "/sys/fs/cgroup/cpu.max"  # Of a container.
 
-# Buffer, first row, row behind the last, position of row 0. Of a size that divides a page, the unit
-# in which pipes are written and read, so that a task is never cut in two.
-_TASK = struct.Struct("4Q")
-_AT_ONCE = 4096 // _TASK.size
-# Buffer, first row, what was skipped; then the text of a UserError, or a traceback, or neither.
-_Answer = tuple[int, int, Skipped, str | None, str | None]
-_START = -1  # In place of a buffer: what is answered before the first task.
+Batch = dict[str, np.ndarray]
+Skipped = list[tuple[int, str]]  # Index of an unreadable image, and what is wrong with it.
+
+
+class Reader(Protocol):
+    """What reads rows of a batch; see `batches.Reader`."""
+
+    source: Source
+
+    def fill(self, batch: Batch, rows: Sequence[int], position: int) -> Skipped: ...
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,21 @@ class Readers:
     automatic: bool = False
 
     def __str__(self) -> str:
-        several = f"{self.workers} worker processes" if self.workers else f"{self.threads} threads"
-        one = {"1 worker processes": "1 worker process", "1 threads": "1 thread"}
-        return one.get(several, several) + (f" ({self.reason})" if self.reason else "")
+        if self.workers:
+            text = f"{self.workers} worker process{'' if self.workers == 1 else 'es'}"
+        else:
+            text = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        return text + (f" ({self.reason})" if self.reason else "")
+
+
+def own_cores() -> int:
+    """The cores that this process was given: a container or a job may have fewer than there are."""
+    given = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if given else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open(_QUOTA) as file:
+        quota, period = file.read().split()  # "max 100000" where there is no limit.
+        cores = min(cores, max(round(int(quota) / int(period)), 1))
+    return cores
 
 
 def choose_readers(
@@ -88,29 +104,95 @@ def choose_readers(
     if workers == 0 or (workers == AUTOMATIC and (threads or cores <= _CORES_FOR_THREADS)):
         return Readers(0, number)
     try:
-        copied = _copied(source)
+        if os.name != "posix" or not sys.executable:
+            raise UserError("reading by processes needs Linux or macOS, and Python as a program")
+        small = replace(source, keys=source.keys[:1], label_ids=None, identity=str)
+        data, buffers = _pickled(source.name, small)
     except UserError as error:
         if workers != AUTOMATIC:
             raise UserError(f"{error}; {THREADS_INSTEAD}") from None
         return Readers(0, number, str(error))
-    if workers == AUTOMATIC and copied > _MOST_COPIED:
+    if workers != AUTOMATIC:
+        return Readers(workers, number)
+    copied = len(data) + sum(buffer.raw().nbytes for buffer in buffers)
+    if copied > _MOST_COPIED:
         told = f"{copied / 2**30:.1f} GB of images in memory aren't copied for processes unasked"
         return Readers(0, number, told)
-    if workers == AUTOMATIC:
-        return Readers(cores, number, automatic=True)
-    return Readers(workers, number)
+    return Readers(cores, number, automatic=True)
 
 
-def _copied(source: Source) -> int:
-    """Bytes of images in memory that are copied, once, if processes read a source.
+# The memory of batches.
 
-    Raises UserError if they can't.
+Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # Shape and dtype of a batch's arrays.
+_ALIGNED = 64  # Bytes: what lies so, JAX on a CPU can use in place.
+
+
+def _bytes_of(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _buffer_size(layout: Layout) -> int:
+    """Bytes of a buffer, whole pages."""
+    used = sum(-(-_bytes_of(*array) // _ALIGNED) * _ALIGNED for array in layout.values())
+    return -(-used // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+def _arrays_in(memory: np.ndarray, layout: Layout) -> Batch:
+    """The arrays in a buffer, uint8 (size,)."""
+    batch, start = {}, 0
+    for name, (shape, dtype) in layout.items():
+        size = _bytes_of(shape, dtype)
+        batch[name] = memory[start : start + size].view(dtype).reshape(shape)
+        start += -(-size // _ALIGNED) * _ALIGNED
+    return batch
+
+
+class BatchBuffers:
+    """As many buffers as are in use at a time, each used again when nothing refers to it any more.
+
+    All that was made of a batch's arrays without a copy keeps them alive, and so the buffer: views,
+    and the arrays of JAX on a CPU, which take aligned memory as it is. There is always another
+    buffer, so that nobody waits for the garbage collector.
+
+    Args:
+      layout: what each holds.
+      file: of `anonymous_file`, where other processes find the buffers one after the other; None
+        for memory of this process.
     """
-    if os.name != "posix" or not sys.executable:
-        raise UserError("reading by processes needs Linux or macOS, and Python as a program")
-    small = replace(source, keys=source.keys[:1], label_ids=None, identity=str)
-    data, buffers = _pickled(source.name, small)
-    return len(data) + sum(buffer.raw().nbytes for buffer in buffers)
+
+    def __init__(self, layout: Layout, file: int | None = None):
+        self._layout = layout
+        self._file = file
+        self._maps: list[mmap.mmap] = []
+        self._free: deque[int] = deque()
+
+    def take(self) -> tuple[int, Batch]:
+        """The number of a buffer that is free, and its arrays; what they hold is left over."""
+        try:
+            number = self._free.pop()
+        except IndexError:
+            number, size = len(self._maps), _buffer_size(self._layout)
+            if self._file is None:
+                self._maps.append(mmap.mmap(-1, size))
+            else:
+                os.ftruncate(self._file, (number + 1) * size)
+                self._maps.append(mmap.mmap(self._file, size, offset=number * size))
+        # Every view has this one as its base: NumPy passes over those between.
+        memory = np.frombuffer(self._maps[number], np.uint8)
+        weakref.finalize(memory, self._free.append, number).atexit = False
+        return number, _arrays_in(memory, self._layout)
+
+
+def anonymous_file() -> int:
+    """A descriptor of memory without a name: nothing of it is left when all that have it are gone,
+    however they end, and a container's small /dev/shm is no limit."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("vit_jax.data", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+# Those who fill it.
 
 
 class Threads:
@@ -122,7 +204,7 @@ class Threads:
         self._tasks: dict[int, list[futures.Future[Skipped]]] = {}
 
     def submit(self, number: int, batch: Batch, parts: Sequence[range], position: int) -> None:
-        """Has parts of a batch filled, see `Reader.fill`."""
+        """Has parts of a batch filled, see `batches.Reader.fill`."""
         self._tasks[number] = [
             self._pool.submit(self._fill, batch, rows, position) for rows in parts
         ]
@@ -136,6 +218,15 @@ class Threads:
     def close(self) -> None:
         """Lets the threads end, after what they are at."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+# A task: buffer, first row, row behind the last, position of row 0. Of a size that divides a page,
+# the unit in which pipes are written and read, so that a task is never cut in two.
+_TASK = struct.Struct("4Q")
+_TASKS_AT_ONCE = 4096 // _TASK.size
+# Buffer, first row, what was skipped; then the text of a UserError, or a traceback, or neither.
+_Answer = tuple[int, int, Skipped, str | None, str | None]
+_START = -1  # In place of a buffer: what is answered before the first task.
 
 
 class Processes:
@@ -194,8 +285,8 @@ class Processes:
         self._tasks_of[number], self._answers[number] = len(parts), []
         tasks = [_TASK.pack(number, rows.start, rows.stop, position) for rows in parts]
         with contextlib.suppress(BrokenPipeError):  # All are dead, as `wait` will find.
-            for i in range(0, len(tasks), _AT_ONCE):
-                os.write(self._tasks, b"".join(tasks[i : i + _AT_ONCE]))
+            for i in range(0, len(tasks), _TASKS_AT_ONCE):
+                os.write(self._tasks, b"".join(tasks[i : i + _TASKS_AT_ONCE]))
 
     def wait(self, number: int) -> Skipped:
         """As `Threads.wait`; a UserError also if one of the processes was killed."""
@@ -242,11 +333,9 @@ class Processes:
 
 
 def _death(status: int) -> str:
-    how = f"ended with status {status}"
-    if status < 0:
-        how = f"was killed by {signal.Signals(-status).name}"
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else ""
     hint = ", as the system does where memory runs out" if status == -signal.SIGKILL else ""
-    return f"a process that reads images {how}{hint}"
+    return f"a process that reads images {how or f'ended with status {status}'}{hint}"
 
 
 def not_given(name: str, reason: object) -> UserError:
@@ -300,7 +389,8 @@ def _pickled(name: str, value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
     class Pickler(cloudpickle.Pickler):
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, np.memmap) and obj._mmap is not None:  # type: ignore[attr-defined]
-                return _mapped, (obj.filename, obj.dtype, _place(obj), obj.shape)
+                # Mapped again, not copied.
+                return np.memmap, (obj.filename, obj.dtype, "r", _place(obj), obj.shape)
             return super().reducer_override(obj)
 
     buffers: list[pickle.PickleBuffer] = []
@@ -325,10 +415,6 @@ def _place(array: np.memmap) -> int:
     return start + array.ctypes.data - memory.ctypes.data
 
 
-def _mapped(file: str, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.memmap:
-    return np.memmap(file, dtype, "r", offset, shape)
-
-
 def _pack(reader: Reader, layout: Layout) -> tuple[int, int]:
     """A file with a pickle and, once for all processes, the arrays in it; and where the pickle is.
 
@@ -343,7 +429,7 @@ def _pack(reader: Reader, layout: Layout) -> tuple[int, int]:
     job = anonymous_file()
     with open(job, "wb", closefd=False) as file:
         for buffer in buffers:
-            file.seek(-(-file.tell() // 64) * 64)
+            file.seek(-(-file.tell() // _ALIGNED) * _ALIGNED)
             spans.append((file.tell(), buffer.raw().nbytes))
             file.write(buffer.raw())
         start = file.tell()
@@ -363,12 +449,12 @@ def main(tasks: int, answer: int, memory: int, job: int, start: int) -> None:
             answers.send((_START, 0, [], _in_short(problem), None))
             return
         answers.send((_START, 0, [], None, None))
-        batches: dict[int, Batch] = {}
+        size, batches = _buffer_size(layout), {}
         while task := os.read(tasks, _TASK.size):
             number, first, stop, position = _TASK.unpack(task)
             if number not in batches:
-                shared = map_buffer(memory, number, layout.size)
-                batches[number] = layout.view(np.frombuffer(shared, np.uint8))
+                shared = mmap.mmap(memory, size, offset=number * size)
+                batches[number] = _arrays_in(np.frombuffer(shared, np.uint8), layout)
             skipped, error, unexpected = [], None, None
             try:
                 skipped = reader.fill(batches[number], range(first, stop), position)

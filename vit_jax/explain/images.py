@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vit_jax import data
-from vit_jax.data.ops import KEPT
+from vit_jax.data.ops import SAME_SIZE
 from vit_jax.errors import UserError
 from vit_jax.pretrained import Pretrained
 
@@ -79,7 +79,7 @@ def _kept(preprocess: data.Preprocess, shape: tuple[int, ...]) -> tuple[float, .
     places = np.moveaxis(np.mgrid[: shape[0], : shape[1]], 0, -1).astype(np.float32)
     rng = np.random.default_rng(0)
     for step in preprocess.steps:
-        if step.size != KEPT:
+        if step.size != SAME_SIZE:
             places = step.apply(places, rng)
     top, height = _span(places[:, 0, 0], shape[0])
     left, width = _span(places[0, :, 1], shape[1])

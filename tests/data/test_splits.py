@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_jax.data.sources import data_fingerprint, open_source
+from vit_jax.data import data_fingerprint, open_source
 from vit_jax.errors import UserError
 
 

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vit_jax.data import folders, open_source, parse, train_batches
+from vit_jax.data import image_files, open_source, parse, train_batches
 from vit_jax.errors import UserError
 
 PREPROCESS = parse("value_range(-1, 1)")
@@ -25,8 +25,8 @@ PREPROCESS = parse("value_range(-1, 1)")
 def cache(tmp_path, monkeypatch):
     """A cache that also small folders are worth, changed a moment ago or not."""
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "files"))
-    monkeypatch.setattr(folders, "CACHED_FROM", 1)
-    monkeypatch.setattr(folders, "_SETTLED_NS", -1)
+    monkeypatch.setattr(image_files, "CACHED_FROM", 1)
+    monkeypatch.setattr(image_files, "_SETTLED_NS", -1)
     return tmp_path / "files" / "listings"
 
 
@@ -123,7 +123,7 @@ def test_another_folder_in_the_same_place_is_noticed(tmp_path, cache):
 
 
 def test_what_was_changed_a_moment_ago_is_not_trusted(tmp_path, cache, listed, monkeypatch):
-    monkeypatch.setattr(folders, "_SETTLED_NS", 3_600_000_000_000)
+    monkeypatch.setattr(image_files, "_SETTLED_NS", 3_600_000_000_000)
     root = make(tmp_path / "data")
     keys(root)
     listed.clear()
@@ -147,7 +147,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path, cache):
 
 
 def test_small_folders_leave_no_listing(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(folders, "CACHED_FROM", 10_000)
+    monkeypatch.setattr(image_files, "CACHED_FROM", 10_000)
     keys(make(tmp_path / "data"))
     assert not cache.exists()
 
@@ -294,7 +294,7 @@ def seconds_to_first_batch(root):
 )
 def test_many_images_open_at_once_and_take_no_memory(tmp_path, monkeypatch, count):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "files"))
-    monkeypatch.setattr(folders, "_SETTLED_NS", -1)
+    monkeypatch.setattr(image_files, "_SETTLED_NS", -1)
     root = tmp_path / "data"
     tiny_images(root, count)
     seconds_to_first_batch(make(tmp_path / "warm", count=5))  # starts what is started once
@@ -325,7 +325,7 @@ def memory_after_each_epoch(root):
 
 def test_names_take_less_memory_than_a_list():
     names = [f"n{c:08}/n{c:08}_{i:05}.JPEG" for c in range(100) for i in range(1281)]
-    packed = folders._packed(names)
+    packed = image_files._packed(names)
     memory = packed.nbytes + sum(len(name) + 1 for name in names)
     assert memory < 0.6 * sum(8 + sys.getsizeof(name) for name in names)
     assert packed[100_000] == names[100_000]

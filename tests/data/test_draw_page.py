@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from vit_jax.data import from_arrays, open_source, parse
-from vit_jax.data.show import draw_page
+from vit_jax.data.check import draw_page
 from vit_jax.errors import UserError
 
 

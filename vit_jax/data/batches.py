@@ -8,24 +8,30 @@ import functools
 import itertools
 import logging
 import os
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data.buffers import Buffers, Layout, anonymous_file
+from vit_jax.data import images
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.reading import Batch, Reader, Skipped
-from vit_jax.data.sources import Source
+from vit_jax.data.source import Source
 from vit_jax.data.workers import (
     AUTOMATIC,
     LEAST_FOR_PROCESSES,
     THREADS_INSTEAD,
+    Batch,
+    BatchBuffers,
+    Layout,
     Processes,
     Readers,
+    Skipped,
     Threads,
+    anonymous_file,
     choose_readers,
     not_given,
 )
@@ -133,6 +139,24 @@ def eval_batches(
     return _stream(batches, prefetch, threads, workers)
 
 
+def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
+    """The first row and the number of rows of a host's part of a batch.
+
+    The part is contiguous: a row's place in the global batch is the same for any number of hosts.
+    """
+    host, hosts = shard
+    if batch_size < 1 or batch_size % hosts:
+        raise UserError(
+            f"batch size is {batch_size}, expected a multiple of {hosts}, the number of hosts, "
+            "greater than 0"
+        )
+    rows = batch_size // hosts
+    return host * rows, rows
+
+
+# The order.
+
+
 def _in_order(positions: range, count: int) -> np.ndarray:
     """The images at some positions, -1 behind the last, int64."""
     indices = np.arange(positions.start, positions.stop)
@@ -144,23 +168,22 @@ def _shuffled(positions: range, count: int, seed: int) -> np.ndarray:
     epochs, places = np.divmod(np.arange(positions.start, positions.stop), count)
     return np.concatenate(
         [
-            _order(count, seed, epoch)[places[epochs == epoch]]
-            if count < 2**16
-            else _places_of_many(places[epochs == epoch], count, _epoch_seed(seed, epoch))
+            _places_in_epoch(places[epochs == epoch], count, seed, epoch)
             for epoch in range(epochs[0], epochs[-1] + 1)
         ]
     )
 
 
-def _places_of_many(places: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """A permutation of many images without a table of it; of few it is slow, for it permutes
-    2**16 numbers at least and passes over what is too large."""
+def _places_in_epoch(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
+    if count < 2**16:
+        return _order(count, seed, epoch)[places]
+    # A permutation of many images without a table of it; of few it is slow, for it permutes
+    # 2**16 numbers at least and passes over what is too large.
     from grain.experimental import index_shuffle  # Takes a second.
 
-    last = count - 1
-    return np.array(
-        [index_shuffle(place, max_index=last, seed=seed, rounds=4) for place in places.tolist()]
-    )
+    key = _epoch_seed(seed, epoch)
+    shuffle = functools.partial(index_shuffle, max_index=count - 1, seed=key, rounds=4)
+    return np.array([shuffle(place) for place in places.tolist()])
 
 
 @functools.lru_cache(maxsize=4)
@@ -173,11 +196,12 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
+# The stream.
+
+
 @dataclass(frozen=True)
 class _Batches:
     """One host's part of each batch.
-
-    The part is contiguous: a row's place in the global batch is the same for any number of hosts.
 
     Attributes:
       choose: positions of the stream that all hosts share -> the images there, int (n,).
@@ -186,7 +210,7 @@ class _Batches:
       start_step, steps: the batches that there are.
     """
 
-    reader: Reader
+    reader: "Reader"
     choose: Callable[[range], np.ndarray]
     keys: tuple[str, ...]
     batch_size: int
@@ -211,20 +235,7 @@ class _Batches:
             "mask": ((), np.bool_),
             "index": ((), np.int32),
         }
-        arrays = {k: ((self.rows, *shape), np.dtype(t)) for k, (shape, t) in of_one.items()}
-        return Layout(arrays), skipped
-
-
-def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
-    """The first row and the number of rows of a host's part of a batch."""
-    host, hosts = shard
-    if batch_size < 1 or batch_size % hosts:
-        raise UserError(
-            f"batch size is {batch_size}, expected a multiple of {hosts}, the number of hosts, "
-            "greater than 0"
-        )
-    rows = batch_size // hosts
-    return host * rows, rows
+        return {k: ((self.rows, *shape), np.dtype(t)) for k, (shape, t) in of_one.items()}, skipped
 
 
 def _stream(
@@ -287,7 +298,7 @@ def _filled(
 
 def _start(
     batches: _Batches, layout: Layout, readers: Readers, running: contextlib.ExitStack
-) -> tuple[Buffers, Threads | Processes, int]:
+) -> tuple[BatchBuffers, Threads | Processes, int]:
     """The memory of batches, those who fill it, and how many they are.
 
     Raises UserError if processes were asked for that can't be had.
@@ -298,10 +309,173 @@ def _start(
             memory = anonymous_file()
             running.callback(os.close, memory)
             processes = Processes(batches.reader, layout, memory, count)
-            return Buffers(layout, memory), processes, readers.workers
+            return BatchBuffers(layout, memory), processes, readers.workers
         except (UserError, OSError) as error:
             told = error if isinstance(error, UserError) else not_given(source, error)
             if not readers.automatic:
                 raise UserError(f"{told}; {THREADS_INSTEAD}") from None
             _log.warning("Read by threads: %s", told)
-    return Buffers(layout), Threads(batches.reader, readers.threads), readers.threads
+    return BatchBuffers(layout), Threads(batches.reader, readers.threads), readers.threads
+
+
+# Reading.
+
+_ZEROS = (0, 0, 0, 0)
+_own = threading.local()
+
+
+def _generators() -> list[np.random.Generator]:
+    """This thread's, to be restarted for each image: to make one takes long.
+
+    As many as images that are opened before the first is decoded, which leaves nothing of
+    Python in the processor's cache: alternating takes longer. More would take more memory.
+    """
+    if not hasattr(_own, "generators"):
+        _own.generators = [np.random.Generator(np.random.Philox(0)) for _ in range(4)]
+    return _own.generators
+
+
+def _restart(rng: np.random.Generator, seed: int, position: int) -> None:
+    """Has it go on as a new one of `Philox(key=(seed, position))` would begin."""
+    state: Any = {"counter": _ZEROS, "key": (seed, position)}
+    rest: Any = {"buffer": _ZEROS, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+    rng.bit_generator.state = {"bit_generator": "Philox", "state": state} | rest
+
+
+class _Opened(NamedTuple):
+    """An example that was read but not decoded; `box` is what was drawn of its crop already."""
+
+    place: int
+    name: str
+    stored: bytes | np.ndarray
+    label: Any
+    header: images.Header | None
+    box: images.Box | None
+
+
+Example = tuple[np.ndarray, Any, int]  # Image, label, index in the source.
+
+
+class Reader:
+    """Reads and preprocesses images and knows which ones can't be read.
+
+    May be used by several threads, and be copied to other processes.
+
+    Args:
+      source: the images. preprocess: what is done to each.
+      corrupt: "error" or "skip".
+      seed: of what is drawn for the images of training, where an unreadable one is replaced by
+        the next that can be read; None in an evaluation, where its row stays blank.
+    """
+
+    def __init__(self, source: Source, preprocess: Preprocess, corrupt: str, seed: int | None):
+        if corrupt not in ("error", "skip"):
+            raise UserError(f"corrupt is {corrupt!r}, expected 'error' or 'skip'")
+        self.source = source
+        self._preprocess = preprocess
+        self._skip = corrupt == "skip"
+        self._seed = seed
+        self._unreadable: set[int] = set()
+        self._example = -1  # The image whose size all have to have.
+
+    def look(self, index: int) -> tuple[tuple[int, ...], np.dtype, Skipped]:
+        """Shape and dtype of what the image at `index` becomes, or the next one that can be read;
+        the size that `fill` expects of all."""
+        skipped: Skipped = []
+        image, _, self._example = self._readable(index, _generators()[0], 0, skipped)
+        return image.shape, image.dtype, skipped
+
+    def fill(self, batch: Batch, rows: Sequence[int], position: int) -> Skipped:
+        """Reads some rows of a batch, of the images at the indices in batch["index"].
+
+        Args:
+          batch: "image" (n, h, w, c), "label" int32 (n,) or float32 (n, classes), "mask" bool (n,)
+            and "index" int32 (n,), -1 for no image. All of these rows is written.
+          rows: those to read.
+          position: of row 0 in the stream of examples; with the seed it decides what is drawn.
+
+        Returns:
+          what can't be read and was news.
+
+        Raises UserError for an image that can't be read or preprocessed, or is of another size.
+        """
+        pixels, labels, mask, indices = (batch[k] for k in ("image", "label", "mask", "index"))
+        skipped: Skipped = []
+        rngs = _generators()
+        for first in range(0, len(rows), len(rngs)):
+            group = [
+                (row, rng, self._open(int(indices[row]), rng, position + row, skipped))
+                for row, rng in zip(rows[first : first + len(rngs)], rngs, strict=False)
+            ]
+            for row, rng, opened in group:
+                found = opened and self._finish(opened, rng, skipped)
+                if not found and self._seed is not None:
+                    found = self._readable(int(indices[row]), rng, position + row, skipped)
+                if not found:
+                    pixels[row], labels[row], mask[row] = 0, 0, False
+                    continue
+                image, labels[row], indices[row] = found
+                if image.shape != pixels.shape[1:]:
+                    raise UserError(
+                        f"preprocessing {self._preprocess.spec!r} gives images of several sizes, "
+                        f"{pixels.shape[1:]} for {self.source.describe(self._example)} and "
+                        f"{image.shape} for {self.source.describe(found[2])}; expected one size: "
+                        "add resize(...) or a crop"
+                    )
+                pixels[row], mask[row] = image, True
+        return skipped
+
+    def _readable(
+        self, index: int, rng: np.random.Generator, position: int, skipped: Skipped
+    ) -> Example:
+        """The image at `index` or the next one that can be read, augmented as if it had been the
+        first."""
+        count = len(self.source)
+        for place in itertools.chain(range(index, count), range(index)):
+            opened = self._open(place, rng, position, skipped)
+            if opened and (found := self._finish(opened, rng, skipped)):
+                return found
+        raise UserError(f"{self.source.name}: none of its {count} images can be read")
+
+    def _open(
+        self, index: int, rng: np.random.Generator, position: int, skipped: Skipped
+    ) -> _Opened | None:
+        """Reads an example and draws its crop, if its header is enough for that; None if it is
+        left out."""
+        if index in self._unreadable or index < 0:
+            return None
+        _restart(rng, self._seed or 0, position)
+        name, header, box = self.source.describe(index), None, None
+        try:
+            stored, label = self.source.stored(index)
+            if isinstance(stored, bytes):
+                header = images.read_header(stored, name)
+                if header.plain:
+                    box = self._preprocess.crop_box(header.size, rng)
+            return _Opened(index, name, stored, self.source.label(label), header, box)
+        except UserError as error:
+            self._leave_out(index, error, skipped)
+            return None
+
+    def _finish(
+        self, opened: _Opened, rng: np.random.Generator, skipped: Skipped
+    ) -> Example | None:
+        """The decoded and preprocessed image; None if it is left out."""
+        index, name, pixels, label, header, box = opened
+        if isinstance(pixels, bytes):
+            channels = self.source.channels
+            try:
+                pixels = images.decode(pixels, channels=channels, name=name, box=box, header=header)
+            except UserError as error:
+                self._leave_out(index, error, skipped)
+                return None
+        try:
+            return self._preprocess(pixels, rng, cropped=box is not None), label, index
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+
+    def _leave_out(self, index: int, error: UserError, skipped: Skipped) -> None:
+        if not self._skip:
+            raise error
+        self._unreadable.add(index)
+        skipped.append((index, str(error)))

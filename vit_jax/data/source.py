@@ -1,0 +1,155 @@
+"""Labelled images, read one by one, whatever they are kept in."""
+
+import hashlib
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+TEST_FRACTION = 0.2  # of each class, where a data set brings no test images of its own
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled images, read one by one; `source[i]` may be called by many threads at once.
+
+    Attributes:
+      name: what the user called the data set.
+      labels: class names; a label is an index into them.
+      channels: colour channels of every image.
+      keys: one an image, naming it independently of where the data set lies; an array where
+        there may be millions.
+      label_ids: int32 array (n,); where an image may have several labels (n, k), filled up with
+        -1. None where labels are stored with the images and only reading them tells.
+      read_key: key -> uint8 image (h, w, channels), or the content of an image file; where
+        `label_ids` is None, a pair of that and the label or labels. Raises UserError if it can't
+        be read.
+      describe_key: key -> what a person calls the image, e.g. its path.
+      multi_label: whether an image may have several labels, or none.
+      identity: tells these images from others with the same keys and labels.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    channels: int
+    keys: Sequence[Any] | np.ndarray
+    label_ids: np.ndarray | None
+    read_key: Callable[[Any], Any]
+    describe_key: Callable[[Any], str]
+    multi_label: bool = False
+    identity: Callable[[], str] = str
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": uint8 (h, w, channels), "label": int}; UserError if it can't be read.
+
+        With `multi_label` the label is float32 (classes,), 1 for each class of the image.
+        """
+        stored, label = self.stored(index)
+        return {"image": self.decode(stored, index), "label": self.label(label)}
+
+    def stored(self, index: int) -> tuple[bytes | np.ndarray, Any]:
+        """The image as it is kept, the content of a file or pixels, and its label or labels."""
+        if self.label_ids is None:
+            return self.read_key(self.keys[index])
+        return self.read_key(self.keys[index]), self.label_ids[index]
+
+    def decode(self, stored: bytes | np.ndarray, index: int) -> np.ndarray:
+        """The pixels of what `stored` gave, uint8 (h, w, channels)."""
+        if not isinstance(stored, bytes):
+            return stored
+        from vit_jax.data import images  # Loads OpenCV.
+
+        return images.decode(stored, channels=self.channels, name=self.describe(index))
+
+    def label(self, stored: Any) -> Any:
+        """The label of a batch for the one or several that `stored` gave."""
+        if not self.multi_label:
+            return int(stored)
+        hot = np.zeros(len(self.labels), np.float32)
+        hot[[i for i in stored if i >= 0]] = 1
+        return hot
+
+    def describe(self, index: int) -> str:
+        """Names image `index` for a person: a path, or "digits[12]"."""
+        return self.describe_key(self.keys[index])
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Source":
+        """The images at `indices`, in that order."""
+        chosen = np.asarray(indices, np.int64)
+        keys: Any = self.keys
+        if isinstance(keys, range | np.ndarray):  # An array takes a quarter of a list's memory.
+            keys = np.asarray(keys)[chosen]
+        else:
+            keys = [keys[i] for i in indices]
+        ids = None if self.label_ids is None else self.label_ids[chosen]
+        return replace(self, keys=keys, label_ids=ids)
+
+
+Splits = dict[str, Callable[[], Source]]  # What opens each split, by its name.
+
+
+def data_fingerprint(source: Source) -> str:
+    """16 hex digits that change with the class names, the images' names, order or labels.
+
+    Nothing is read, so an image with another content under the same name goes unnoticed.
+    """
+    digest = hashlib.sha256()
+    for text in itertools.chain(source.labels, [""], map(str, source.keys)):
+        digest.update(text.encode("utf-8", "surrogateescape") + b"\n")
+    if source.label_ids is not None:
+        digest.update(source.label_ids.astype("<i4").tobytes())
+    digest.update(source.identity().encode())
+    return digest.hexdigest()[:16]
+
+
+def held_out_splits(open_whole: Callable[[], Source], seed: int) -> Splits:
+    """Holds a fifth of each class out for testing, chosen by a hash of (seed, key).
+
+    A hash, not a random generator, so that the split is the same under every version of NumPy.
+    """
+
+    def part(test: bool) -> Source:
+        whole = open_whole()
+        ranks = [
+            hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogateescape")).digest()
+            for key in whole.keys
+        ]
+        # With several labels an image there are no classes to share out.
+        label_ids = np.zeros(len(whole)) if whole.multi_label else whole.label_ids
+        held_out = np.zeros(len(whole), bool)
+        for label in range(1 if whole.multi_label else len(whole.labels)):
+            members = np.flatnonzero(label_ids == label)
+            count = round(TEST_FRACTION * len(members))
+            held_out[sorted(members, key=ranks.__getitem__)[:count]] = True
+        return whole.take(np.flatnonzero(held_out == test))
+
+    return {"train": lambda: part(test=False), "test": lambda: part(test=True)}
+
+
+class Numbering:
+    """Numbers the examples of all splits of a data set, so that splits can be added up."""
+
+    def __init__(self, name: str, lengths: Mapping[str, int]):
+        self.name, self.splits = name, list(lengths)
+        self._starts: list[int] = np.cumsum([0, *lengths.values()]).tolist()
+
+    def keys(self, split: str) -> range:
+        """The numbers of a split's examples."""
+        place = self.splits.index(split)
+        return range(self._starts[place], self._starts[place + 1])
+
+    def find(self, key: int) -> tuple[str, int]:
+        """The split of an example, and its place in there."""
+        place = bisect_right(self._starts, key) - 1
+        return self.splits[place], int(key) - self._starts[place]
+
+    def describe(self, key: int) -> str:
+        """As "cifar10 test[12]"."""
+        split, place = self.find(key)
+        return f"{self.name} {split}".rstrip() + f"[{place}]"
