@@ -3,6 +3,7 @@ programs), and files that are whole or absent."""
 
 import contextlib
 import functools
+import io
 import os
 import re
 import secrets
@@ -45,6 +46,28 @@ def as_path(path: str | os.PathLike) -> "epath.Path":
             "storage and name the folder"
         )
     return epath.Path(path)
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """A file here or an object of a bucket, to be read from its beginning.
+
+    Raises OSError, or UserError as `bucket_errors`.
+    """
+    if not is_bucket(path):
+        return open(path, "rb", buffering=0)
+    with bucket_errors(path):
+        return io.BytesIO(as_path(path).read_bytes())
+
+
+def list_folder(path: str | os.PathLike) -> list[str]:
+    """The names in a folder here or in a bucket, where nothing there is an empty folder.
+
+    Raises OSError, or UserError as `bucket_errors`.
+    """
+    if not is_bucket(path):
+        return os.listdir(path)
+    with bucket_errors(path):
+        return [entry.name for entry in as_path(path).iterdir()]
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:

@@ -186,15 +186,15 @@ class Pretrained:
 
         Raises UserError for another ending or style, or if it can't be written.
         """
-        path = as_path(path)
+        file = as_path(path)
         checkpoints.check_ending(path)
         notes = Notes(self.spec.classifier, self.image_size, self.preprocess, self.labels)
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
         # Both are written before either takes its name, so that the notes of other weights stand
         # beside these, if a crash comes just then, for a moment only.
-        with atomic_write(path.with_suffix(".json")) as file:
-            file.write(notes.to_json())
-            file.flush()
+        with atomic_write(file.with_suffix(".json")) as out:
+            out.write(notes.to_json())
+            out.flush()
             checkpoints.save_weights(path, self.params, style=style)
 
 
