@@ -40,7 +40,6 @@ def run(args: argparse.Namespace) -> None:
     """Prints top-1, top-5, loss and the accuracy of each class."""
     import dataclasses
     import json
-    import os
 
     import numpy as np
 
@@ -49,11 +48,11 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.evaluation.images import evaluate_images, write_predictions
     from vit_jax.evaluation.zero_shot import zero_shot
     from vit_jax.pretrained import PretrainedLiT, load
-    from vit_jax.training.workdir import check_named, read_config
+    from vit_jax.training.workdir import check_named, is_workdir, read_config
 
     vit = load(args.weights)
     dataset, split, seed, loss, places = args.data, "test", 0, "softmax", {}
-    if os.path.isfile(os.path.join(args.weights, "config.json")):
+    if is_workdir(args.weights):
         config = read_config(args.weights)
         places = {"data_dir": config.tfds_data_dir, "manual_dir": config.tfds_manual_dir}
         if dataset is None:

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.buckets import Claim, GrowingFiles, check_claim
 from vit_jax.errors import UserError
-from vit_jax.files import as_path, atomic_write, bucket_errors, is_bucket
+from vit_jax.files import as_path, atomic_write, bucket_errors, has_credentials, is_bucket
 from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
@@ -177,6 +177,14 @@ def write_config(workdir: epath.Path, config: ConfigDict, fingerprints: Mapping[
     if not begun:  # Last: it is what makes a folder a run's.
         with atomic_write(workdir / CONFIG) as out:
             out.write(config_to_json(config).encode())
+
+
+def is_workdir(path: str | os.PathLike) -> bool:
+    """Whether a path is the workdir of a run, here or in a bucket that can be read."""
+    if not is_bucket(path):
+        return os.path.isfile(os.path.join(path, CONFIG))
+    with bucket_errors(path):
+        return has_credentials() and (as_path(path) / CONFIG).exists()
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
