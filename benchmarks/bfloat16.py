@@ -22,8 +22,8 @@ TYPES = ("float32", "bfloat16")
 def curve(data: str, weights: str, fields: Sequence[str]) -> tuple[np.ndarray, float]:
     """The loss of each step of a run, and the accuracy at its end."""
     from vit_jax import training
-    from vit_jax.training.workdir import read_metrics
     from vit_jax.training.options import load_config, override
+    from vit_jax.training.workdir import read_metrics
 
     options = [f"--config.model_or_filename={weights}", "--config.progress_every=1", *fields]
     config = override(load_config(f"finetune_folder:{data}"), options)

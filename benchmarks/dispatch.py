@@ -19,6 +19,7 @@ Figures are medians of the rounds. No data are needed but what comes with the pa
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import itertools
 import statistics
@@ -27,33 +28,36 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 import vit_jax
 from vit_jax.sharding import batch_sharding, make_global_batch, replicated, shardings
 from vit_jax.training import TrainState, make_optimizer
-from vit_jax.training.checkpointing import Checkpoints
-from vit_jax.training.feed import DevicePrefetcher, MetricsBuffer
-from vit_jax.training.loop import Loop, Work
+from vit_jax.training.inputs import DevicePrefetcher
 from vit_jax.training.options import load_config, override
 from vit_jax.training.signals import StopRequest
-from vit_jax.training.trainer import _prepare
+from vit_jax.training.watch import Watch
 
+run_module = importlib.import_module("vit_jax.training.run")  # `training.run` is the function.
+RunContext = run_module.RunContext
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 WARM_UP = 10
-# (what, class, method), timed each.
+# (what, where, function), timed each.
 PARTS = [
     ("batch", DevicePrefetcher, "__next__"),
     ("watching", DevicePrefetcher, "watch"),
-    ("watching", MetricsBuffer, "add"),
-    ("report", Loop, "_read_metrics"),
+    ("report", run_module, "read_metrics"),
 ]
 
 
-def training(work: Work, state: TrainState, steps: int, rounds: int) -> dict[str, list[float]]:
+def training(
+    context: RunContext, state: TrainState, steps: int, rounds: int
+) -> dict[str, list[float]]:
     """Runs the loop. Milliseconds of the main thread's processor a step, in all and by parts, and
     steps a second, of each round."""
     spent = dict.fromkeys(("call", *(name for name, *_ in PARTS)), 0.0)
@@ -70,7 +74,7 @@ def training(work: Work, state: TrainState, steps: int, rounds: int) -> dict[str
 
         return wrapper
 
-    call = timed("call", work.train_step)
+    call = timed("call", context.train_step)
 
     def step(state, batch):
         nonlocal called
@@ -81,15 +85,17 @@ def training(work: Work, state: TrainState, steps: int, rounds: int) -> dict[str
         called += 1
         return call(state, batch)
 
+    prepared = [(dataclasses.replace(context, train_step=step), state)]
+    del state  # The first step gives it up.
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "c", keep=1)))
-        for name, owner, method in PARTS:
-            stack.callback(setattr, owner, method, getattr(owner, method))
-            setattr(owner, method, timed(name, getattr(owner, method)))
-        work = dataclasses.replace(work, train_step=step)
-        Loop(work, folder, checkpoints, state, stop, stack).run()
+        for name, owner, function in PARTS:
+            replaced = mock.patch.object(owner, function, timed(name, getattr(owner, function)))
+            stack.enter_context(replaced)
+        prepare = mock.patch.object(run_module, "prepare", side_effect=lambda *_: prepared.pop())
+        stack.enter_context(prepare)
+        run_module.train(context.config, folder, None, stop, Watch(60))
 
     figures: dict[str, list[float]] = {}
     for (parts, cpu, clock), (parts_later, cpu_later, later) in itertools.pairwise(marks):
@@ -101,57 +107,59 @@ def training(work: Work, state: TrainState, steps: int, rounds: int) -> dict[str
     return figures
 
 
-def made_beforehand(work: Work) -> Work:
+def made_beforehand(context: RunContext) -> RunContext:
     """The same with one batch again and again."""
-    with contextlib.closing(work.task.train_batches(0)) as batches:  # type: ignore[attr-defined]
+    with contextlib.closing(context.data.train_batches(0)) as batches:  # type: ignore[type-var]
         batch = {name: np.array(x) for name, x in next(batches).items()}
 
-    class Task(type(work.task)):  # type: ignore[misc]
+    class Repeated(type(context.data)):  # type: ignore[misc]
         def train_batches(self, start_step: int) -> Iterator:
             while True:
                 yield batch
 
-    fields = {f.name: getattr(work.task, f.name) for f in dataclasses.fields(work.task)}
-    return dataclasses.replace(work, task=Task(**fields))
+    fields = {f.name: getattr(context.data, f.name) for f in dataclasses.fields(context.data)}
+    return dataclasses.replace(context, data=Repeated(**fields))
 
 
-def trivial(work: Work, name: str, optim: str, **overrides) -> tuple[Work, TrainState]:
-    """The work and the state of a model, with a step that has nothing to compute."""
+def trivial(
+    context: RunContext, name: str, optim: str, **overrides
+) -> tuple[RunContext, TrainState]:
+    """The context and the state of a model, with a step that has nothing to compute."""
     model = vit_jax.create_model(name, num_classes=10, **overrides)
     images = jnp.zeros((1, 32, 32, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     params = jax.tree.map(lambda x: np.zeros(np.minimum(x.shape, 2), x.dtype), shapes)
-    config = override(work.config, [f"--config.optim={optim}"])
+    config = override(context.config, [f"--config.optim={optim}"])
     tx = make_optimizer(config, config.total_steps)
-    state = TrainState.create(params=params, tx=tx, mesh=work.mesh)
+    state = TrainState.create(params=params, tx=tx, mesh=context.mesh)
 
     def step(state, batch):
         names = ("loss", "grad_norm", "param_norm", "update_norm", "lr")
         metrics = dict.fromkeys(names, batch["label"].sum().astype(jnp.float32))
         state = state.replace(step=state.step + 1)
-        state = jax.lax.with_sharding_constraint(state, shardings(state, work.mesh))
+        state = jax.lax.with_sharding_constraint(state, shardings(state, context.mesh))
         return state, metrics | state.guard
 
     train_step = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(None, batch_sharding(work.mesh)),
-        out_shardings=(None, replicated(work.mesh)),
+        in_shardings=(None, batch_sharding(context.mesh)),
+        out_shardings=(None, replicated(context.mesh)),
     )
-    vit = dataclasses.replace(work.vit, model=model)
-    return dataclasses.replace(work, vit=vit, train_step=train_step), state
+    vit = dataclasses.replace(context.vit, model=model)
+    return dataclasses.replace(context, vit=vit, train_step=train_step), state
 
 
-def alone(work: Work, state: TrainState, steps: int, rounds: int) -> list[float]:
+def alone(context: RunContext, state: TrainState, steps: int, rounds: int) -> list[float]:
     """Steps a second of the compiled step, called with one batch that lies on the device."""
     batch = make_global_batch(
-        next(made_beforehand(work).task.train_batches(0)), batch_sharding(work.mesh)
+        next(made_beforehand(context).data.train_batches(0)), batch_sharding(context.mesh)
     )
     found = []
     for i in range(rounds + 1):  # The first doesn't count.
         start = time.perf_counter()
         for _ in range(steps if i else WARM_UP):
-            state, metrics = work.train_step(state, batch)
+            state, metrics = context.train_step(state, batch)
         jax.block_until_ready(metrics)
         found.append(steps / (time.perf_counter() - start))
     return found[1:]
@@ -169,8 +177,8 @@ def main(quick: bool = False) -> None:
     fields += ["model.num_layers=1"] if quick else []
     config = override(load_config(str(DIGITS)), [f"--config.{field}" for field in fields])
     with tempfile.TemporaryDirectory() as folder:
-        work, digits = _prepare(config, Path(folder), None)
-    print(f"{work.introduction}\n")
+        context, digits = run_module.prepare(config, epath.Path(folder), None)
+    print(f"{context.introduction}\n")
 
     trees: dict[str, tuple] = {"digits, AdamW": ("ViT-Ti_16", "adamw", {"num_layers": 4})}
     if not quick:
@@ -180,9 +188,9 @@ def main(quick: bool = False) -> None:
     print(f"| state of, leaves | {' | '.join(names)} (ms) | steps/s |")
     print(f"|{' --- |' * (len(names) + 2)}")
     for label, (name, optim, overrides) in trees.items():
-        task, state = trivial(made_beforehand(work), name, optim, **overrides)
+        small, state = trivial(made_beforehand(context), name, optim, **overrides)
         leaves = len(jax.tree.leaves(state))
-        figures = training(task, state, steps, rounds)
+        figures = training(small, state, steps, rounds)
         cells = [f"{statistics.median(figures[name]):.3f}" for name in names]
         rate = statistics.median(figures["steps/s"])
         print(f"| {label}, {leaves} | {' | '.join(cells)} | {rate:,.0f} |", flush=True)
@@ -190,11 +198,11 @@ def main(quick: bool = False) -> None:
     found: dict[str, list[float]] = {}
     for _ in range(1 if quick else 3):
         ways = {
-            "step alone": lambda: alone(work, copied(digits), real_steps, 1),
+            "step alone": lambda: alone(context, copied(digits), real_steps, 1),
             "loop, batches made beforehand": lambda: training(
-                made_beforehand(work), copied(digits), real_steps, 1
+                made_beforehand(context), copied(digits), real_steps, 1
             )["steps/s"],
-            "loop": lambda: training(work, copied(digits), real_steps, 1)["steps/s"],
+            "loop": lambda: training(context, copied(digits), real_steps, 1)["steps/s"],
         }
         for way, rates in ways.items():
             found.setdefault(way, []).extend(rates())

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from tests.training.conftest import run_module
 from vit_jax import load
 from vit_jax.errors import UserError
+from vit_jax.models.kernels import choose_kernels
 from vit_jax.sharding import make_mesh
 from vit_jax.training import TrainState, default_config, run
 from vit_jax.training.inputs import open_data
@@ -59,7 +60,9 @@ def by_hand(config, steps):
     shape, spec = task.image_shape, task.eval_ops.spec
     vit = make_network(config, image_shape=shape, labels=task.labels, preprocess=spec)
     tx = make_optimizer(config, config.total_steps)
-    train_step = make_step_from_config(config, vit.model, tx, make_mesh(), task.value_range)
+    kernels, _ = choose_kernels(vit.model, shape[:2], jax.devices())
+    model = vit.model.clone(kernels=kernels)
+    train_step = make_step_from_config(config, model, tx, make_mesh(), task.value_range)
     state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, ema=True)
     saved, batches = None, task.train_batches(0)
     for i, batch in enumerate(batches):
@@ -84,8 +87,8 @@ def weights(workdir):
 @pytest.mark.parametrize(
     ("how", "by"),
     [
-        pytest.param("skip", {"left_out": [25]}, marks=pytest.mark.slow),
-        pytest.param("rollback", {"back": [26]}, marks=pytest.mark.slow),
+        pytest.param("skip", {"left_out": [25]}, marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param("rollback", {"back": [26]}, marks=[pytest.mark.slow, pytest.mark.ci]),
     ],
 )
 def test_a_bad_step_is_skipped_or_gone_back_for_and_an_interrupted_run_ends_the_same(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax.checkpoints import open_arrays
 from vit_jax.errors import UserError
 from vit_jax.training import TrainState, make_optimizer, run
 from vit_jax.training.checkpoints import Checkpoints, digest
@@ -55,7 +56,12 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+SLOW = (pytest.mark.slow, pytest.mark.ci)
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped", *(pytest.param(d, marks=SLOW) for d in DAMAGES if d != "flipped")]
+)
 def test_whatever_file_is_damaged_the_state_restored_is_one_that_was_saved(damage, saved, tmp_path):
     state, whole = saved
     files = sorted(p for p in (whole / "2").rglob("*") if p.is_file())
@@ -74,6 +80,12 @@ def test_whatever_file_is_damaged_the_state_restored_is_one_that_was_saved(damag
             assert said.startswith(f"damaged in {folder}, and renamed to STEP.damaged: 2 (")
             assert said.endswith("; step 1 is used in their place")
             assert "\n" not in said
+
+
+def test_the_guard_is_saved_under_the_names_of_the_first_runs(saved):
+    with open_arrays(saved[1] / "2") as arrays:
+        names = {name for name in arrays if name.startswith("guard/")}
+    assert names == {f"guard/{name}" for name in ("usual", "good", "bad_steps", "in_a_row")}
 
 
 def test_if_none_is_whole_that_is_told_and_nothing_is_changed(saved, tmp_path):

@@ -1,11 +1,20 @@
 """Configurations: what a person mistypes is named, what is right comes through unchanged."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from ml_collections import ConfigDict
 
+from vit_jax.data import AUGREG
 from vit_jax.errors import UserError
+from vit_jax.models.blocks import REMAT
+from vit_jax.models.kernels import ATTENTION
+from vit_jax.sharding import SHARDINGS
 from vit_jax.training import check_config, default_config
 from vit_jax.training.config import (
+    FIELDS,
     config_from_json,
     config_to_json,
     differing_fields,
@@ -17,6 +26,44 @@ from vit_jax.training.config import (
     without_effect,
 )
 from vit_jax.training.options import find_config_file, load_config, override
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "training.md"
+
+
+def table_of_fields() -> str:
+    """The table in docs/training.md."""
+    rows = ["| field | default | values | a run may go on with another | what |"]
+    rows.append("|---|---|---|---|---|")
+    changes = {"": "", "run": "yes", "process": "yes, in each process"}
+    for field in FIELDS.values():
+        default = repr(field.default).replace("'", '"')
+        cells = f"`{field.name}`", f"`{default}`", field.expected, changes[field.changes]
+        rows.append(f"| {' | '.join((*cells, field.help))} |")
+    return "\n".join(rows)
+
+
+def test_the_documentation_lists_the_fields():
+    """After a change of FIELDS: `python -c "from tests.training.test_config import
+    table_of_fields as t; print(t())"` prints what belongs there."""
+    assert f"\n\n{table_of_fields()}\n\n" in DOCS.read_text()
+
+
+def test_help_lists_the_fields_and_imports_nothing_slow():
+    program = "import sys; from vit_jax.cli import main; main(['train', '--help'])"
+    slow = "; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules], file=sys.stderr)"
+    program = program.replace("main([", "\ntry: main([") + f"\nfinally: {slow[2:]}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+    for field in FIELDS.values():
+        assert f"\n  {field.name} " in done.stdout
+        assert field.help in done.stdout
+
+
+def test_choices_are_those_that_the_library_knows():
+    assert FIELDS["sharding"].values == SHARDINGS
+    assert FIELDS["remat"].values == tuple(REMAT)
+    assert FIELDS["attention"].values == ("auto", *ATTENTION)
+    assert FIELDS["augment"].values == tuple(AUGREG)
 
 
 def changed(*options):

@@ -15,7 +15,7 @@ from tests.cli.conftest import write_images
 from vit_jax.cli import main
 from vit_jax.data import AUGREG
 from vit_jax.training import default_config
-from vit_jax.training.config import FIELD as TABLE
+from vit_jax.training.config import FIELDS as TABLE
 from vit_jax.training.config import MODEL_SIZES, flatten, model_fields
 
 PLAIN = Path(__file__).resolve().parent / "plain.py"

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.training.test_fields import PLAIN
-from vit_jax.training.config import FIELD
+from vit_jax.training.config import FIELDS
 
 # An empty text leaves the field at its default.
 VALUES = {
-    **{name: FIELD[name].values for name in ("sharding", "remat", "on_bad_step", "decay_type")},
+    **{name: FIELDS[name].values for name in ("sharding", "remat", "on_bad_step", "decay_type")},
     **{
-        name: FIELD[name].values
+        name: FIELDS[name].values
         for name in ("dtype", "image_dtype", "optim", "optim_dtype", "loss")
     },
-    "compile": FIELD["compile"].values,
+    "compile": FIELDS["compile"].values,
     "augment": ("none", "light1", "strong1"),
     "workers": ("", "0", "2"),
     "accum_steps": ("1", "4"),

@@ -37,6 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=kind, help=meaning)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run, takes_fields=True)
+    options_help = parser.format_help
+    parser.format_help = lambda: options_help() + _fields_help()  # type: ignore[method-assign]
+
+
+def _fields_help() -> str:
+    from vit_jax.training.config import FIELDS
+
+    lines = ["", "fields of the configuration, their defaults, what they mean:"]
+    for field in FIELDS.values():
+        is_choice = field.values and isinstance(field.default, str)
+        choices = f" ({', '.join(field.values)})" if is_choice else ""
+        default = "empty" if field.default in ("", ()) else field.default
+        lines.append(f"  {field.name:<29} {default!s:<10} {field.help}{choices}")
+    return "\n".join([*lines, ""])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The configuration of a run: one table of its fields, and the check of what a user wrote.
+"""The configuration of a run: its fields (fields.toml), and the check of what a user wrote.
 
 Nothing slow is imported with this module: `vit-jax train --help` lists the fields.
 """
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,83 +46,18 @@ class Field(NamedTuple):
         return f"at least {least}" if bound == math.inf else f"{least} <= value < {bound}"
 
 
-POSITIVE, NOT_NEGATIVE, SHARE = (1, math.inf), (0, math.inf), (0, 1)
-AUGMENTS = ("none", "light1", "light2", "medium1", "medium2", "strong1", "strong2")
-# The defaults are the original's fine-tuning recipe where it has one.
-FIELDS = [
-    Field("seed", 0, (0, 2**32), "", "with the step and a place it decides everything random"),
-    # What is trained: any other field of the network may be given in `model` too.
-    Field("model.name", "", (), "", "a model; with weights, they have to be of that model"),
-    Field("model.dropout_rate", 0.0, SHARE, "", "of tokens and in the MLP"),
-    Field("model.attention_dropout_rate", 0.0, SHARE, "", "of attention's weights"),
-    Field("model.stochastic_depth_rate", 0.0, SHARE, "", "of the last block, growing from 0"),
-    Field("model_or_filename", "", (), "", "weights to start from: a file, a workdir, a name"),
-    Field("pretrained_dir", "", (), "", "where such files lie; alone: that of model.name in it"),
-    Field("dtype", "float32", ("float32", "bfloat16"), "", "of activations; weights are float32"),
-    # The data.
-    Field("dataset", "digits", (), "", "a folder of images, a table, a TFDS name: docs/data.md"),
-    Field("tfds_data_dir", "", (), "process", "of TFDS; empty for ~/tensorflow_datasets"),
-    Field("tfds_manual_dir", "", (), "process", "archives for TFDS, downloaded by hand"),
-    Field("corrupt", "error", ("error", "skip"), "process", "for an image that can't be read"),
-    Field("splits.train", "train", (), "", 'images to train on, e.g. "train[:98%]"'),
-    Field("splits.test", "test", (), "", "images to evaluate on"),
-    Field("pp.train", "", (), "", "operations on an image; empty: random crop, flip, augment"),
-    Field("pp.eval", "", (), "", "operations in evaluation; empty: resize to crop, or see resize"),
-    Field("pp.crop", 224, POSITIVE, "", "height and width of what the model sees, in pixels"),
-    Field("pp.resize", 0, NOT_NEGATIVE, "", "pixels of the shorter side before a central crop"),
-    Field("augment", "none", AUGMENTS, "", "RandAugment and mixup by a name of AugReg's"),
-    Field("mixup", 0.0, NOT_NEGATIVE, "", "of its Beta distribution; 0: what augment says"),
-    Field("cutmix", 0.0, NOT_NEGATIVE, "", "of its Beta distribution; 0 for none"),
-    # How long, and how much at once.
-    Field("total_steps", 10_000, POSITIVE, "", "updates of the weights"),
-    Field("batch", 512, POSITIVE, "", "images of a step, over all devices"),
-    Field("batch_eval", 512, POSITIVE, "", "images at once in an evaluation, over all devices"),
-    Field("accum_steps", 8, POSITIVE, "", "slices of a batch, one after the other: saves memory"),
-    # How it is computed.
-    Field(
-        *("sharding", "replicate", ("replicate", "fsdp", "hybrid"), "run"),
-        "weights whole on each device, in parts over all, or over those of a process",
-    ),
-    Field("compile", "jit", ("jit", "pmap"), "", "pmap: data parallelism in one process"),
-    Field("compile_cache", "", (), "process", 'folder of compiled programs; "off" for none'),
-    Field("scan_layers", False, (), "", "compile one block and a loop, not each block"),
-    Field("remat", "none", ("none", "dots", "full"), "run", "what is computed twice: saves memory"),
-    Field("attention", "auto", ("auto", "xla", "cudnn"), "run", "auto: cudnn where it is faster"),
-    # The optimizer.
-    Field("optim", "sgd", ("sgd", "adamw"), "", "the optimizer"),
-    Field("momentum", 0.9, SHARE, "", "of SGD"),
-    Field("optim_dtype", "bfloat16", ("bfloat16", "float32"), "", "of the first moment"),
-    Field("b1", 0.9, SHARE, "", "of AdamW"),
-    Field("b2", 0.999, SHARE, "", "of AdamW"),
-    Field("weight_decay", 0.0, NOT_NEGATIVE, "", "of kernels, times the learning rate"),
-    Field("base_lr", 0.03, NOT_NEGATIVE, "", "the highest learning rate"),
-    Field("decay_type", "cosine", ("cosine", "linear", "constant", "rsqrt"), "", "after warm-up"),
-    Field("warmup_steps", 500, NOT_NEGATIVE, "", "in which the learning rate rises from 0"),
-    Field("grad_norm_clip", 1.0, NOT_NEGATIVE, "", "the most that a gradient's norm is; 0: any"),
-    Field("loss", "softmax", ("softmax", "sigmoid"), "", "sigmoid: several classes an image"),
-    Field("label_smoothing", 0.0, SHARE, "", "share of a label that all classes get"),
-    Field("ema_decay", 0.0, SHARE, "", "of the averaged weights, which are evaluated; 0: none"),
-    # What is shown and kept.
-    Field("progress_every", 10, POSITIVE, "", "steps between two lines of metrics"),
-    Field("eval_every", 100, NOT_NEGATIVE, "", "steps; 0 for at the end only"),
-    Field("checkpoint_every", 1_000, NOT_NEGATIVE, "", "steps; 0 for at the end only"),
-    Field("keep_checkpoints", 2, POSITIVE, "process", "of the last ones"),
-    Field("keep_best", False, (), "", "keep the weights of the best evaluation too"),
-    Field("profile", (), (), "process", "(start, stop): steps of which a trace is written"),
-    # How images get to the device.
-    Field("prefetch", 2, POSITIVE, "process", "batches on the device ahead of the step"),
-    Field("workers", -1, (-1, math.inf), "process", "processes that decode; 0: threads; -1: auto"),
-    Field("threads", 0, NOT_NEGATIVE, "process", "that decode, without workers; 0: one a core"),
-    Field("image_dtype", "uint8", ("uint8", "float32"), "", "of images on their way to the device"),
-    # When something goes wrong.
-    Field(
-        *("on_bad_step", "stop", ("stop", "skip", "rollback"), "run"),
-        "for one that is not finite, or see spike: docs/training.md",
-    ),
-    Field("spike", 0.0, NOT_NEGATIVE, "run", "times the usual gradient make a bad step; 0: none"),
-    Field("silence_timeout", 60.0, (1, 600), "run", "seconds until a silent process is given up"),
-]
-FIELD = {field.name: field for field in FIELDS}
+def _read_fields() -> dict[str, Field]:
+    table = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
+    fields = {}
+    for name, row in table.items():
+        default = () if row["default"] == [] else row["default"]
+        limits = (row["at_least"], row.get("below", math.inf)) if "at_least" in row else ()
+        values = tuple(row.get("choices", limits))
+        fields[name] = Field(name, default, values, row.get("changes", ""), row["help"])
+    return fields
+
+
+FIELDS = _read_fields()  # By name.
 # Of the network's own fields, see `model_fields`.
 MODEL_SIZES = (
     *("model.hidden_size", "model.num_layers", "model.num_heads", "model.mlp_dim"),
@@ -142,7 +78,7 @@ ALIASES = {
 def default_config() -> ConfigDict:
     """Every field with its default value."""
     values: dict[str, Any] = {}
-    for field in FIELDS:
+    for field in FIELDS.values():
         group, _, name = field.name.rpartition(".")
         (values.setdefault(group, {}) if group else values)[name] = field.default
     return ConfigDict(values)
@@ -223,8 +159,8 @@ def _convert(value: Any, default: Any, path: str) -> Any:
 def _problems(config: ConfigDict) -> Iterator[str]:
     """What is wrong with the values of a configuration whose fields and types are right."""
     flat = flatten(config)
-    sizes = [Field(name, 1, POSITIVE, "", "") for name in MODEL_SIZES]
-    for field in [*FIELDS, *sizes]:
+    sizes = [Field(name, 1, (1, math.inf), "", "") for name in MODEL_SIZES]
+    for field in [*FIELDS.values(), *sizes]:
         value = flat.get(f"config.{field.name}")
         if isinstance(field.default, str):
             fits = not field.values or value in field.values
@@ -305,7 +241,7 @@ def without_effect(config: ConfigDict) -> list[str]:
     return [
         f"config.{name} {flat[f'config.{name}']} ({reason})"
         for name, reason in reasons.items()
-        if flat[f"config.{name}"] != FIELD[name].default
+        if flat[f"config.{name}"] != FIELDS[name].default
     ]
 
 
@@ -313,7 +249,7 @@ def differing_fields(a: ConfigDict, b: ConfigDict) -> list[str]:
     """What differs between two configurations and matters: ["config.batch 32 -> 64", ...]."""
     # A field that is younger than a run has its default there.
     flat_a, flat_b = ({**flatten(default_config()), **flatten(x)} for x in (a, b))
-    free = {f"config.{field.name}" for field in FIELDS if field.changes}
+    free = {f"config.{field.name}" for field in FIELDS.values() if field.changes}
     return [
         f"{key} {flat_a.get(key)!r} -> {flat_b.get(key)!r}"
         for key in sorted((flat_a.keys() | flat_b.keys()) - free)
@@ -432,13 +368,10 @@ def original_split(field: str, value: Any) -> str | None:
 
 
 def _with_splits(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields with the splits that stand in `pp` moved to `splits`."""
     pp = values.get("pp")
-    splits = (
-        {k: v for k, v in pp.items() if original_split(f"config.pp.{k}", v)}
-        if isinstance(pp, dict)
-        else {}
-    )
-    if not splits:
+    if not isinstance(pp, dict):
         return values
-    rest = {k: v for k, v in values["pp"].items() if k not in splits}
+    splits = {k: v for k, v in pp.items() if original_split(f"config.pp.{k}", v)}
+    rest = {k: v for k, v in pp.items() if k not in splits}
     return values | {"pp": rest, "splits": {**values.get("splits", {}), **splits}}

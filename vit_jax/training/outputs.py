@@ -79,14 +79,9 @@ def write_outputs(
     return Result(config.total_steps, True, summary, score_figures(scores))
 
 
-def read_evaluations(workdir: epath.Path) -> list[dict[str, float]]:
-    """The lines with "test/..." figures in the metrics of a run."""
-    return [line for line in read_metrics(workdir / METRICS) if "test/top1" in line]
-
-
 def last_test(workdir: epath.Path) -> dict[str, float]:
-    """The last "test/..." figures in the metrics of a run; empty if there are none."""
-    lines = read_evaluations(workdir)
+    """The last "test/..." figures in the metrics of a run, if there are any."""
+    lines = [line for line in read_metrics(workdir / METRICS) if "test/top1" in line]
     return {k: v for k, v in lines[-1].items() if k.startswith("test/")} if lines else {}
 
 

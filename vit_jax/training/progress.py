@@ -5,8 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Self, TextIO
 
 from etils import epath
@@ -53,18 +53,19 @@ class RunLog:
 
     Attributes:
       accuracies: {step: "test/top1"} of the evaluations in metrics.jsonl.
-      say: prints a line.
+      say: prints a line. write, sync: see `MetricsWriter`.
     """
 
     def __init__(self, folder: epath.Path, config: ConfigDict, step: int, usage: Usage):
         self.folder, self._config, self._usage = folder, config, usage
-        self._writer: MetricsWriter | None = None
         self._stack = contextlib.ExitStack()
+        self.write: Callable[..., None] = lambda *_: None
+        self.sync: Callable[[], None] = lambda: None
         accuracies: list[tuple[int, float]] = []
         with raise_on_all_processes():
             if is_main_process():
-                self._writer = MetricsWriter(folder, resume_step=step)
-                self._stack.callback(self._writer.close)
+                writer = self._stack.enter_context(closing(MetricsWriter(folder, step)))
+                self.write, self.sync = writer.write, writer.sync
                 lines = read_metrics(folder / METRICS)
                 accuracies = [(x["step"], x["test/top1"]) for x in lines if "test/top1" in x]
         self.accuracies: dict[int, float] = dict(broadcast_from_main(accuracies))
@@ -77,23 +78,8 @@ class RunLog:
         self._stack.enter_context(self._progress)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a line to metrics.jsonl."""
-        if self._writer:
-            self._writer.write(step, values)
-
-    def sync(self) -> None:
-        """Once this returns, a power cut cannot lose what was written."""
-        if self._writer:
-            self._writer.sync()
 
     def restart_clock(self, clock: Clock, step: int | None = None) -> None:
         """Speed is measured from here on; with a step, the time that is left too."""
@@ -127,19 +113,17 @@ class RunLog:
 class Progress:
     """Shows how far a run is, how well it goes and what it waits for.
 
-    On a terminal, two lines that stay at the bottom and fit 60 columns:
+    On a terminal, two lines that stay at the bottom and fit 60 columns; a wider one shows further
+    figures, as many as fit:
 
         120/600 ━━━━━━━━━━━━━                   20%  eta 0:01:12
         loss  0.4312  lr 9.2e-03    1,234 img/s  data wait   3%
 
-    A wider one shows further figures, as many as fit.
-    Elsewhere (a file, a pipe, a notebook) each update is one line of aligned columns. The time left
-    comes from the steps done since `restart_clock`.
+    Elsewhere (a file, a pipe, a notebook) each update is one line of aligned columns.
 
     Args:
-        total_steps: number of the last step of the run.
-        start_step: the step the run starts or resumes from.
-        stream: where to write; standard error if None.
+      total_steps, start_step: the last step of the run, and the one that it starts from.
+      stream: where to write; standard error if None.
     """
 
     def __init__(self, total_steps: int, start_step: int, *, stream: TextIO | None = None):
@@ -170,16 +154,9 @@ class Progress:
         wait_share: float,
         more: Mapping[str, float] | None = None,
     ) -> None:
-        """Shows the state after `step`.
-
-        Args:
-            step: number of updates done.
-            loss: training loss of the last step.
-            lr: learning rate of the last update.
-            images_per_s: training images a second, all devices together; NaN if not measured yet.
-            wait_share: share in [0, 1] of the time in which the devices waited for data, or NaN.
-            more: further figures by short names, the most important first.
-        """
+        """Shows the state after so many updates: images a second of all devices together and the
+        share of the time in which they waited for data, both NaN if not measured yet; and more
+        figures by short names, the most important first."""
         self._step = step
         self._eta = self._time_left(step)
         self._numbers = (
@@ -210,12 +187,7 @@ class Progress:
             self._live.start(refresh=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -227,7 +199,7 @@ class Progress:
         return f"{self._step:>{len(str(self._total))}}/{self._total}"
 
     def _time_left(self, step: int) -> str:
-        """Time to the last step at the rate measured so far, as h:mm:ss."""
+        """Time to the last step at the rate since `restart_clock`, as h:mm:ss."""
         then, since = self._since
         if step <= then:
             return "-:--:--"

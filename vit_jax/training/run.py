@@ -289,7 +289,7 @@ def prepare(
 
 def run_signature(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     """What all processes of a run must have the same."""
-    free = {f"config.{field.name}" for field in FIELDS if field.changes == "process"}
+    free = {f"config.{field.name}" for field in FIELDS.values() if field.changes == "process"}
     fields = {k: v for k, v in flatten(config).items() if k not in free}
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):

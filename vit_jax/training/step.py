@@ -159,16 +159,17 @@ def make_train_step(
             state = jax.lax.with_sharding_constraint(state, shardings(state, mesh))
         return state, metrics | guard
 
-    def check(batch: Batch) -> None:
+    on_each: Callable = update
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         if len(batch["image"]) % pieces:
             raise UserError(
                 f"the batch holds {len(batch['image'])} images, expected a multiple of {pieces}: "
                 f"{mesh.size} devices x {accum_steps} accum_steps"
             )
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        check(batch)
-        return update(state, batch)
+        if compile == "pmap":
+            batch = jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), dict(batch))
+        return on_each(state, batch)
 
     if compile == "jit":
         return jax.jit(
@@ -185,13 +186,7 @@ def make_train_step(
         donate_argnums=0,
         devices=[*mesh.devices.flat],
     )
-
-    def mapped(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        check(batch)
-        split = jax.tree.map(lambda x: x.reshape(mesh.size, -1, *x.shape[1:]), dict(batch))
-        return on_each(state, split)
-
-    return mapped
+    return step
 
 
 def make_step_from_config(
@@ -207,20 +202,15 @@ def make_step_from_config(
     def is_reported(step: jax.Array) -> jax.Array:
         return (step % config.progress_every == 0) | (step == config.total_steps)
 
+    as_they_are = ("compile", "accum_steps", "loss", "label_smoothing", "cutmix", "spike")
     return make_train_step(
         model,
         tx,
         mesh=mesh,
-        compile=config.compile,
-        accum_steps=config.accum_steps,
-        loss=config.loss,
-        label_smoothing=config.label_smoothing,
+        **{name: config[name] for name in (*as_they_are, "ema_decay")},
         mixup=mixup_of(config),
-        cutmix=config.cutmix,
         value_range=value_range,
         skip_bad=config.on_bad_step != "stop",
-        spike=config.spike,
-        ema_decay=config.ema_decay,
         # On CPUs it pays to leave it out of the other steps (with Adam it would have to be computed
         # anew); a GPU would wait for the decision.
         update_norm_at=is_reported if on_cpus and config.optim == "sgd" else None,

@@ -144,11 +144,7 @@ def write_config(workdir: epath.Path, config: ConfigDict, fingerprints: Mapping[
     """Writes down whose folder this is and on which images, or checks that these are the same.
 
     Not before a run is about to begin: a mistake found earlier must not bar the folder to the same
-    command without the mistake.
-
-    Args:
-      workdir, config: see `open_workdir`.
-      fingerprints: of the images, {"train": ..., "test": ...}.
+    command without the mistake. The fingerprints are {"train": ..., "test": ...}.
 
     Raises UserError if the files can't be written, or the images are not those of the run's
     beginning: it could not go on as if it had not stopped.
@@ -221,13 +217,9 @@ class MetricsWriter:
     """Appends scalars to metrics.jsonl and to TensorBoard events in a workdir. In a bucket they
     appear at every `sync`, and every UPLOAD_SECONDS.
 
-    Opening it at a resumed step removes what an interrupted run wrote beyond that step (and half a
-    line that a kill left), so that no step is missing and none is there twice, if the lines of a
-    step are on disk (see `sync`) before its checkpoint is saved.
-
-    Args:
-      workdir: folder of the run; made if it is not there.
-      resume_step: the last step that the restored state contains; 0 for a fresh run.
+    Opening it at the step of the restored state (0 for a fresh run) removes what an interrupted run
+    wrote beyond that step (and half a line that a kill left), so that no step is missing and none
+    is there twice, if the lines of a step are on disk (see `sync`) before its checkpoint is saved.
 
     Raises UserError if metrics.jsonl is there and is not such a file; it is then left as it is.
     """
@@ -258,13 +250,8 @@ class MetricsWriter:
         self._files.sync()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one line; once this returns, killing the process cannot lose it (in a bucket: once
-        `sync` does).
-
-        Args:
-          step: number of updates done.
-          values: scalars by name, such as {"train/loss": 2.25}; anything float() takes.
-        """
+        """Adds a line of scalars by name, such as {"train/loss": 2.25}, after so many updates; once
+        this returns (in a bucket: once `sync` does), killing the process cannot lose it."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -311,10 +298,8 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Reads a metrics.jsonl, also one that a run is writing or left with half a last line.
-
-    Returns:
-      one dict a line, in the file's order: "step" an int, all others floats (null gives NaN).
+    """The lines of a metrics.jsonl, also of one that a run is writing or left with half a line at
+    its end: "step" is an int, all others are floats (null gives NaN).
 
     Raises UserError if there is no such file or a line other than a torn last one is no record.
     """
