@@ -35,16 +35,14 @@ CORES = len(os.sched_getaffinity(0))
 BATCH = 128
 
 
-def ours(folder: Path, levels: bool = True, **options) -> Iterator[int]:
-    """`data.train_batches`, as training uses it: whole grey levels, normalised on the device."""
+def ours(folder: Path, as_uint8: bool = True, **options) -> Iterator[int]:
+    """`data.train_batches`, as training uses it: rounded to uint8, normalised on the device."""
     from vit_jax import data
 
     source = data.open_source(str(folder), "train+test")
     preprocess = data.parse("inception_crop(224)|flip|value_range(-1, 1)")
-    whole_levels = preprocess.to_levels()
-    assert whole_levels is not None
-    if levels:
-        preprocess, _ = whole_levels
+    if as_uint8:
+        preprocess = preprocess.without_normalize(as_uint8=True)
     for batch in data.train_batches(source, preprocess, batch_size=BATCH, seed=0, **options):
         yield len(batch["image"])
 
@@ -65,7 +63,7 @@ def ours_float32(folder: Path, count: int) -> Iterator[int]:
 
     source = data.open_source(str(folder), "train+test")
     chosen = data.choose_readers(source, cores=count)
-    return ours(folder, levels=False, workers=chosen.workers, threads=chosen.threads)
+    return ours(folder, as_uint8=False, workers=chosen.workers, threads=chosen.threads)
 
 
 def tf_data(folder: Path, count: int) -> Iterator[int]:

@@ -79,8 +79,11 @@ def test_imports_point_one_way(part):
             assert imported_parts(file) <= ALLOWED[part] | {part, "errors", "files"}, file
 
 
-# Circles that are known: (a file, another that it leads to and that leads back).
-KNOWN_CIRCLES: set[frozenset[str]] = set()
+# Pairs of files that lead to each other, and may until somebody parts them.
+KNOWN_CIRCLES = {
+    frozenset({"evaluation/report.py", "evaluation/report_page.py"}),
+    frozenset({"models/__init__.py", "models/lit.py"}),
+}
 
 
 def imported_files(path: Path) -> set[Path]:
@@ -105,7 +108,7 @@ def file_of(name: str) -> Path | None:
 
 @pytest.mark.parametrize("folder", sorted({f.parent for f in PACKAGE.rglob("*.py")} - {PACKAGE}))
 def test_no_circle_of_files_within_a_folder(folder):
-    files = set(folder.glob("*.py")) - {folder / "__init__.py"}
+    files = set(folder.glob("*.py"))
     edges = {file: imported_files(file) & files for file in files}
     reached = {file: set(direct) for file, direct in edges.items()}
     for _ in files:
@@ -115,9 +118,11 @@ def test_no_circle_of_files_within_a_folder(folder):
         frozenset(f"{folder.name}/{f.name}" for f in (one, other))
         for one in files
         for other in reached[one]
-        if one in reached[other]
+        if one != other and one in reached[other]
     }
-    assert circles == {pair for pair in KNOWN_CIRCLES if next(iter(pair)).startswith(folder.name)}
+    assert circles == {
+        pair for pair in KNOWN_CIRCLES if next(iter(pair)).startswith(f"{folder.name}/")
+    }
 
 
 def fresh(code: str) -> str:

@@ -81,7 +81,11 @@ def preprocess_for(notes: Notes | None, stored: AnySpec, new: AnySpec) -> str:
     resize, value_range = original_preprocess(new.image_size).split("|")
     if isinstance(new, LiTSpec):  # Its towers saw whole grey levels.
         value_range = f"uint8|{value_range}"
-    recorded = re.findall(r"(?:uint8\|)?value_range\([^)]*\)", notes.preprocess if notes else "")
+    recorded = re.findall(
+        # Numbers in brackets, for each channel, may stand in the brackets.
+        r"(?:uint8\|)?(?:value_range|normalize)\((?:[^()]|\([^()]*\))*\)",
+        notes.preprocess if notes else "",
+    )
     return f"{resize}|{recorded[-1] if recorded else value_range}"
 
 

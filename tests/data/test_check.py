@@ -163,20 +163,20 @@ def test_progress_ends_with_all_images(dirty):
 
 
 def test_memory_is_bounded(tmp_path):
-    """1,000 images of 1 MB each take the room of a few."""
+    """400 images of 1 MB each take the room of a few."""
     code = (
         "import resource, numpy as np\n"
         "from vit_jax.data.check import check\n"
         "from vit_jax.data.source import Source\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "read = lambda key: np.full((500, 700, 3), key % 256, np.uint8)\n"
-        "source = Source('s', ('a',), 3, range(1000), np.zeros(1000, np.int32), read, str)\n"
+        "source = Source('s', ('a',), 3, range(400), np.zeros(400, np.int32), read, str)\n"
         "before = used()\n"
         "check({'train': source}, threads=4)\n"
         "print(used() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert float(done.stdout) < 60  # MB, of 1,000
+    assert float(done.stdout) < 60  # MB, of 400
 
 
 def test_interrupting_ends_at_once(dirty):

@@ -281,7 +281,7 @@ junk = st.text(alphabet="aeflipresz0123456789()|,.=-+_ \n*'\"\x00", max_size=40)
 
 
 @given(st.one_of(st.text(max_size=60), junk, st.lists(calls | names | junk).map("|".join)))
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=150)
 def test_any_text_parses_to_a_stable_spelling_or_is_a_user_error(text):
     try:
         preprocess = parse(text)
@@ -346,6 +346,16 @@ def test_the_device_normalises_as_whoever_reads(ending):
     np.testing.assert_array_equal(
         whole.normalize(whole.without_normalize()(IMAGE, RNG(1))), whole(IMAGE, RNG(1))
     )
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 1), (-0.5, 2), (0.1, 0.9)])
+def test_a_range_on_the_device_is_bit_for_bit_what_it_always_was(low, high):
+    def formula(images):
+        images = (images.astype(np.float32) - 127.5) / 127.5
+        return images * ((high - low) / 2) + (high + low) / 2
+
+    normalize = parse(f"value_range({low}, {high})").normalize
+    np.testing.assert_array_equal(jax.jit(normalize)(IMAGE), jax.jit(formula)(IMAGE))
 
 
 @pytest.mark.parametrize("ending", ["value_range(-1, 1)", IMAGENET])

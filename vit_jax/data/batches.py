@@ -7,12 +7,10 @@ import contextlib
 import functools
 import itertools
 import logging
-import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,17 +21,12 @@ from vit_jax.data.source import Source
 from vit_jax.data.workers import (
     AUTOMATIC,
     LEAST_FOR_PROCESSES,
-    THREADS_INSTEAD,
     Batch,
-    BatchBuffers,
     Layout,
-    Processes,
     Readers,
     Skipped,
-    Threads,
-    anonymous_file,
     choose_readers,
-    not_given,
+    start_readers,
 )
 from vit_jax.errors import UserError
 
@@ -87,15 +80,21 @@ def train_batches(
         or a worker process that was killed. Close the iterator (`contextlib.closing`) to stop
         threads and processes at once.
     """
-    reader = Reader(source, preprocess, corrupt, seed)
-    first, rows = _rows_of_shard(batch_size, shard)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}, expected 0 to {2**32 - 1}; choose another")
     if start_step < 0:
         raise UserError(f"start_step is {start_step}, expected 0 or more")
-    choose = functools.partial(_shuffled, count=len(source), seed=seed)
-    batches = _Batches(reader, choose, ("image", "label"), batch_size, first, rows, start_step)
-    return _stream(batches, prefetch, threads, workers)
+    return _stream(
+        Reader(source, preprocess, corrupt, seed),
+        functools.partial(_shuffled, count=len(source), seed=seed),
+        itertools.count(start_step),
+        ("image", "label"),
+        batch_size=batch_size,
+        shard=shard,
+        threads=threads,
+        workers=workers,
+        prefetch=prefetch,
+    )
 
 
 def eval_batches(
@@ -123,35 +122,24 @@ def eval_batches(
     Raises:
       UserError: as `train_batches`, or a preprocessing that is random.
     """
-    reader = Reader(source, preprocess, corrupt, None)
-    first, rows = _rows_of_shard(batch_size, shard)
     if preprocess.random:
         raise UserError(
             f"preprocessing {preprocess.spec!r} is random, expected one that always gives the same "
             "result; remove the random operations from the evaluation's"
         )
-    steps = -(-len(source) // batch_size)
     if workers == AUTOMATIC and len(source) < LEAST_FOR_PROCESSES * shard[1]:
         workers = 0
-    keys = ("image", "label", "mask", "index")
-    choose = functools.partial(_in_order, count=len(source))
-    batches = _Batches(reader, choose, keys, batch_size, first, rows, 0, steps)
-    return _stream(batches, prefetch, threads, workers)
-
-
-def _rows_of_shard(batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
-    """The first row and the number of rows of a host's part of a batch.
-
-    The part is contiguous: a row's place in the global batch is the same for any number of hosts.
-    """
-    host, hosts = shard
-    if batch_size < 1 or batch_size % hosts:
-        raise UserError(
-            f"batch size is {batch_size}, expected a multiple of {hosts}, the number of hosts, "
-            "greater than 0"
-        )
-    rows = batch_size // hosts
-    return host * rows, rows
+    return _stream(
+        Reader(source, preprocess, corrupt, None),
+        functools.partial(_in_order, count=len(source)),
+        range(-(-len(source) // max(batch_size, 1))),
+        ("image", "label", "mask", "index"),
+        batch_size=batch_size,
+        shard=shard,
+        threads=threads,
+        workers=workers,
+        prefetch=prefetch,
+    )
 
 
 # The order.
@@ -199,67 +187,44 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 # The stream.
 
 
-@dataclass(frozen=True)
-class _Batches:
-    """One host's part of each batch.
-
-    Attributes:
-      choose: positions of the stream that all hosts share -> the images there, int (n,).
-      keys: what of a batch is wanted.
-      batch_size: rows of a whole batch; first, rows: where this host's part begins, and its length.
-      start_step, steps: the batches that there are.
-    """
-
-    reader: "Reader"
-    choose: Callable[[range], np.ndarray]
-    keys: tuple[str, ...]
-    batch_size: int
-    first: int
-    rows: int
-    start_step: int
-    steps: int = 2**40  # No end.
-
-    def positions(self, step: int) -> range:
-        begin = (self.start_step + step) * self.batch_size + self.first
-        return range(begin, begin + self.rows)
-
-    def layout(self) -> tuple[Layout, Skipped]:
-        """What a batch holds, for which one image is read."""
-        source = self.reader.source
-        index = max(int(self.choose(self.positions(0))[0]), 0)
-        shape, dtype, skipped = self.reader.look(index)
-        label = ((len(source.labels),), np.float32) if source.multi_label else ((), np.int32)
-        of_one = {
-            "image": (shape, dtype),
-            "label": label,
-            "mask": ((), np.bool_),
-            "index": ((), np.int32),
-        }
-        return {k: ((self.rows, *shape), np.dtype(t)) for k, (shape, t) in of_one.items()}, skipped
-
-
 def _stream(
-    batches: _Batches, prefetch: int, threads: int | None, workers: int | Readers
+    reader: "Reader",
+    choose: Callable[[range], np.ndarray],
+    steps: Iterable[int],
+    keys: tuple[str, ...],
+    *,
+    batch_size: int,
+    shard: tuple[int, int],
+    threads: int | None,
+    workers: int | Readers,
+    prefetch: int,
 ) -> Iterator[Batch]:
+    """The batches of some steps, this host's contiguous rows of them.
+
+    Has `prefetch` batches filled while one is used, all readers at the same one, in order.
+
+    Args:
+      choose: positions in the stream of examples that all hosts share -> the images there.
+      keys: what of a batch is wanted.
+    """
+    host, hosts = shard
+    if batch_size < 1 or batch_size % hosts:
+        raise UserError(
+            f"batch size is {batch_size}, expected a multiple of {hosts}, the number of hosts, "
+            "greater than 0"
+        )
     if prefetch < 1 or threads == 0:
         raise UserError(
             f"threads is {threads} and prefetch is {prefetch}, expected 1 or more of each"
         )
-    readers = workers
-    if not isinstance(readers, Readers):
-        readers = choose_readers(batches.reader.source, readers, threads or 0)
-    running = contextlib.ExitStack()
-    stream = _filled(batches, prefetch, readers, running)
-    # Also when the interpreter exits, before the modules that closing needs are torn down.
-    weakref.finalize(stream, running.close)
-    return stream
-
-
-def _filled(
-    batches: _Batches, prefetch: int, readers: Readers, running: contextlib.ExitStack
-) -> Iterator[Batch]:
-    """Has `prefetch` batches filled while one is used, all readers at the same one, in order."""
+    if not isinstance(workers, Readers):
+        workers = choose_readers(reader.source, workers, threads or 0)
+    rows, readers, running = range(batch_size // hosts), workers, contextlib.ExitStack()
     warned: set[int] = set()
+
+    def positions(step: int) -> range:
+        begin = step * batch_size + host * len(rows)
+        return range(begin, begin + len(rows))
 
     def warn(skipped: Skipped) -> None:
         for index, message in skipped:
@@ -267,55 +232,39 @@ def _filled(
                 warned.add(index)
                 _log.warning("Skipping %s", message)
 
-    with running:
-        layout, skipped = batches.layout()
-        warn(skipped)
-        buffers, filling, count = _start(batches, layout, readers, running)
-        running.callback(filling.close)
-        rows = range(batches.rows)
-        some = min(-(-len(rows) // count), _ROWS_AT_ONCE)
-        parts = [rows[i : i + some] for i in rows[::some]]
-        ahead: deque[tuple[int, Batch]] = deque()
-        steps = iter(range(batches.steps))
+    def filled() -> Iterator[Batch]:
+        with running:
+            left = iter(steps)
+            first = next(left, 0)  # Of no images reading the first tells.
+            layout, skipped = reader.layout(len(rows), int(choose(positions(first))[0]))
+            warn(skipped)
+            buffers, filling, count = start_readers(reader, len(rows), layout, readers, running)
+            running.callback(filling.close)
+            some = min(-(-len(rows) // count), _ROWS_AT_ONCE)
+            parts = [rows[i : i + some] for i in rows[::some]]
+            ahead: deque[tuple[int, Batch]] = deque()
+            left = itertools.chain([first], left)
 
-        def next_batch() -> Batch:
-            number, batch = ahead.popleft()
-            warn(filling.wait(number))
-            return {key: batch[key] for key in batches.keys}
+            def next_batch() -> Batch:
+                number, batch = ahead.popleft()
+                warn(filling.wait(number))
+                return {key: batch[key] for key in keys}
 
-        while True:
-            for step in itertools.islice(steps, prefetch + 1 - len(ahead)):
-                number, batch = buffers.take()
-                positions = batches.positions(step)
-                batch["index"][:] = batches.choose(positions)
-                filling.submit(number, batch, parts, positions.start)
-                ahead.append((number, batch))
-                del batch
-            if not ahead:
-                return
-            yield next_batch()  # Not kept here: its buffer is free when the consumer lets it go.
+            while True:
+                for step in itertools.islice(left, prefetch + 1 - len(ahead)):
+                    number, batch = buffers.take()
+                    batch["index"][:] = choose(positions(step))
+                    filling.submit(number, batch, parts, positions(step).start)
+                    ahead.append((number, batch))
+                    del batch
+                if not ahead:
+                    return
+                yield next_batch()  # Not kept here: its buffer is free when the consumer lets go.
 
-
-def _start(
-    batches: _Batches, layout: Layout, readers: Readers, running: contextlib.ExitStack
-) -> tuple[BatchBuffers, Threads | Processes, int]:
-    """The memory of batches, those who fill it, and how many they are.
-
-    Raises UserError if processes were asked for that can't be had.
-    """
-    if readers.workers:
-        count, source = min(readers.workers, batches.rows), batches.reader.source.name
-        try:
-            memory = anonymous_file()
-            running.callback(os.close, memory)
-            processes = Processes(batches.reader, layout, memory, count)
-            return BatchBuffers(layout, memory), processes, readers.workers
-        except (UserError, OSError) as error:
-            told = error if isinstance(error, UserError) else not_given(source, error)
-            if not readers.automatic:
-                raise UserError(f"{told}; {THREADS_INSTEAD}") from None
-            _log.warning("Read by threads: %s", told)
-    return BatchBuffers(layout), Threads(batches.reader, readers.threads), readers.threads
+    stream = filled()
+    # Also when the interpreter exits, before the modules that closing needs are torn down.
+    weakref.finalize(stream, running.close)
+    return stream
 
 
 # Reading.
@@ -378,12 +327,18 @@ class Reader:
         self._unreadable: set[int] = set()
         self._example = -1  # The image whose size all have to have.
 
-    def look(self, index: int) -> tuple[tuple[int, ...], np.dtype, Skipped]:
-        """Shape and dtype of what the image at `index` becomes, or the next one that can be read;
-        the size that `fill` expects of all."""
+    def layout(self, rows: int, index: int) -> tuple[Layout, Skipped]:
+        """What a batch of so many rows holds, for which the image at `index` is read, or the next
+        one that can be; `fill` expects all to be of its size."""
         skipped: Skipped = []
-        image, _, self._example = self._readable(index, _generators()[0], 0, skipped)
-        return image.shape, image.dtype, skipped
+        image, _, self._example = self._readable(max(index, 0), _generators()[0], 0, skipped)
+        label = self.source.label([] if self.source.multi_label else 0)
+        return {
+            "image": ((rows, *image.shape), image.dtype),
+            "label": ((rows, *np.shape(label)), np.dtype("f4" if np.shape(label) else "i4")),
+            "mask": ((rows,), np.dtype(bool)),
+            "index": ((rows,), np.dtype("i4")),
+        }, skipped
 
     def fill(self, batch: Batch, rows: Sequence[int], position: int) -> Skipped:
         """Reads some rows of a batch, of the images at the indices in batch["index"].

@@ -303,20 +303,20 @@ def _read_table(path: str) -> list[_Row]:
 
 
 def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(file, strict=True)
-    columns = [column.strip() for column in next(reader, [])]
+    reader = csv.DictReader(file, strict=True)
+    reader.fieldnames = columns = [column.strip() for column in reader.fieldnames or []]
     if "path" not in columns or not {"label", "labels"} & set(columns):
         raise csv.Error(
             f"its first line names the columns {', '.join(columns)[:80]!r}, not path and label"
         )
-    for cells in reader:
-        if any(map(str.strip, cells[len(columns) :])):
+    for record in reader:
+        surplus = record.pop(None, [])
+        if any(map(str.strip, surplus)):
             raise csv.Error(
-                f"line {reader.line_num} has {len(cells)} cells and the first {len(columns)}: put "
-                "quotes around what has a comma in it"
+                f"line {reader.line_num} has {len(columns) + len(surplus)} cells and the first "
+                f"{len(columns)}: put quotes around what has a comma in it"
             )
-        if cells:
-            yield reader.line_num, dict(zip(columns, cells, strict=False))
+        yield reader.line_num, record
 
 
 def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:

@@ -16,7 +16,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -316,6 +316,7 @@ def write_splits(sources: Mapping[str, Source], destination: str, corrupt: str) 
 
 
 def _builder(sources: Mapping[str, Source], name: str, data_dir: str, corrupt: str) -> Any:
+    import cv2
     import tensorflow_datasets as tfds
     from rich.console import Console
     from rich.progress import track
@@ -360,28 +361,20 @@ def _builder(sources: Mapping[str, Source], name: str, data_dir: str, corrupt: s
             return found
 
         def _generate_examples(self, source):
-            return _encoded_examples(source, label, corrupt)
+            for index in range(len(source)):
+                try:
+                    stored, ids = source.stored(index)
+                    pixels = source.decode(stored, index)
+                except UserError as error:
+                    if corrupt != "skip":
+                        raise
+                    _log.warning("Skipping %s", error)
+                    continue
+                if not isinstance(stored, bytes):
+                    order = np.ascontiguousarray(pixels[..., ::-1])  # OpenCV's is blue, green, red.
+                    stored = cv2.imencode(".png", order)[1].tobytes()
+                found = [int(i) for i in ids if i >= 0] if source.multi_label else int(ids)
+                yield index, {"image": stored, label: found}
 
     Builder.name = name
     return Builder(data_dir=data_dir, file_format="array_record")
-
-
-def _encoded_examples(
-    source: Source, label: str, corrupt: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    import cv2
-
-    for index in range(len(source)):
-        try:
-            stored, ids = source.stored(index)
-            pixels = source.decode(stored, index)
-        except UserError as error:
-            if corrupt != "skip":
-                raise
-            _log.warning("Skipping %s", error)
-            continue
-        labels = [int(i) for i in ids if i >= 0] if source.multi_label else int(ids)
-        if not isinstance(stored, bytes):
-            order = np.ascontiguousarray(pixels[..., ::-1])  # OpenCV's is blue, green, red.
-            stored = cv2.imencode(".png", order)[1].tobytes()
-        yield index, {"image": stored, label: labels}

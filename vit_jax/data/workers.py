@@ -1,21 +1,21 @@
 """Who fills batches: threads of this process, or processes of their own, and in what memory.
 
 The processes are started as programs, so that nothing of this one has to be fit to be forked or
-run again, and import OpenCV and NumPy only. They take their tasks, a few rows of a batch, from one
-pipe; each writes its images into the rows themselves, in memory that all of them share. They end
-when that pipe does, however the process that started them ended.
+run again, and import OpenCV and NumPy only. Each is given its tasks, a few rows of a batch, by a
+thread of this one, and writes the images into the rows themselves, in memory that all of them
+share. It ends when its connection does, however the process that started it ended.
 """
 
 import contextlib
 import copy
 import io
+import logging
 import math
 import mmap
 import os
 import pickle
-import selectors
+import queue
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -35,22 +35,22 @@ from vit_jax.errors import UserError
 
 AUTOMATIC = -1
 THREADS_INSTEAD = "--config.workers=0 reads it by threads"
+_AGAIN = (
+    "start the same command again to go on, perhaps with fewer --config.workers, or 0 for threads"
+)
 LEAST_FOR_PROCESSES = 4096  # Images of an evaluation: fewer are read while processes would start.
 _CORES_FOR_THREADS = 2  # Of so few cores, threads leave none idle, and start at once.
 _MOST_THREADS = 16  # More would only take turns for the interpreter's lock.
 _MOST_COPIED = 2 << 30  # Bytes of images in memory that are copied unasked.
 _QUOTA = "/sys/fs/cgroup/cpu.max"  # Of a container.
 
+_log = logging.getLogger(__name__)
+
 Batch = dict[str, np.ndarray]
 Skipped = list[tuple[int, str]]  # Index of an unreadable image, and what is wrong with it.
 
 
-class Reader(Protocol):
-    """What reads rows of a batch; see `batches.Reader`."""
-
-    source: Source
-
-    def fill(self, batch: Batch, rows: Sequence[int], position: int) -> Skipped: ...
+Reader = Any  # A `batches.Reader`.
 
 
 @dataclass(frozen=True)
@@ -199,14 +199,19 @@ class Threads:
     """Threads of this process that fill batches."""
 
     def __init__(self, reader: Reader, count: int):
-        self._fill = reader.fill
+        self._reader = reader
         self._pool = futures.ThreadPoolExecutor(count, "vit_jax.data")
         self._tasks: dict[int, list[futures.Future[Skipped]]] = {}
 
+    def fill(self, number: int, batch: Batch, rows: range, position: int) -> Skipped:
+        """Fills rows of the batch in buffer `number`, see `batches.Reader.fill`."""
+        del number
+        return self._reader.fill(batch, rows, position)
+
     def submit(self, number: int, batch: Batch, parts: Sequence[range], position: int) -> None:
-        """Has parts of a batch filled, see `batches.Reader.fill`."""
+        """Has parts of a batch filled."""
         self._tasks[number] = [
-            self._pool.submit(self._fill, batch, rows, position) for rows in parts
+            self._pool.submit(self.fill, number, batch, rows, position) for rows in parts
         ]
 
     def wait(self, number: int) -> Skipped:
@@ -220,29 +225,19 @@ class Threads:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-# A task: buffer, first row, row behind the last, position of row 0. Of a size that divides a page,
-# the unit in which pipes are written and read, so that a task is never cut in two.
-_TASK = struct.Struct("4Q")
-_TASKS_AT_ONCE = 4096 // _TASK.size
-# Buffer, first row, what was skipped; then the text of a UserError, or a traceback, or neither.
-_Answer = tuple[int, int, Skipped, str | None, str | None]
-_START = -1  # In place of a buffer: what is answered before the first task.
-
-
-class Processes:
-    """Processes that fill batches in memory which they share with this one.
+class Processes(Threads):
+    """Processes that fill batches in memory which they share with this one, a thread for each.
 
     Raises UserError if the reader can't be given to other processes, which shows when the first
     of them has started, and OSError if there can't be so many processes or files.
     """
 
     def __init__(self, reader: Reader, layout: Layout, memory: int, count: int):
-        self._source = reader.source.name
-        self._tasks_of: dict[int, int] = {}  # Tasks of a buffer, and what was answered.
-        self._answers: dict[int, list[_Answer]] = {_START: []}
-        self._selector = selectors.DefaultSelector()
+        super().__init__(reader, count)
         self._processes: dict[Connection, subprocess.Popen] = {}
-        self._tasks = -1
+        self._started = False
+        # Processes that have started and nothing to do; or why there is one less.
+        self._idle: queue.SimpleQueue[Connection | UserError] = queue.SimpleQueue()
         # What is set for this process's sake, e.g. its sys.path, holds for them too.
         code = "import sys; sys.path[:] = {!r}; from vit_jax.data import workers; workers.main({})"
         # The accelerator is this process's. Of their own threads none does anything; memory that is
@@ -255,81 +250,71 @@ class Processes:
             "MALLOC_MMAP_MAX_": "0",
             "MALLOC_TRIM_THRESHOLD_": str(2**28),
         }
-        with contextlib.ExitStack() as on_error, contextlib.ExitStack() as theirs:
+        with contextlib.ExitStack() as on_error:
             on_error.callback(self.close)
             job, start = _pack(reader, layout)
-            theirs.callback(os.close, job)
-            tasks, self._tasks = os.pipe()
-            theirs.callback(os.close, tasks)
-            for _ in range(count):
-                answers, answer = Pipe(duplex=False)
-                files = (tasks, answer.fileno(), memory, job)
-                arguments = ", ".join(map(str, (*files, start)))
-                with answer, _signals_blocked():
-                    self._processes[answers] = subprocess.Popen(
-                        [sys.executable, "-c", code.format(list(map(str, sys.path)), arguments)],
-                        stdin=subprocess.DEVNULL,
-                        stdout=2,  # Ours may be for a result.
-                        env=environment,
-                        pass_fds=files,
-                    )
-                self._selector.register(answers, selectors.EVENT_READ)
-            theirs.close()
-            while not self._answers[_START]:
-                self._receive()
+            with os.fdopen(job):
+                for _ in range(count):
+                    connection, theirs = Pipe()
+                    files = (theirs.fileno(), memory, job)
+                    arguments = ", ".join(map(str, (*files, start)))
+                    program = code.format(list(map(str, sys.path)), arguments)
+                    with theirs, _signals_blocked():
+                        self._processes[connection] = subprocess.Popen(
+                            [sys.executable, "-c", program],
+                            stdin=subprocess.DEVNULL,
+                            stdout=2,  # Ours may be for a result.
+                            env=environment,
+                            pass_fds=files,
+                        )
+            greetings = [self._pool.submit(self._greet, one) for one in self._processes]
+            for one in futures.wait(greetings, return_when=futures.FIRST_COMPLETED).done:
+                one.result()
+            self._started = True
             on_error.pop_all()
 
-    def submit(self, number: int, batch: Batch, parts: Sequence[range], position: int) -> None:
-        """As `Threads.submit`, of a batch in buffer `number` of the memory."""
-        del batch
-        self._tasks_of[number], self._answers[number] = len(parts), []
-        tasks = [_TASK.pack(number, rows.start, rows.stop, position) for rows in parts]
-        with contextlib.suppress(BrokenPipeError):  # All are dead, as `wait` will find.
-            for i in range(0, len(tasks), _TASKS_AT_ONCE):
-                os.write(self._tasks, b"".join(tasks[i : i + _TASKS_AT_ONCE]))
+    def _greet(self, connection: Connection) -> None:
+        """Waits until a process has started and has its reader."""
+        try:
+            problem = connection.recv()
+        except (EOFError, OSError):
+            problem = _death(self._processes[connection].wait())
+            if self._started:  # Others could, so it isn't the source's fault.
+                self._idle.put(UserError(f"{problem}: {_AGAIN}"))
+                return
+        if problem:
+            raise not_given(self._reader.source.name, problem)
+        self._idle.put(connection)
 
-    def wait(self, number: int) -> Skipped:
-        """As `Threads.wait`; a UserError also if one of the processes was killed."""
-        while len(self._answers[number]) < self._tasks_of[number]:
-            self._receive()
-        answers = sorted(self._answers.pop(number), key=lambda answer: answer[1])
-        for _, _, _, error, unexpected in answers:  # As threads do, the first rows' first.
-            if error is not None:
-                raise UserError(error)
-            if unexpected is not None:
-                raise RuntimeError(f"in a process that reads images:\n{unexpected}")
-        return [skipped for answer in answers for skipped in answer[2]]
-
-    def _receive(self) -> None:
-        """Waits until there are answers."""
-        for key, _ in self._selector.select():
-            answers: Connection = key.fileobj  # type: ignore[assignment]
-            try:
-                answer: _Answer = answers.recv()
-            except (EOFError, OSError):
-                how = _death(self._processes[answers].wait())
-                if not self._answers[_START]:
-                    raise not_given(self._source, how) from None
-                raise UserError(
-                    f"{how}: start the same command again to go on, perhaps with fewer "
-                    "--config.workers, or 0 for threads"
-                ) from None
-            number, _, _, error, _ = answer
-            if number == _START and error is not None:
-                raise not_given(self._source, error)
-            self._answers[number].append(answer)
+    def fill(self, number: int, batch: Batch, rows: range, position: int) -> Skipped:
+        """As `Threads.fill`; a UserError also if the process was killed."""
+        idle = self._idle.get()
+        try:
+            if isinstance(idle, UserError):
+                raise idle
+            idle.send((number, rows.start, rows.stop, position))
+            skipped, error, unexpected = idle.recv()
+        except (EOFError, OSError):
+            idle = UserError(f"{_death(self._processes[idle].wait())}: {_AGAIN}")
+            raise idle from None
+        finally:
+            self._idle.put(idle)
+        if error is not None:
+            raise UserError(error)
+        if unexpected is not None:
+            raise RuntimeError(f"in a process that reads images:\n{unexpected}")
+        return skipped
 
     def close(self) -> None:
-        """Ends the processes at once: they have nothing to lose."""
-        if self._tasks >= 0:
-            os.close(self._tasks)
-            self._tasks = -1
+        """Ends the processes at once, for they have nothing to lose, and so the threads."""
         for process in self._processes.values():
             process.kill()
-        for answers, process in self._processes.items():
+        for process in self._processes.values():
             process.wait()
-            answers.close()
-        self._selector.close()
+        with contextlib.suppress(RuntimeError):  # One of the threads itself collects garbage.
+            self._pool.shutdown(cancel_futures=True)
+        for connection in self._processes:
+            connection.close()
 
 
 def _death(status: int) -> str:
@@ -356,6 +341,27 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_readers(
+    reader: Reader, rows: int, layout: Layout, readers: Readers, running: contextlib.ExitStack
+) -> tuple[BatchBuffers, Threads | Processes, int]:
+    """The memory of batches, those who fill it, and how many they are.
+
+    Raises UserError if processes were asked for that can't be had.
+    """
+    if readers.workers:
+        try:
+            memory = anonymous_file()
+            running.callback(os.close, memory)
+            processes = Processes(reader, layout, memory, min(readers.workers, rows))
+            return BatchBuffers(layout, memory), processes, readers.workers
+        except (UserError, OSError) as error:
+            told = error if isinstance(error, UserError) else not_given(reader.source.name, error)
+            if not readers.automatic:
+                raise UserError(f"{told}; {THREADS_INSTEAD}") from None
+            _log.warning("Read by threads: %s", told)
+    return BatchBuffers(layout), Threads(reader, readers.threads), readers.threads
 
 
 # From one process to others.
@@ -437,21 +443,21 @@ def _pack(reader: Reader, layout: Layout) -> tuple[int, int]:
     return job, start
 
 
-def main(tasks: int, answer: int, memory: int, job: int, start: int) -> None:
+def main(answer: int, memory: int, job: int, start: int) -> None:
     """What a process does: tasks, until there are no more."""
-    answers = Connection(answer, readable=False)
-    with contextlib.suppress(BrokenPipeError):  # The process that wants the answer is gone.
+    connection = Connection(answer)
+    with contextlib.suppress(EOFError, OSError):  # The process that wants the answers is gone.
         try:
             content = memoryview(mmap.mmap(job, 0, access=mmap.ACCESS_READ))
             data, spans = pickle.loads(content[start:])
             reader, layout = pickle.loads(data, buffers=[content[a : a + n] for a, n in spans])
         except Exception as problem:
-            answers.send((_START, 0, [], _in_short(problem), None))
+            connection.send(_in_short(problem))
             return
-        answers.send((_START, 0, [], None, None))
+        connection.send("")
         size, batches = _buffer_size(layout), {}
-        while task := os.read(tasks, _TASK.size):
-            number, first, stop, position = _TASK.unpack(task)
+        while True:
+            number, first, stop, position = connection.recv()
             if number not in batches:
                 shared = mmap.mmap(memory, size, offset=number * size)
                 batches[number] = _arrays_in(np.frombuffer(shared, np.uint8), layout)
@@ -462,4 +468,4 @@ def main(tasks: int, answer: int, memory: int, job: int, start: int) -> None:
                 error = str(problem)
             except Exception:
                 unexpected = traceback.format_exc()
-            answers.send((number, first, skipped, error, unexpected))
+            connection.send((skipped, error, unexpected))
