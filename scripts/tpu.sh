@@ -3,12 +3,12 @@
 # run is finished; then the TPU is given back. Runs on your machine, or better on a small VM:
 #
 #     NAME=vit ZONE=us-west4-a TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite \
-#     SETUP='...' scripts/tpu.sh --config=CONFIG --workdir=/shared/run
+#     SETUP='...' scripts/tpu.sh --config=CONFIG --workdir=gs://BUCKET/run
 #
-# SETUP is run on every host before each start: mounts /shared, where VIT_JAX is.
+# SETUP is run on every host before each start: installs VIT_JAX if it isn't there.
 set -u
 : "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${RUNTIME:?}" "${SETUP:?}"
-VIT_JAX=${VIT_JAX:-/shared/venv/bin/vit-jax}
+VIT_JAX=${VIT_JAX:-'~/venv/bin/vit-jax'}
 
 tpus() { gcloud compute tpus "$@" --zone="$ZONE" --quiet; }
 on_all() { tpus tpu-vm ssh "$NAME" --worker=all --ssh-flag="-o ServerAliveInterval=30" --command="$1"; }

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,25 @@ def shared() -> Path:
     if not (path / "official").is_dir():
         pytest.skip("needs the unpublished reference material beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def _emulator():
+    from tests import bucket
+
+    with bucket.emulator() as environment:
+        yield environment
+
+
+@pytest.fixture
+def bucket(_emulator, monkeypatch, request):
+    """An empty folder of a bucket, here and in processes that a test starts."""
+    from vit_jax.files import as_path
+
+    for name, value in _emulator.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("VIT_JAX_OFFLINE")
+    return as_path(f"gs://bucket/{request.node.name}-{uuid.uuid4().hex[:8]}")
 
 
 @pytest.fixture(scope="session")

@@ -61,9 +61,9 @@ class Group:
     def step(self) -> int:
         """The last step in the metrics."""
         try:
-            with (self.workdir / "metrics.jsonl").open("rb") as file:
-                file.seek(max(os.fstat(file.fileno()).st_size - 4096, 0))
-                return json.loads(file.read().split(b"\n")[-2])["step"]
+            return json.loads((self.workdir / "metrics.jsonl").read_bytes().split(b"\n")[-2])[
+                "step"
+            ]
         except (OSError, IndexError, ValueError):
             return 0
 

@@ -17,18 +17,19 @@ PACKAGE = Path(vit_jax.__file__).parent
 ALLOWED = {
     "errors": set(),
     "files": set(),
+    "buckets": set(),
     "page": set(),
     "models": set(),
-    "checkpoints": {"models", "files"},
-    "data": {"models", "files"},
+    "checkpoints": {"models", "buckets"},
+    "data": {"models", "buckets"},
     "tokenizers": set(),
     "sharding": {"models"},
-    "pretrained": {"models", "checkpoints", "data", "tokenizers"},
+    "pretrained": {"models", "checkpoints", "data", "tokenizers", "buckets"},
     "evaluation": {"models", "checkpoints", "data", "pretrained", "sharding", "page"},
     "explain": {"models", "checkpoints", "data", "pretrained", "page"},
     "training": {
         *("models", "checkpoints", "data", "pretrained"),
-        *("sharding", "evaluation", "explain", "files"),
+        *("sharding", "evaluation", "explain", "buckets"),
     },
     "cli": {
         *("models", "checkpoints", "data", "files", "pretrained", "evaluation"),

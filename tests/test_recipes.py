@@ -265,7 +265,7 @@ def test_a_tpu_that_is_taken_away_is_asked_for_again(tmp_path, programs, said):
     delete = "queued-resources delete vit --force --zone=z --quiet"
     ssh = "tpu-vm ssh vit --worker=all --ssh-flag=-o ServerAliveInterval=30 --command="
     kinds = [c if "ssh" not in c else re.sub(r".*--command=(.*) --zone.*", r"\1", c) for c in calls]
-    train = "exec /shared/venv/bin/vit-jax train '--config=a b' '--workdir=/s'"
+    train = "exec ~/venv/bin/vit-jax train '--config=a b' '--workdir=/s'"
     kinds = [k.rpartition("; ")[2] for k in kinds]
     start = ["mount it", train]
     assert kinds == [create, *start, delete, create, *start, *start, delete]

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import checkpoints, data
+from vit_jax.buckets import local_copy
 from vit_jax.checkpoints import hub
 from vit_jax.checkpoints.hub import class_names
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write
+from vit_jax.files import as_path, atomic_write, bucket_errors, is_bucket
 from vit_jax.models import FAMILIES, LiT, Spec
 from vit_jax.models.family import weightless_fields
 from vit_jax.models.kernels import choose_kernels
@@ -190,7 +191,7 @@ class Pretrained:
 
         Raises UserError for another ending or style, or if it can't be written.
         """
-        path = Path(path)
+        file = as_path(path)
         checkpoints.check_ending(path)
         defaults = {f.name: f.default for f in dataclasses.fields(self.spec.module)}
         untold = {name: getattr(self.spec, name) for name in self.spec.untold}
@@ -204,9 +205,9 @@ class Pretrained:
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
         # Both are written before either takes its name, so that the notes of other weights stand
         # beside these, if a crash comes just then, for a moment only.
-        with atomic_write(path.with_suffix(".json")) as file:
-            file.write(notes.to_json())
-            file.flush()
+        with atomic_write(file.with_suffix(".json")) as out:
+            out.write(notes.to_json())
+            out.flush()
             checkpoints.save_weights(path, self.params, style=style)
 
 
@@ -275,7 +276,10 @@ class PretrainedLiT(Pretrained):
         if self.vocabulary is None:
             super().save(path, style=style)
             return
-        copy, content = Path(path).with_suffix(self.vocabulary.suffix), self.vocabulary.read_bytes()
+        copy, content = (
+            as_path(path).with_suffix(self.vocabulary.suffix),
+            self.vocabulary.read_bytes(),
+        )
         if copy.exists() and not (copy.is_file() and copy.read_bytes() == content):
             raise UserError(
                 f"{copy} is there already and is not the vocabulary that belongs beside {path}: "
@@ -323,7 +327,7 @@ def load(
       source: a file of weights (.npz, .safetensors or an Orbax folder; of a file with several
         networks, "FILE:img" takes one), the workdir of a training run, or a name or address of
         published weights ("augreg/B_16", "imagenet21k/ViT-B_16", "gs://...", "https://..."; see
-        `checkpoints.hub.resolve`), which are downloaded once.
+        `checkpoints.hub.resolve`), which are downloaded once. Files and workdirs may be in buckets.
       num_classes: None keeps the stored head; a number gives a new head of zeros, for fine-tuning,
         even if the stored one has as many classes.
       image_size: None keeps the stored position embeddings; a size in pixels, one number or
@@ -375,6 +379,8 @@ def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
     Raises UserError if there is none.
     """
     source, tower = checkpoints.split_tower(source)
+    if is_bucket(source) and hub.needs_credentials(os.fspath(source)):
+        return _copy_from_bucket(as_path(source)), tower
     path = hub.resolve(source)
     if path.is_dir() and not checkpoints.is_orbax(path):
         if (path / WEIGHTS).is_file():
@@ -383,6 +389,21 @@ def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
         raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
     return path, tower
+
+
+ORBAX_MARKERS = ("_CHECKPOINT_METADATA", "_METADATA")
+
+
+def _copy_from_bucket(path: Any) -> Path:
+    """The local copy of a file, an Orbax folder, or the weights of a workdir in a bucket."""
+    with bucket_errors(path):
+        if (path / WEIGHTS).exists():
+            path = path / WEIGHTS
+        elif (path / "config.json").exists():
+            raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
+        elif path.is_dir() and not any((path / name).exists() for name in ORBAX_MARKERS):
+            raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
+    return local_copy(path, beside=(".json", ".txt", ".model"))
 
 
 def read_weights(

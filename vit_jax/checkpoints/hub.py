@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vit_jax.checkpoints import augreg
 from vit_jax.errors import UserError
-from vit_jax.files import cache_folder
+from vit_jax.files import cache_folder, has_credentials
 
 STORE = "https://storage.googleapis.com"
 AUGREG_INDEX = f"{STORE}/vit_models/augreg/index.csv"
@@ -58,6 +58,16 @@ def resolve(
     for sidecar in sidecar_files(url):
         fetch(sidecar, cache_dir=cache_dir, offline=offline)
     return fetch(url, cache_dir=cache_dir, offline=offline)
+
+
+def needs_credentials(address: str) -> bool:
+    """Whether a gs:// address is to be read with the machine's credentials: not those of published
+    weights, nor where there is no network, no credentials or nothing that could use them."""
+    bucket = address.removeprefix("gs://").partition("/")[0]
+    public = {folder["place"].partition("/")[0] for folder in _FOLDERS.values()}
+    if bucket in public | {"big_vision"} or _is_offline():
+        return False
+    return has_credentials()
 
 
 def url_for(
@@ -165,9 +175,7 @@ def fetch(
                 f"VIT_JAX_MIRROR is {mirror!r}, expected an https:// or http:// address"
             )
         url = mirror + url.removeprefix(STORE)
-    if offline is None:
-        offline = os.environ.get("VIT_JAX_OFFLINE", "").lower() not in ("", "0", "false", "no")
-    if offline:
+    if _is_offline() if offline is None else offline:
         raise UserError(
             f"{path.name} is not in the cache, and downloads are switched off: fetch {url} by hand "
             f"and save it as {path}, or unset VIT_JAX_OFFLINE"
@@ -246,3 +254,7 @@ def class_names(num_classes: int | None) -> tuple[str, ...] | None:
         _log.warning("the classes of ImageNet-21k go without names: %s", e)
         return None
     return found
+
+
+def _is_offline() -> bool:
+    return os.environ.get("VIT_JAX_OFFLINE", "").lower() not in ("", "0", "false", "no")

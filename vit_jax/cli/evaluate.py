@@ -69,13 +69,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _open_source(args: argparse.Namespace):
     """(images, loss): those that were asked for, or the run's own."""
-    import os
-
     from vit_jax import data
     from vit_jax.errors import UserError
-    from vit_jax.training.workdir import check_named, read_config
+    from vit_jax.training.workdir import check_named, is_workdir, read_config
 
-    if not os.path.isfile(os.path.join(args.weights, "config.json")):
+    if not is_workdir(args.weights):
         if args.data is None:
             raise UserError(
                 f"on which images? {args.weights} doesn't tell, only a run does: "

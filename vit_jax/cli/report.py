@@ -21,18 +21,18 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the report, and prints what it says in short."""
     import json
-    from pathlib import Path
 
     from vit_jax.errors import UserError
     from vit_jax.evaluation.report import write_report
+    from vit_jax.files import as_path, is_bucket
     from vit_jax.page import kind_of
     from vit_jax.training.outputs import evaluate_workdir
     from vit_jax.training.workdir import PAGE, REPORT
 
-    folder = Path(args.workdir)
-    paths = [Path(args.out)] if args.out else [folder / PAGE, folder / REPORT]
+    folder = as_path(args.workdir)
+    paths = [as_path(args.out)] if args.out else [folder / PAGE, folder / REPORT]
     kind_of(paths[0])  # What can't be written is told before the work.
-    if args.out and not paths[0].parent.is_dir():
+    if args.out and not is_bucket(args.out) and not paths[0].parent.is_dir():
         raise UserError(f"{args.out}: there is no folder {paths[0].parent}: make it first")
     report = evaluate_workdir(folder, batch_size=args.batch)
     for path in paths:

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--config", help="a configuration file, or the name of one of the package's")
     what.add_argument("--data", help="a folder of images, a table, a TFDS name: fine-tune")
     parser.add_argument("--weights", help="the weights to start from, a file or a name")
-    parser.add_argument("--workdir", required=True, help="the folder of this run")
+    parser.add_argument(
+        "--workdir", required=True, help="the folder of this run, or gs://BUCKET/RUN"
+    )
     for name, kind, meaning in (
         ("--coordinator", str, "host:port of process 0, if several processes train together"),
         ("--num-processes", int, "their number"),

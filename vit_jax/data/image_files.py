@@ -9,6 +9,7 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import io
 import json
 import os
 import stat
@@ -22,7 +23,7 @@ import numpy as np
 
 from vit_jax.data.source import Source, Splits, held_out_splits
 from vit_jax.errors import UserError
-from vit_jax.files import cache_folder
+from vit_jax.files import cache_folder, list_folder, open_file
 
 SPLITS = ("train", "test", "validation", "val")  # What folders and tables of splits are called.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -231,8 +232,8 @@ def table_splits(dataset: str, seed: int) -> Splits:
     """
     path = os.path.expanduser(dataset)
     parts: dict[str, list[_Row]] = defaultdict(list)
-    if os.path.isdir(path):
-        root, names = path, os.listdir(path)
+    if not path.lower().endswith((".csv", ".jsonl")) or os.path.isdir(path):
+        root, names = path, list_folder(path)
         for split in SPLITS:
             files = [file for file in (f"{split}.csv", f"{split}.jsonl") if file in names]
             if files:
@@ -278,7 +279,7 @@ def table_splits(dataset: str, seed: int) -> Splits:
 def _read_table(path: str) -> list[_Row]:
     name = os.path.basename(path)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
             records = _json_lines(file) if path.lower().endswith(".jsonl") else _csv_lines(file)
             rows = []
             seen: dict[Any, Any] = {}  # Equal labels share their memory.
@@ -353,7 +354,7 @@ def _check_images(root: str, rows: list[_Row]) -> None:
     missing = []
     for folder, members in folders.items():
         try:
-            there = set(os.listdir(os.path.join(root, folder) or "."))
+            there = set(list_folder(os.path.join(root, folder) or "."))
         except (OSError, ValueError):  # ValueError: no path at all.
             there = set()
         missing += [row for row in members if os.path.basename(row.path) not in there]

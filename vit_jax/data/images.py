@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.files import open_file
 
 cv2.setNumThreads(0)
 # A broken image is reported once, by us.
@@ -234,11 +235,12 @@ def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
 def content(path: str | os.PathLike) -> bytes:
     """The bytes of an image file. Raises UserError naming it if it can't be read."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_file(path) as file:
             return file.read()
     except OSError as error:
+        reason = error.strerror or type(error).__name__
         raise UserError(
-            f"{os.fspath(path)}: can't be read ({error.strerror}); expected an image file"
+            f"{os.fspath(path)}: can't be read ({reason}); expected an image file"
         ) from None
 
 

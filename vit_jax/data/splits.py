@@ -4,6 +4,7 @@ To add a kind of source, write a function that gives `{split name: function that
 call it in `open_splits`.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -12,9 +13,16 @@ from importlib import resources
 
 import numpy as np
 
+from vit_jax.buckets import local_copy
 from vit_jax.data import arrays, image_files, tfds
 from vit_jax.data.source import Source, Splits
 from vit_jax.errors import UserError
+from vit_jax.files import as_path, is_bucket, list_folder
+
+# By which the kind of a folder is known.
+SAVED = {"dataset_dict.json", "state.json"}
+PREPARED = re.compile(r"dataset_info\.json|\d+\.\d+\.\d+")
+TABLES = {"train.csv", "train.jsonl", "test.csv", "test.jsonl"}
 
 
 def open_source(
@@ -59,7 +67,9 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
       manual_dir: where TFDS finds what had to be downloaded by hand.
     """
     path = os.path.expanduser(dataset)
-    if is_known(dataset):
+    if is_bucket(dataset):
+        splits = _bucket_splits(dataset, seed)
+    elif is_known(dataset):
         splits = _digits()
     elif path.lower().endswith(".npz") and os.path.isfile(path):
         splits = arrays.array_splits(dataset, seed)
@@ -70,11 +80,11 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
             names = set(os.listdir(path))
         except OSError as error:
             raise UserError(f"{dataset}: can't be opened ({error.strerror})") from None
-        if names & {"dataset_dict.json", "state.json"}:
+        if names & SAVED:
             splits = arrays.saved_splits(dataset, seed)
-        elif any(re.fullmatch(r"dataset_info\.json|\d+\.\d+\.\d+", name) for name in names):
+        elif any(PREPARED.fullmatch(name) for name in names):
             splits = tfds.prepared_splits(dataset)
-        elif names & {"train.csv", "train.jsonl", "test.csv", "test.jsonl"}:
+        elif names & TABLES:
             splits = image_files.table_splits(dataset, seed)
         else:
             splits = image_files.folder_splits(dataset, seed)
@@ -90,6 +100,26 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
     if held_out:
         splits.setdefault("test", splits[held_out[0]])
     return splits
+
+
+def _bucket_splits(dataset: str, seed: int) -> Splits:
+    """Of a bucket, images of a table are read one by one; large files are copied here."""
+    path, names = as_path(dataset), set()
+    with contextlib.suppress(FileNotFoundError):
+        names |= set(list_folder(dataset))
+    if path.suffix.lower() in (".csv", ".jsonl") or names & TABLES:
+        return image_files.table_splits(dataset, seed)
+    if path.suffix.lower() == ".npz":
+        return arrays.array_splits(str(local_copy(dataset)), seed)
+    if names & SAVED:
+        return arrays.saved_splits(str(local_copy(dataset)), seed)
+    if any(PREPARED.fullmatch(name) for name in names):
+        return tfds.prepared_splits(dataset)
+    found = f"holds {', '.join(sorted(names)[:3])}" if names else "is not there"
+    raise UserError(
+        f"{dataset} {found}: of buckets, tables (.csv, .jsonl), .npz files and prepared data sets "
+        "are read; write a table of the images, or prepare them with vit-jax data prepare"
+    )
 
 
 def open_all(

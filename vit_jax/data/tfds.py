@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.buckets import local_copy
 from vit_jax.data.source import Numbering, Source, Splits
 from vit_jax.errors import UserError
+from vit_jax.files import is_bucket, list_folder
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +49,12 @@ def named_splits(dataset: str, data_dir: str, manual_dir: str) -> Splits:
         builder = None
     except Exception as error:
         raise _failure(f"{dataset}: can't be opened", error) from None
+    if is_bucket(where or ""):
+        if not builder:
+            raise UserError(
+                f"{dataset} isn't prepared in {where}: prepare it in a folder and copy that there"
+            )
+        return prepared_splits(str(builder.data_path))
     return _splits(dataset, builder or _download(dataset, where, manual_dir))
 
 
@@ -55,9 +63,12 @@ def prepared_splits(dataset: str) -> Splits:
     import tensorflow_datasets as tfds
 
     path = os.path.expanduser(dataset)
-    if not os.path.exists(os.path.join(path, "dataset_info.json")):
-        versions = [name for name in os.listdir(path) if re.fullmatch(r"\d+\.\d+\.\d+", name)]
+    names = list_folder(path)
+    if "dataset_info.json" not in names:
+        versions = [name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name)]
         path = os.path.join(path, max(versions, key=lambda v: tuple(map(int, v.split(".")))))
+    if is_bucket(path):  # Which array_record can't read.
+        path = str(local_copy(path))
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:

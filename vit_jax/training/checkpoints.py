@@ -16,10 +16,12 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from vit_jax.errors import NO_ROOM, UserError, first_line
+from vit_jax.files import is_bucket
 from vit_jax.training.distributed import allgather, is_main_process
 from vit_jax.training.state import TrainState
 from vit_jax.training.workdir import set_aside
 
+COMMITTED = "commit_success.txt"  # By which Orbax marks checkpoints in buckets as complete.
 CENTURY = 100 * 365 * 24 * 3600  # Seconds.
 # What the guard's fields are called in checkpoints, ever since there are any.
 STORED_NAMES = {"grad_norm_ema": "usual", "good_steps": "good", "consecutive_bad": "in_a_row"}
@@ -44,7 +46,7 @@ class Checkpoints:
         # Orbax gives a save up after 20 minutes by the clock of the system, which may jump.
         patient = ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=CENTURY))
         self._manager = ocp.training.Checkpointer(
-            folder.resolve(),
+            _absolute(folder),
             context=patient,
             preservation_policy=_Keep(keep, every),
             cleanup_tmp_directories=True,
@@ -143,7 +145,7 @@ class Checkpoints:
         found, problem = None, None
         try:
             with context:
-                found = ocp.load_checkpointables(self.folder.resolve() / str(step), want)
+                found = ocp.load_checkpointables(_absolute(self.folder) / str(step), want)
             sys.unraisablehook = hook
         except Exception as e:
             # Other arrays are still being read. They report to nobody, now or when Python ends.
@@ -212,8 +214,14 @@ class _Keep:
 
 def saved_steps(folder: epath.Path) -> list[int]:
     """The steps of which a folder holds complete checkpoints."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return [int(name) for name in names if name.isdecimal()]
+    paths = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    if is_bucket(folder):  # Which has no names for what is on its way.
+        paths = [path for path in paths if (path / COMMITTED).exists()]
+    return [int(path.name) for path in paths]
+
+
+def _absolute(folder: epath.Path) -> epath.Path:
+    return folder if is_bucket(folder) else folder.resolve()
 
 
 def _renamed(state: TrainState, names: Mapping[str, str]) -> TrainState:

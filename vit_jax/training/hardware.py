@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from vit_jax.buckets import GrowingFiles
 from vit_jax.errors import UserError
 from vit_jax.models.cost import training_flops
 from vit_jax.training.distributed import allgather
@@ -126,7 +127,7 @@ class Profile(contextlib.AbstractContextManager):
 
     def __init__(self, steps: Sequence[int], folder: Path):
         self._start, self._stop = steps or (0, 0)
-        self._folder = folder
+        self._folder, self._files = folder, GrowingFiles(folder, [])
         self._running = False
 
     def at(self, step: int, wait: Callable[[], None]) -> str:
@@ -139,9 +140,9 @@ class Profile(contextlib.AbstractContextManager):
         wait()
         try:
             if due:
-                jax.profiler.start_trace(self._folder)
+                jax.profiler.start_trace(self._files.folder)
             else:
-                jax.profiler.stop_trace()
+                self._stop_trace()
         except RuntimeError as e:  # Somebody else traces, or the platform has no profiler.
             self._running, self._stop = False, self._start
             return "no trace: " + str(e).partition("\n")[0]
@@ -151,4 +152,9 @@ class Profile(contextlib.AbstractContextManager):
     def __exit__(self, *exc: object) -> None:
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            self._stop_trace()
+        self._files.close()
+
+    def _stop_trace(self) -> None:
+        jax.profiler.stop_trace()
+        self._files.sync()

@@ -9,10 +9,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_jax import data
+from vit_jax.buckets import local_copy
 from vit_jax.checkpoints import open_arrays, read_spec, to_tree
 from vit_jax.evaluation.images import evaluate_images
 from vit_jax.evaluation.metrics import Scores
 from vit_jax.evaluation.report import Report, choose_examples, environment, write_report
+from vit_jax.files import as_path, is_bucket
 from vit_jax.pretrained import WEIGHTS, Pretrained, load
 from vit_jax.training.checkpoints import saved_steps
 from vit_jax.training.config import default_config, eval_spec, flatten
@@ -103,7 +105,7 @@ def evaluate_workdir(workdir: str | os.PathLike, *, batch_size: int = 64) -> Rep
 
     Raises UserError if it is no workdir, or something in it or the images can't be read.
     """
-    folder = epath.Path(workdir)
+    folder = as_path(workdir)
     config = read_config(folder)
     saved = max(saved_steps(folder / CHECKPOINTS), default=None)
     finished = (folder / WEIGHTS).exists()
@@ -127,7 +129,7 @@ def evaluate_workdir(workdir: str | os.PathLike, *, batch_size: int = 64) -> Rep
 def _load_checkpoint(folder: epath.Path, config: ConfigDict, labels: tuple[str, ...]) -> Pretrained:
     """The network of a checkpoint."""
     preprocess = eval_spec(config)
-    with open_arrays(folder) as stored:
+    with open_arrays(local_copy(folder) if is_bucket(folder) else folder) as stored:
         part = "ema/" if any(k.startswith("ema/") for k in stored) else "params/"
         params = {k.removeprefix(part): x for k, x in stored.items() if k.startswith(part)}
         spec = read_spec(

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from vit_jax.data import Source
 from vit_jax.errors import UserError, full_disk_explained
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
-from vit_jax.files import keep_compiled
+from vit_jax.files import as_path, bucket_errors, keep_compiled
 from vit_jax.models.kernels import Kernels, choose_kernels
 from vit_jax.models.stack import unstack_blocks
 from vit_jax.pretrained import Pretrained
@@ -96,8 +96,8 @@ def run(
     Raises UserError for a bad configuration, bad data, a workdir in use, a loss that is not finite,
     or a disk that can't be written. What was saved before stays good.
     """
-    folder, disk = epath.Path(workdir), full_disk_explained(f"the workdir {workdir}")
-    with StopSignal() as own_stop, disk, contextlib.ExitStack() as stack:
+    folder, disk = as_path(workdir), full_disk_explained(f"the workdir {workdir}")
+    with StopSignal() as own_stop, disk, bucket_errors(folder), contextlib.ExitStack() as stack:
         with raise_on_all_processes():
             config = check_config(config)
             if sources:

@@ -5,7 +5,7 @@ metrics.jsonl holds one JSON object a line, "step" first and the other keys sort
 written with the digits that give the same float64 back. JSON has no NaN and no infinity: they are
 written as null and read back as NaN. Two equal runs differ in their "time/..." keys only.
 
-What a bucket can't do (lock, append, rename) is done by this file alone.
+What a bucket can't do (lock, append, rename) is done by this file alone, see `vit_jax.buckets`.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import platform
-import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,8 +23,9 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from vit_jax.buckets import Claim, GrowingFiles, check_claim
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write
+from vit_jax.files import as_path, atomic_write, bucket_errors, has_credentials, is_bucket
 from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
@@ -38,7 +38,8 @@ CHECKPOINTS = "checkpoints"
 BEST_WEIGHTS = "weights_best.npz"
 REPORT = "report.png"
 PAGE = "report.html"
-FLUSH_SECONDS = 5  # After which TensorBoard sees what was written.
+FLUSH_SECONDS = 5  # After which TensorBoard sees what was written,
+UPLOAD_SECONDS = 60  # and whoever looks into a bucket.
 
 _log = logging.getLogger(__name__)
 
@@ -52,12 +53,13 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[epath.
     Raises UserError if it is no folder, can't be made or written, another process trains in it, or
     it holds what another run left: then the fields that differ are named and nothing is changed.
     """
-    if re.match(r"\w+:/", str(path)):
-        raise UserError(
-            f"the workdir {path} is no folder: mount the bucket (e.g. with gcsfuse) and name its "
-            "folder here"
-        )
-    workdir = epath.Path(path)
+    workdir = as_path(path)
+    if is_bucket(workdir):
+        with Claim(workdir / LOCK):
+            with bucket_errors(workdir):
+                _check(workdir, config)
+            yield workdir
+        return
     made = [p for p in (workdir, *workdir.parents) if not p.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,8 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
 def lock_holder(workdir: epath.Path) -> str | None:
     """The process that trains in a folder as this host sees it, or did last; None for none."""
     try:
-        return (workdir / LOCK).read_text().strip()
+        with bucket_errors(workdir):
+            return (workdir / LOCK).read_text().partition("\n")[0]
     except OSError:
         return None
 
@@ -172,14 +175,25 @@ def write_config(workdir: epath.Path, config: ConfigDict, fingerprints: Mapping[
             out.write(config_to_json(config).encode())
 
 
+def is_workdir(path: str | os.PathLike) -> bool:
+    """Whether a path is the workdir of a run, here or in a bucket that can be read."""
+    if not is_bucket(path):
+        return os.path.isfile(os.path.join(path, CONFIG))
+    with bucket_errors(path):
+        return has_credentials() and (as_path(path) / CONFIG).exists()
+
+
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
     """The configuration of the run in a folder. Raises UserError if there is none or it is
     damaged."""
-    file = epath.Path(workdir) / CONFIG
+    file = as_path(workdir) / CONFIG
     try:
-        return config_from_json(file.read_text())
+        with bucket_errors(file):
+            return config_from_json(file.read_text())
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{workdir} is no workdir of a training run: it holds no {CONFIG}") from e
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{file} is damaged ({e}): choose another workdir") from e
 
@@ -200,7 +214,8 @@ def set_aside(folder: epath.Path) -> None:
 
 
 class MetricsWriter:
-    """Appends scalars to metrics.jsonl and to TensorBoard events in a workdir.
+    """Appends scalars to metrics.jsonl and to TensorBoard events in a workdir. In a bucket they
+    appear at every `sync`, and every UPLOAD_SECONDS.
 
     Opening it at the step of the restored state (0 for a fresh run) removes what an interrupted run
     wrote beyond that step (and half a line that a kill left), so that no step is missing and none
@@ -213,8 +228,11 @@ class MetricsWriter:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / METRICS
+        self._lock = workdir / LOCK
+        self._files = GrowingFiles(workdir, [METRICS])
+        folder = as_path(self._files.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS
         if path.exists():
             records = _records(path)
             kept = b"".join(line for record, line in records if record["step"] <= resume_step)
@@ -224,15 +242,16 @@ class MetricsWriter:
         self._file = open(path, "ab")  # noqa: SIM115
         # Not the SummaryWriter: its thread dies on a full disk, and the run then waits for
         # ever. Files are named by the second, and one of the same second would be emptied.
-        self._events = EventsWriter(str(workdir / "events"), f".{time.time_ns()}")
-        self._flushed = time.monotonic()
+        self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._flushed = self._uploaded = time.monotonic()
         # What an interrupted run wrote from this step on is not to be shown.
         start = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(session_log=start, step=resume_step + 1))
+        self._files.sync()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a line of scalars by name, such as {"train/loss": 2.25}, after so many updates; once
-        this returns, killing the process cannot lose it."""
+        this returns (in a bucket: once `sync` does), killing the process cannot lose it."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -245,11 +264,26 @@ class MetricsWriter:
         self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() > self._flushed + FLUSH_SECONDS:
             self._flush_events()
+        if time.monotonic() > self._uploaded + UPLOAD_SECONDS:
+            self._upload()
 
     def sync(self) -> None:
-        """Once this returns, a power cut cannot lose the lines so far either."""
+        """Once this returns, a power cut cannot lose the lines so far either.
+
+        Raises UserError if the workdir is in a bucket and another process has taken the run over.
+        """
+        check_claim(self._lock)
         os.fsync(self._file.fileno())
         self._flush_events()
+        self._files.sync()
+
+    def _upload(self) -> None:
+        """For those who watch: that nothing is lost, `sync` sees to."""
+        try:
+            self._files.sync()
+        except UserError as e:
+            _log.warning("%s", e)
+        self._uploaded = time.monotonic()
 
     def _flush_events(self) -> None:
         self._events.flush()  # To the disk, which takes a while.
@@ -259,6 +293,8 @@ class MetricsWriter:
         """Closes both files."""
         self._file.close()
         self._events.close()
+        self._upload()
+        self._files.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -267,13 +303,14 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises UserError if there is no such file or a line other than a torn last one is no record.
     """
-    return [record for record, _ in _records(epath.Path(path))]
+    return [record for record, _ in _records(as_path(path))]
 
 
 def _records(path: epath.Path) -> list[tuple[dict[str, Any], bytes]]:
     """The records of a file, each with its line as it stands there, line end included."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        with bucket_errors(path):
+            lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(
             f"Cannot read {path} ({error.strerror}); expected the {METRICS} of a training run: "
