@@ -91,13 +91,11 @@ class Pretrained:
         if name not in self._compiled:
             model = self.model_on(jax.local_devices()[:1])
             self._compiled[name] = jax.jit(functools.partial(function, model))
-        apply = self._compiled[name]
-        if len(images) <= _BATCH:
-            return np.asarray(apply(self._device_params, images))
-        padded = np.concatenate([images, np.zeros((-len(images) % _BATCH, *expected), np.float32)])
+        padding = -len(images) % _BATCH if len(images) > _BATCH else 0
+        padded = np.concatenate([images, np.zeros((padding, *expected), np.float32)])
         results = [
-            apply(self._device_params, padded[i : i + _BATCH])
-            for i in range(0, len(padded), _BATCH)
+            self._compiled[name](self._device_params, padded[i : i + _BATCH])
+            for i in range(0, max(len(padded), 1), _BATCH)
         ]
         return np.concatenate([np.asarray(x) for x in results])[: len(images)]
 
@@ -171,11 +169,9 @@ class Pretrained:
         return self.labels[index] if self.labels else str(int(index))
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
-        """See `PretrainedLiT`. Raises UserError for any other weights."""
         raise UserError("these weights have no text tower: load a LiT bundle")
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """See `PretrainedLiT`. Raises UserError for any other weights."""
         raise UserError("these weights have no text tower: load a LiT bundle")
 
     def save(self, path: str | os.PathLike, *, style: str = "linen") -> None:
@@ -195,13 +191,8 @@ class Pretrained:
         checkpoints.check_ending(path)
         defaults = {f.name: f.default for f in dataclasses.fields(self.spec.module)}
         untold = {name: getattr(self.spec, name) for name in self.spec.untold}
-        notes = Notes(
-            self.spec.classifier,
-            self.image_size,
-            self.preprocess,
-            self.labels,
-            {name: value for name, value in untold.items() if value != defaults[name]},
-        )
+        untold = {name: value for name, value in untold.items() if value != defaults[name]}
+        notes = Notes(self.spec.classifier, self.image_size, self.preprocess, self.labels, untold)
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
         # Both are written before either takes its name, so that the notes of other weights stand
         # beside these, if a crash comes just then, for a moment only.
@@ -276,10 +267,8 @@ class PretrainedLiT(Pretrained):
         if self.vocabulary is None:
             super().save(path, style=style)
             return
-        copy, content = (
-            as_path(path).with_suffix(self.vocabulary.suffix),
-            self.vocabulary.read_bytes(),
-        )
+        copy = as_path(path).with_suffix(self.vocabulary.suffix)
+        content = self.vocabulary.read_bytes()
         if copy.exists() and not (copy.is_file() and copy.read_bytes() == content):
             raise UserError(
                 f"{copy} is there already and is not the vocabulary that belongs beside {path}: "
@@ -304,13 +293,6 @@ class PretrainedLiT(Pretrained):
                 "(SentencePiece) next to NAME.npz"
             )
         return open_tokenizer(self.vocabulary)
-
-
-def _vocabulary(path: Path, text_model: str) -> Path | None:
-    """The tokenizer's file beside a file of weights, first of the kind that its texts need."""
-    suffixes = (".txt", ".model") if text_model == "bert" else (".model", ".txt")
-    candidates = map(path.with_suffix, suffixes)
-    return next((file for file in candidates if file.is_file()), None)
 
 
 def load(
@@ -365,9 +347,11 @@ def load(
         "labels": class_labels(path, notes, new) if num_classes is None else None,
         "preprocess": preprocess_for(notes, spec, new),
     }
-    if new.classifies_by_text:
-        return PretrainedLiT(**bundle, vocabulary=_vocabulary(path, new.text_model))
-    return Pretrained(**bundle)
+    if not new.classifies_by_text:
+        return Pretrained(**bundle)
+    # The tokenizer's file, first of the kind that the text tower needs.
+    files = map(path.with_suffix, new.vocabulary_suffixes)
+    return PretrainedLiT(**bundle, vocabulary=next((f for f in files if f.is_file()), None))
 
 
 def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from vit_jax.checkpoints.formats import rows, with_zero_token
 from vit_jax.errors import UserError
+from vit_jax.models.shapes import below
 
 Arrays = Mapping[str, Any]
 
@@ -58,9 +59,8 @@ def read_layout(arrays: Arrays, *, tower: str | None = None) -> Layout:
     steps, left_out = [], []
     for name, step in STEPS.items():
         new = step(arrays, tower) if step is choose_tower else step(arrays)
-        if new is arrays:
-            continue
-        steps.append(name)
+        if new is not arrays:
+            steps.append(name)
         if len(new) < len(arrays):
             kept = {id(array) for array in new.values()}
             left_out += [key for key, array in arrays.items() if id(array) not in kept]
@@ -73,11 +73,7 @@ def to_linen(
 ) -> dict[str, Any]:
     """The network's arrays under today's names, see `read_layout`; logs what is left out.
 
-    Args:
-      arrays, tower: see `read_layout`.
-      where: the file's name, for messages.
-
-    Raises UserError as `read_layout` does.
+    Errors and the log name `where`, the file.
     """
     try:
         layout = read_layout(arrays, tower=tower)
@@ -123,7 +119,7 @@ def unwrap_optimizer(arrays: Arrays) -> Arrays:
     """
     for prefix in ("opt/target/", "optimizer/target/", "params/"):
         if any(key.startswith(prefix) for key in arrays):
-            arrays = _below(arrays, prefix)
+            arrays = below(arrays, prefix)
     return arrays
 
 
@@ -134,7 +130,7 @@ def choose_tower(arrays: Arrays, tower: str | None) -> Arrays:
     tower the names of the original's ViT; it is a network of its own and stays whole.
     """
     if tower is not None:
-        chosen = _below(arrays, f"{tower}/")
+        chosen = below(arrays, f"{tower}/")
         if not chosen:
             groups = sorted({key.partition("/")[0] for key in arrays if "/" in key})
             raise UserError(
@@ -144,7 +140,7 @@ def choose_tower(arrays: Arrays, tower: str | None) -> Arrays:
     is_lit = f"img/{_POSITIONS}" in arrays and any(key.startswith("txt/") for key in arrays)
     if is_lit or not any(key.startswith("img/") for key in arrays):
         return arrays
-    return _below(arrays, "img/")
+    return below(arrays, "img/")
 
 
 def unstack_blocks(arrays: Arrays) -> Arrays:
@@ -152,10 +148,9 @@ def unstack_blocks(arrays: Arrays) -> Arrays:
 
     Its arrays have an axis of layers first.
     """
-    stacked = {key for key in arrays if "/encoderblock/" in key}
-    if not stacked:
+    depths = {array.shape[:1] for key, array in arrays.items() if "/encoderblock/" in key}
+    if not depths:
         return arrays
-    depths = {arrays[key].shape[:1] for key in stacked}
     if len(depths) > 1 or depths == {()} or not 0 < max(depths)[0] <= _MAX_LAYERS:
         raise UserError(
             "the arrays of 'encoderblock' have first axes of "
@@ -165,7 +160,7 @@ def unstack_blocks(arrays: Arrays) -> Arrays:
 
     def pairs():
         for key, array in arrays.items():
-            if key in stacked:
+            if "/encoderblock/" in key:
                 for i, row in enumerate(rows(array)):
                     yield key.replace("/encoderblock/", f"/encoderblock_{i}/", 1), row
             else:
@@ -182,10 +177,8 @@ def move_positions(arrays: Arrays) -> Arrays:
     """
     if "pos_embedding" not in arrays:
         return arrays
-    positions = arrays["pos_embedding"]
-    if "cls" in arrays and len(positions.shape) == 3:
-        positions = with_zero_token(positions)
-    arrays = {**arrays, "pos_embedding": positions}
+    if "cls" in arrays and len(arrays["pos_embedding"].shape) == 3:
+        arrays = {**arrays, "pos_embedding": with_zero_token(arrays["pos_embedding"])}
     return _renamed(arrays, lambda key: _POSITIONS if key == "pos_embedding" else key)
 
 
@@ -205,10 +198,8 @@ def rename_prelinen(arrays: Arrays) -> Arrays:
 
     One counter ran over all sub-modules of an encoder block.
     """
-    old = re.compile(rf"(^|/)encoderblock_[0-9]+/({'|'.join(_LINEN)})/")
-    if not any(old.search(key) for key in arrays):
-        return arrays
-    return _rename_in_blocks(arrays, _LINEN)
+    renamed = _rename_in_blocks(arrays, _LINEN)
+    return arrays if renamed.keys() == arrays.keys() else renamed
 
 
 def flatten_group_norms(arrays: Arrays) -> Arrays:
@@ -247,10 +238,6 @@ _GROUP_NORM = re.compile(r"(^|/)gn([0-9]+|_root|_proj)/(scale|bias)$")
 def _rename_in_blocks(arrays: Arrays, names: Mapping[str, str]) -> dict[str, Any]:
     block = re.compile(rf"(?<=encoderblock_)([0-9]+)/({'|'.join(names)})(?=/)")
     return _renamed(arrays, lambda key: block.sub(lambda m: f"{m[1]}/{names[m[2]]}", key))
-
-
-def _below(arrays: Arrays, prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
 
 
 def _renamed(arrays: Arrays, name: Callable[[str], str]) -> dict[str, Any]:

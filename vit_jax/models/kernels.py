@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,31 +33,17 @@ TRIAL_TOLERANCE = 0.05
 CUDNN_TOKEN_MULTIPLE = 8
 
 
-class Attention(Protocol):
-    """softmax(Q K^T / sqrt(c)) V for each head.
-
-    Args:
-      query: (n, t, h, c). key, value: (n, s, h, c).
-      length: if given, only the first `length` keys are attended to: the others are padding.
-
-    Returns:
-      (n, t, h, c) in the inputs' dtype, finite in every row.
-    """
-
-    def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, length: int | None = None
-    ) -> jax.Array: ...
+# softmax(Q K^T / sqrt(c)) V for each head: query (n, t, h, c), key and value (n, s, h, c), and a
+# number or None, `length`: only so many keys are attended to, the others are padding. It gives
+# (n, t, h, c) in the inputs' dtype, finite in every row.
+Attention = Callable[[jax.Array, jax.Array, jax.Array, int | None], jax.Array]
 
 
 def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """softmax(Q K^T / sqrt(c)), equation 1 of arXiv:1706.03762; the softmax is in float32.
 
-    Args:
-      query, key: (n, t, h, c) and (n, s, h, c).
-      mask: bool, broadcast to (n, h, t, s), False for the keys that a query can't attend to.
-
-    Returns:
-      (n, h, t, s) in the dtype of the queries; each row sums to 1.
+    (n, t, h, c) and (n, s, h, c) give (n, h, t, s), whose rows sum to 1. `mask`: bool, broadcast to
+    that, False for the keys that a query can't attend to.
     """
     weights = nn.dot_product_attention_weights(query, key, mask=mask, force_fp32_for_softmax=True)
     return weights.astype(query.dtype)
@@ -107,6 +93,12 @@ class Kernels:
     layer_norm: type[nn.Module] = nn.LayerNorm
 
 
+def platform_of(devices: Sequence[jax.Device]) -> str:
+    """What kind of devices they are: "cpu", "gpu", "tpu" or another."""
+    platform = devices[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def choose_kernels(
     model: Any, image_size: tuple[int, int], devices: Sequence[jax.Device], attention: str = "auto"
 ) -> tuple[Kernels, str]:
@@ -137,12 +129,6 @@ def choose_kernels(
     if padding := -tokens % CUDNN_TOKEN_MULTIPLE:
         return CUDNN, f"attention by cudnn, {tokens} tokens padded to {tokens + padding}"
     return CUDNN, "attention by cudnn"
-
-
-def platform_of(devices: Sequence[jax.Device]) -> str:
-    """What kind of devices they are: "cpu", "gpu", "tpu" or another."""
-    platform = devices[0].platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def _why_not_cudnn(
@@ -214,11 +200,7 @@ CUDNN = Kernels(attention=cudnn_attention, token_multiple=CUDNN_TOKEN_MULTIPLE)
 
 
 def cpu_kernels(devices: int) -> Kernels:
-    """The forms that are faster on CPUs.
-
-    Args:
-      devices: over how many a batch is spread.
-    """
+    """The forms that are faster on CPUs, for a batch spread over so many devices."""
     return Kernels(
         attention=SlicedAttention(devices),
         dot_general=flat_dot_general,
@@ -239,11 +221,16 @@ class SlicedAttention:
     def __call__(
         self, query: jax.Array, key: jax.Array, value: jax.Array, length: int | None = None
     ) -> jax.Array:
-        """See `Attention`. Padding is for other devices: raises ValueError for a `length`."""
         if length is not None:
             raise ValueError("attention on CPUs takes no padding")
-        slices = self._slices(query.shape[0])
         heads = [x.swapaxes(1, 2) for x in (query, key, value)]
+        images_each, rest = divmod(query.shape[0], self.devices)
+        slices = 1
+        if images_each and not rest:
+            # Of two images at least: XLA lays out a single one otherwise, which takes longer.
+            # (Their number may be a symbol, which can only be asked whether it is equal.)
+            fitting = (i for i in range(1, 5) if images_each % i == 0 and images_each != i)
+            slices = max(fitting, default=1)
         if slices == 1:
             return _attend(*heads).swapaxes(1, 2)
 
@@ -253,14 +240,6 @@ class SlicedAttention:
 
         parts = [_attend(*part) for part in zip(*map(cut, heads), strict=True)]
         return jnp.stack(parts, axis=1).reshape(heads[0].shape).swapaxes(1, 2)
-
-    def _slices(self, images: int) -> int:
-        on_each, rest = divmod(images, self.devices)
-        if rest or not on_each:
-            return 1
-        # Of two images at least: XLA lays out a single one otherwise, which takes longer. (Their
-        # number may be a symbol, which can only be asked whether it is equal.)
-        return max((i for i in range(1, 5) if on_each % i == 0 and on_each != i), default=1)
 
 
 @jax.custom_vjp
@@ -300,10 +279,9 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def flat_dot_general(
     lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None
 ) -> jax.Array:
-    """`jax.lax.dot_general` of a dense layer, as a product of two matrices.
+    """`jax.lax.dot_general` of a dense layer as a product of two matrices, which is faster.
 
-    Two axes are faster than three. Where the last axes of `lhs` are multiplied with the first ones
-    of `rhs` by default precision; anything else is left to JAX.
+    Where the last axes of `lhs` are multiplied with the first of `rhs`; the rest is left to JAX.
     """
     (lhs_contract, rhs_contract), batch = dimension_numbers
     k = len(lhs_contract)
@@ -346,10 +324,7 @@ _TWICE = 2 * math.sqrt(2 / math.pi)
 
 @jax.custom_vjp
 def recomputed_gelu(x: jax.Array) -> jax.Array:
-    """The GELU by tanh, of any shape, in the dtype of x; in float32, and backwards anew from x.
-
-    On a CPU keeping anything but x costs more time, on a GPU more memory.
-    """
+    """The GELU by tanh in float32, and backwards anew from x: keeping more costs more time."""
     return _gelu_fwd(x)[0]
 
 

@@ -86,6 +86,11 @@ class LiT(ImageModel):
     classifies_by_text: ClassVar = True
     value_range: ClassVar = "uint8|value_range(-1, 1)"  # The towers saw whole grey levels.
 
+    @property
+    def vocabulary_suffixes(self) -> tuple[str, str]:
+        """Of the tokenizer's file: WordPiece or SentencePiece, that of the text tower first."""
+        return (".txt", ".model") if self.text_model == "bert" else (".model", ".txt")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         image, text = self._widths()
@@ -145,35 +150,28 @@ class LiT(ImageModel):
         return tower(num_classes=self.out_dim[1], dtype=self.dtype, **self.text, **place)
 
     def image_tower(self) -> VisionTransformer:
-        """The image tower."""
         return self._image_model(parent=None)
 
     def image_params(self, params: Any) -> Any:
-        """Its weights."""
         return params["img"]
 
     @property
     def stride(self) -> Size:
-        """Of the image tower."""
         return self.image_tower().stride
 
     def grid_size(self, image_size: Size) -> tuple[int, int]:
-        """Of the image tower."""
         return self.image_tower().grid_size(image_size)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Of the image tower."""
         return self.image_tower().num_prefix_tokens
 
     @classmethod
     def recognizes(cls, shapes: Shapes) -> bool:
-        """Whether there is a text tower."""
         return any(key.startswith("txt/") for key in shapes)
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, hints: Hints) -> Spec:
-        """See `ImageModel.from_shapes`."""
         text = below(shapes, "txt/")
         image = VisionTransformer.from_shapes(
             below(shapes, "img/"),
@@ -194,7 +192,6 @@ class LiT(ImageModel):
         return Spec(model, image.image_size, image.channels)
 
     def shapes(self, image_size: Size, channels: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter, {"img/...": shape, "txt/...": shape, "t": shape}."""
         image = self.image_tower().shapes(image_size, channels)
         tower = self._text_model(parent=None)
         text = traced_shapes(tower, jax.ShapeDtypeStruct((1, tower.max_len), jnp.int32))
@@ -202,14 +199,12 @@ class LiT(ImageModel):
         return both | {"t": (1,)}
 
     def resize(self, arrays: Arrays, old: Size, new: Size) -> Arrays:
-        """Resizes the image tower."""
         image = self.image_tower().resize(below(arrays, "img/"), old, new)
         return arrays | {f"img/{key}": array for key, array in image.items()}
 
     def with_head(
         self, arrays: Arrays, num_classes: int | None, pre_logits: bool | None
     ) -> tuple["LiT", Arrays]:
-        """The same. Raises UserError for any wish."""
         if num_classes is not None or pre_logits is not None:
             raise UserError(
                 "these weights are a LiT bundle, which has no classes: leave num_classes and "
@@ -218,7 +213,6 @@ class LiT(ImageModel):
         return self, dict(arrays)
 
     def official_name(self) -> str | None:
-        """The name of the published bundle that this is."""
         image = self.image_tower().official_name()
         own = (image, self.text_model, self.out_dim)
         for name, fields in LIT_VARIANTS.items():
@@ -228,12 +222,10 @@ class LiT(ImageModel):
         return None
 
     def description(self) -> str:
-        """The official name, or what the network is."""
         image = self.image_tower().description()
         return self.official_name() or f"a LiT bundle of {image} and a {self.text_model}"
 
     def summary(self) -> dict[str, str]:
-        """What a person wants to know of the network beside its sizes, {title: text}."""
         image, text = self.image_tower(), self._text_model(parent=None)
         return image.summary() | {
             "image tower": image.description(),
@@ -243,7 +235,6 @@ class LiT(ImageModel):
         }
 
     def facts(self, image_size: Size, channels: int) -> dict[str, Any]:
-        """See `ImageModel.facts`."""
         return {
             "image": self.image_tower().facts(image_size, channels),
             "text_model": self.text_model,

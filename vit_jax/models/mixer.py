@@ -180,21 +180,17 @@ class MlpMixer(ImageModel):
 
     @property
     def stride(self) -> Size:
-        """(height, width) in pixels from one patch to the next."""
         return self.patch_size
 
     def grid_size(self, image_size: Size) -> tuple[int, int]:
-        """The (rows, columns) of patches in an image of (height, width) pixels."""
         return (-(-image_size[0] // self.patch_size[0]), -(-image_size[1] // self.patch_size[1]))
 
     @classmethod
     def recognizes(cls, shapes: Shapes) -> bool:
-        """Whether patches are embedded as a Mixer does it."""
         return "stem/kernel" in shapes
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, hints: Hints) -> Spec:
-        """See `ImageModel.from_shapes`."""
         blocks = reading.Blocks(shapes, "MixerBlock_")
         tokens = blocks.majority("token_mixing/Dense_0/kernel", 2, 0)
         tokens_mlp_dim = blocks.majority("token_mixing/Dense_0/kernel", 2, 1)
@@ -213,7 +209,6 @@ class MlpMixer(ImageModel):
         return Spec(model, reading.size_of_grid(model, tokens, hints), channels)
 
     def resize(self, arrays: Arrays, old: Size, new: Size) -> Arrays:
-        """The same arrays. Raises UserError for another number of patches."""
         if self.grid_size(new) != self.grid_size(old):
             raise UserError(
                 "this Mixer has {} tokens, for images of {}x{} pixels, and can't take {}x{}: the "
@@ -224,6 +219,5 @@ class MlpMixer(ImageModel):
         return arrays
 
     def summary(self) -> dict[str, str]:
-        """What a person wants to know of the network beside its sizes, {title: text}."""
         mlps = f"{self.tokens_mlp_dim} wide over tokens and {self.channels_mlp_dim} over channels"
         return {"blocks": f"{self.num_layers}, {self.hidden_size} wide, MLPs {mlps}"}

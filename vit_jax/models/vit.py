@@ -62,24 +62,26 @@ _log = logging.getLogger(__name__)
 # Width, depth, MLP width and heads: Table 1 of arXiv:2010.11929 (B, L, H), Table 2 of
 # arXiv:2106.10270 (Ti, S), Table 2 of arXiv:2106.04560 and big_vision's names (the others).
 _SIZES = {
-    "mu": dict(hidden_size=32, num_layers=1, mlp_dim=128, num_heads=2),
-    "Ti": dict(hidden_size=192, num_layers=12, mlp_dim=768, num_heads=3),
-    "S": dict(hidden_size=384, num_layers=12, mlp_dim=1536, num_heads=6),
-    "M": dict(hidden_size=512, num_layers=12, mlp_dim=2048, num_heads=8),
-    "B": dict(hidden_size=768, num_layers=12, mlp_dim=3072, num_heads=12),
-    "L": dict(hidden_size=1024, num_layers=24, mlp_dim=4096, num_heads=16),
-    "So400m": dict(hidden_size=1152, num_layers=27, mlp_dim=4304, num_heads=16),
-    "H": dict(hidden_size=1280, num_layers=32, mlp_dim=5120, num_heads=16),
-    "g": dict(hidden_size=1408, num_layers=40, mlp_dim=6144, num_heads=16),
-    "g-opt": dict(hidden_size=1536, num_layers=40, mlp_dim=6144, num_heads=16),
-    "G": dict(hidden_size=1664, num_layers=48, mlp_dim=8192, num_heads=16),
-    "G-opt": dict(hidden_size=1536, num_layers=48, mlp_dim=8192, num_heads=16),
-    "e": dict(hidden_size=1792, num_layers=56, mlp_dim=15360, num_heads=16),
+    "mu": (32, 1, 128, 2),
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "g-opt": (1536, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+    "G-opt": (1536, 48, 8192, 16),
+    "e": (1792, 56, 15360, 16),
 }
 
 
 def _vit(size: str, patch: int, classifier: str = "token", **more: Any) -> dict[str, Any]:
-    return dict(_SIZES[size], patch_size=(patch, patch), classifier=classifier, **more)
+    names = ("hidden_size", "num_layers", "mlp_dim", "num_heads")
+    fields = dict(zip(names, _SIZES[size], strict=True), patch_size=(patch, patch))
+    return fields | dict(classifier=classifier, **more)
 
 
 _VARIANTS: dict[str, dict[str, Any]] = {
@@ -398,15 +400,10 @@ class VisionTransformer(ImageModel):
 
     @property
     def stride(self) -> Size:
-        """(height, width) in pixels from one patch to the next."""
         pixels = 1 if self.resnet is None else resnet_stride(self.resnet)
         return self.patch_size[0] * pixels, self.patch_size[1] * pixels
 
     def grid_size(self, image_size: Size) -> tuple[int, int]:
-        """The (rows, columns) of patches in an image of (height, width) pixels.
-
-        Raises UserError if the image is smaller than one patch.
-        """
         height, width = image_size
         if self.resnet is not None:
             height, width = (resnet_output_size(size, self.resnet) for size in image_size)
@@ -420,7 +417,6 @@ class VisionTransformer(ImageModel):
 
     @property
     def has_class_token(self) -> bool:
-        """Whether a learned class token is put before the patch tokens."""
         return self.classifier in ("token", "token_unpooled")
 
     @property
@@ -430,27 +426,19 @@ class VisionTransformer(ImageModel):
 
     @property
     def gives_classes(self) -> bool:
-        """Whether the answer is one vector of logits an image."""
         return self.num_classes is not None and self.classifier in POOLED
 
     def attention_size(self, image_size: Size) -> tuple[int, int, int]:
-        """(tokens, heads, channels of a head)."""
         return self.num_tokens(image_size), self.num_heads, self.hidden_size // self.num_heads
 
     # Weights that become a network.
 
     @classmethod
     def recognizes(cls, shapes: Shapes) -> bool:
-        """Whether patches are embedded as a ViT does it."""
         return "embedding/kernel" in shapes
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, hints: Hints) -> Spec:
-        """See `ImageModel.from_shapes`.
-
-        Without a hint the classifier is the common one: "map" with attention pooling, "token" with
-        a class token, else "gap"; "unpooled" looks like "gap" and "token_unpooled" like "token".
-        """
         blocks = reading.Blocks(shapes, "Transformer/encoderblock_")
         heads = blocks.majority("query/kernel", 3, 1)
         mlp_dim = blocks.majority("Dense_0/kernel", 2, 1)
@@ -509,8 +497,7 @@ class VisionTransformer(ImageModel):
         return Spec(model, size, channels)
 
     def shapes(self, image_size: Size, channels: int) -> dict[str, tuple[int, ...]]:
-        """See `ImageModel.shapes`. Where positions are fixed, one patch tells all shapes."""
-        if self.position_embedding != "learned":
+        if self.position_embedding != "learned":  # One patch tells all shapes.
             height, width = self.stride
             image_size = min(image_size[0], height), min(image_size[1], width)
         return super().shapes(image_size, channels)
@@ -526,7 +513,6 @@ class VisionTransformer(ImageModel):
         return {**arrays, _POSITIONS: positions}
 
     def summary(self) -> dict[str, str]:
-        """What a person wants to know of the network beside its sizes, {title: text}."""
         width = self.representation_size
         lines = {
             "blocks": f"{self.num_layers}, {self.hidden_size} wide, {self.num_heads} heads, "
@@ -550,7 +536,6 @@ class VisionTransformer(ImageModel):
     # What `explain` looks at.
 
     def attention_weights(self, collection: Any) -> tuple[jax.Array, jax.Array | None]:
-        """See `ImageModel.attention_weights`."""
         blocks = (collection["Transformer"][f"encoderblock_{i}"] for i in range(self.num_layers))
         pooling = None
         if self.classifier == "map":
@@ -558,7 +543,6 @@ class VisionTransformer(ImageModel):
         return jnp.stack([shown_weights(block)[0] for block in blocks]), pooling
 
     def position_vectors(self, params: Any, grid: tuple[int, int]) -> jax.Array:
-        """(patches, d): the position embeddings of the patches."""
         if self.position_embedding == "sincos2d":
             return sincos_positions(grid, self.hidden_size)[0]
         stored = params["Transformer"]["posembed_input"]["pos_embedding"][0]
