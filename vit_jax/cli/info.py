@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         facts = {
             "file": str(path),
             "architecture": spec.name,
-            **spec.facts(spec.image_size, spec.channels),
+            **spec.facts(),
             "parameters": spec.num_parameters,
             "grid_size": spec.grid_size,
             "tokens": spec.num_tokens,

@@ -285,22 +285,18 @@ class Spec:
 
     @property
     def name(self) -> str | None:
-        """The official name of this architecture, or None if it has none."""
         return self.module.official_name()
 
     @property
     def description(self) -> str:
-        """The official name, or what the network is."""
         return self.module.description()
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
         return self.module.grid_size(self.image_size)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image, a class token and its like among them."""
         return self.module.num_tokens(self.image_size)
 
     @property
@@ -309,8 +305,10 @@ class Spec:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter, {"a/b/c": shape}."""
         return self.module.shapes(self.image_size, self.channels)
+
+    def facts(self) -> dict[str, Any]:
+        return self.module.facts(self.image_size, self.channels)
 
     def model(self, **overrides: Any) -> Any:
         """The network. Overrides are fields of the module, e.g. dropout_rate."""

@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import shapes as reading
 from vit_jax.models.family import Shapes
 from vit_jax.models.kernels import attention_weights, gelu, weighted_sum
+from vit_jax.models.layers import fields_for
 from vit_jax.models.vit import Encoder
 
 # Those of Devlin et al. (arXiv:1810.04805), with which BERT's published weights were trained.
@@ -22,13 +23,13 @@ _BERT_EPSILON = 1e-12
 _BERT_INIT = nn.initializers.truncated_normal(stddev=0.02)
 
 
-class TextTransformer(nn.Module):
-    """A Vision Transformer's encoder over words; the last token stands for the text.
+class TextTower(nn.Module):
+    """What both towers have in common.
 
     Attributes:
       num_classes: width of the projection `head`; None leaves it out.
-      vocab_size, max_len: number of token ids, and tokens in every text.
       hidden_size, num_layers, num_heads, mlp_dim: as in `VisionTransformer`.
+      vocab_size: number of token ids. max_len: the longest text in tokens.
       dtype: what is computed in, float32 or bfloat16; parameters stay float32.
     """
 
@@ -40,6 +41,13 @@ class TextTransformer(nn.Module):
     vocab_size: int = 16_000
     max_len: int = 16
     dtype: Any = jnp.float32
+
+
+class TextTransformer(TextTower):
+    """A Vision Transformer's encoder over words; the last token stands for the text.
+
+    All texts have `max_len` tokens.
+    """
 
     blocks: ClassVar = ("encoderblock",)
 
@@ -64,9 +72,8 @@ class TextTransformer(nn.Module):
             )
         x = nn.Embed(self.vocab_size, d, dtype=self.dtype, name="Embed_0")(tokens)
         positions = self.param("pos_embedding", nn.initializers.normal(d**-0.5), (1, t, d))
-        x, _ = Encoder(
-            self.num_layers, self.num_heads, self.mlp_dim, dtype=self.dtype, name="Encoder_0"
-        )(x, deterministic=True, positions=positions)
+        encoder = Encoder(**fields_for(Encoder, self), name="Encoder_0")
+        x, _ = encoder(x, deterministic=True, positions=positions)
         return _project(x[:, -1], self.num_classes)
 
     @classmethod
@@ -79,24 +86,11 @@ class TextTransformer(nn.Module):
         return _fields(shapes, required, blocks, heads, mlp_dim, where)
 
 
-class BertModel(nn.Module):
-    """BERT (arXiv:1810.04805) without its pooler; the first token stands for the text.
+class BertModel(TextTower):
+    """BERT (arXiv:1810.04805) without its pooler; the first token stands for the text."""
 
-    Attributes:
-      num_classes: width of the projection `head`; None leaves it out.
-      hidden_size, num_layers, num_heads, mlp_dim: depth, width, heads and MLP width.
-      vocab_size: number of token ids. max_len: the longest text in tokens.
-      dtype: what is computed in, float32 or bfloat16; parameters stay float32.
-    """
-
-    num_classes: int | None
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
     vocab_size: int = 30_522
     max_len: int = 512
-    dtype: Any = jnp.float32
 
     blocks: ClassVar = ("layers",)
 

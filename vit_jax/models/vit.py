@@ -128,13 +128,8 @@ class AddPositionEmbs(nn.Module):
         return tokens + embedding.astype(tokens.dtype)
 
 
-class EncoderBlock(nn.Module):
-    """One pre-LayerNorm encoder block (equations 2 and 3). (n, t, d) -> (n, t, d).
-
-    With probability `drop_path_rate` each of the two residual branches is left out for an image
-    while training (stochastic depth, arXiv:1603.09382). If `length` is given, the tokens after so
-    many are padding: nobody attends to them. The other fields are `VisionTransformer`'s.
-    """
+class BlockFields(nn.Module):
+    """What blocks and encoder have in common; see `VisionTransformer` for the fields."""
 
     num_heads: int
     mlp_dim: int
@@ -146,6 +141,16 @@ class EncoderBlock(nn.Module):
     layer_scale: float | None = None
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
+
+
+class EncoderBlock(BlockFields):
+    """One pre-LayerNorm encoder block (equations 2 and 3). (n, t, d) -> (n, t, d).
+
+    With probability `drop_path_rate` each of the two residual branches is left out for an image
+    while training (stochastic depth, arXiv:1603.09382). If `length` is given, the tokens after so
+    many are padding: nobody attends to them.
+    """
+
     length: int | None = None
 
     @nn.compact
@@ -170,7 +175,7 @@ class EncoderBlock(nn.Module):
         return x + residual(y, 1)
 
 
-class Encoder(nn.Module):
+class Encoder(BlockFields):
     """Position embeddings, `num_layers` blocks and a final LayerNorm. (n, t, d) -> (n, t, d).
 
     `positions` (1, t, d) are added in place of learned ones if they are given. Then `registers`
@@ -178,19 +183,9 @@ class Encoder(nn.Module):
     Around the blocks tokens are padded to what the kernels take; what is returned has no padding.
     """
 
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
-    dropout_rate: float = 0.0
-    attention_dropout_rate: float = 0.0
+    num_layers: int = 12
     stochastic_depth_rate: float = 0.0
-    activation: str = "gelu_tanh"
-    layer_norm_epsilon: float = LAYER_NORM_EPSILON
-    qkv_bias: bool = True
-    layer_scale: float | None = None
-    dtype: Any = jnp.float32
     loop: BlockLoop = BlockLoop()
-    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(
