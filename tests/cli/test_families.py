@@ -55,7 +55,7 @@ def test_info_of_a_tower_is_about_the_tower(saved, capsys):
     assert main(["info", f"{path}:img", "--json"]) == 0
 
     facts = json.loads(capsys.readouterr().out)
-    shapes = SPECS["LiT"].image.shapes()
+    shapes = SPECS["LiT"].image_tower().shapes()
     assert (facts["arrays"], facts["key_style"]) == (len(shapes), "towers")
     assert facts["num_layers"] == 2
 
