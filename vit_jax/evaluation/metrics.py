@@ -121,7 +121,7 @@ class Scores:
 
     @property
     def precision(self) -> np.ndarray:
-        """float64 (classes,): share of the predictions of a class that were right; nan of none."""
+        """float64 (classes,): share of each class's predictions that were right; nan of none."""
         return self._right_of(self.confusion.sum(axis=0))
 
     def _right_of(self, total: np.ndarray) -> np.ndarray:
