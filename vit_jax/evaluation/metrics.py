@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from vit_jax.data.ops import Normalize
 from vit_jax.errors import UserError
 from vit_jax.sharding import batch_sharding, replicated
 
@@ -136,8 +137,13 @@ class Scores:
 EvalStep = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
 
 
-def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep:
+def make_eval_step(
+    model: Any, *, mesh: Mesh, loss: str = "softmax", normalize: Normalize | None = None
+) -> EvalStep:
     """Compiles a network (a Linen module) and its figures of each example of a batch.
+
+    Args:
+      normalize: what is done to the images first; None if they are normalised already.
 
     Returns:
       step(params, batch) -> {"loss", "rank", "truth", "prediction", "probability"}, each (n,): the
@@ -148,7 +154,8 @@ def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep
 
     def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         rest = dict(batch)
-        logits, labels = model.apply({"params": params}, rest.pop("image")), rest.pop("label")
+        images, labels = rest.pop("image"), rest.pop("label")
+        logits = model.apply({"params": params}, normalize(images) if normalize else images)
         classes = logits.shape[-1]
         truth, unknown = labels, jnp.zeros(len(labels), bool)
         if labels.ndim == 2:

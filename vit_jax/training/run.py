@@ -272,8 +272,8 @@ def prepare(
         data=data,
         vit=dataclasses.replace(vit, params={}),  # The host's memory is not needed any more.
         mesh=mesh,
-        train_step=make_step_from_config(config, model, tx, mesh, data.value_range),
-        eval_step=make_eval_step(model, mesh=mesh, loss=config.loss),
+        train_step=make_step_from_config(config, model, tx, mesh, data.train_split[1]),
+        eval_step=make_eval_step(model, mesh=mesh, loss=config.loss, normalize=data.eval_split[1]),
         introduction="; ".join(filter(None, (introduction, why, untold(), compiled))),
     )
     with raise_on_all_processes():
