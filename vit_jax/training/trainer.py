@@ -27,6 +27,7 @@ from vit_jax.training.distributed import (
     StopSignal,
     assert_equal_across_processes,
     broadcast_from_main,
+    exit_with_others,
     is_main_process,
     raise_on_all_processes,
     share_of_cores,
@@ -111,6 +112,8 @@ def _train(
         state, damaged = checkpoints.restore(state)
         loop = Loop(work, workdir, checkpoints, state, own_stop, stack)
         del state  # The first step gives it up, and its memory.
+        # Checkpoints that are being written wait, when they are closed, for all processes.
+        stack.enter_context(exit_with_others(config.silence_timeout))
         stack.enter_context(full_disk_explained(f"the workdir {workdir}"))
         loop.say(work.introduction)
         if damaged:
