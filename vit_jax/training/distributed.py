@@ -80,8 +80,10 @@ def initialize(
                 shutdown_timeout_seconds=SHUTDOWN_S,
             )
         except (OSError, ValueError, RuntimeError) as e:
-            # There are no others; a notebook service's TPU has no metadata server to ask for them.
-            if coordinator is None and (isinstance(e, OSError) or "should be defined" in str(e)):
+            # There is no cluster, or a notebook's TPU without a metadata server to ask for it, or
+            # this Python has computed before, alone.
+            none = isinstance(e, OSError) or re.search("should be defined|before any JAX", str(e))
+            if coordinator is None and none:
                 return
             raise UserError(
                 f"JAX can't find the other processes ({_first_line(e)}): give --coordinator, "
