@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.group import Group
 
-EACH = 24  # Steps a fault, about.
+EACH = 200  # Steps a fault, about: JAX takes a second to stop all at one step.
 SILENCE = 4  # Seconds.
 ABORTED = -signal.SIGABRT  # By JAX, as another process was lost.
 ROOM = "400m"

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vit_jax.data.ops import Normalize
 from vit_jax.errors import UserError
 from vit_jax.sharding import batch_sharding, replicated
 
 BINS = 15  # of `calibrate`, as in most of the literature; the error depends on it.
+
+if TYPE_CHECKING:
+    from vit_jax.data import Normalize
 
 
 def example_losses(
@@ -138,7 +140,7 @@ EvalStep = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
 
 
 def make_eval_step(
-    model: Any, *, mesh: Mesh, loss: str = "softmax", normalize: Normalize | None = None
+    model: Any, *, mesh: Mesh, loss: str = "softmax", normalize: "Normalize | None" = None
 ) -> EvalStep:
     """Compiles a network (a Linen module) and its figures of each example of a batch.
 

@@ -40,6 +40,7 @@ from vit_jax.training.distributed import (
     StopSignal,
     assert_equal_across_processes,
     broadcast_from_main,
+    exit_with_others,
     is_main_process,
     raise_on_all_processes,
     share_of_cores,
@@ -152,6 +153,8 @@ def train(
         every = config.checkpoint_every if rolls_back else None
         checkpoints = Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints, every=every)
         stack.enter_context(contextlib.closing(checkpoints))
+        # Checkpoints that are being written wait, when they are closed, for all processes.
+        stack.enter_context(exit_with_others(config.silence_timeout))
         assert_equal_across_processes({"checkpoint": checkpoints.latest})
         state, damaged = checkpoints.restore(state)
         step = start = int(state.step)

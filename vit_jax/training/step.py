@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax.data.ops import Normalize
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
 from vit_jax.models.stack import BlockLoop, in_block
@@ -21,6 +20,9 @@ from vit_jax.training.config import mixup as mixup_of
 from vit_jax.training.mixing import mix
 from vit_jax.training.optimizer import schedule_of
 from vit_jax.training.state import Guard, TrainState
+
+if TYPE_CHECKING:
+    from vit_jax.data import Normalize
 
 Batch = Mapping[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -41,7 +43,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     mixup: float = 0.0,
     cutmix: float = 0.0,
-    normalize: Normalize | None = None,
+    normalize: "Normalize | None" = None,
     skip_bad: bool = False,
     spike: float = 0.0,
     ema_decay: float = 0.0,
@@ -104,7 +106,11 @@ def make_train_step(
     def normalized(images: jax.Array) -> jax.Array:
         if normalize is None and images.dtype != jnp.uint8:
             return images
-        return (normalize or Normalize((1.0,), (0.0,)))(images)
+        from vit_jax.data import parse  # Loads OpenCV.
+
+        operation = normalize or parse("value_range(-1, 1)").normalize
+        assert operation is not None
+        return operation(images)
 
     def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         if in_parts:
@@ -196,7 +202,7 @@ def make_step_from_config(
     model: nn.Module,
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    normalize: Normalize | None,
+    normalize: "Normalize | None",
 ) -> Step:
     """The compiled step of a run, as its configuration says; see `make_train_step`."""
     on_cpus = mesh.devices.flat[0].platform == "cpu"
