@@ -36,11 +36,11 @@ def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole
     assert load(bucket).labels == load(whole).labels
 
     # As if it had been killed after step 30, with a checkpoint of step 40 that is damaged.
-    (data,) = (bucket / "checkpoints" / "40" / "state" / "d").iterdir()
-    data.write_bytes(data.read_bytes()[:-9])
     for name in ("weights.npz", "report.png"):
         (bucket / name).unlink()
     assert "The run has not finished" in evaluate_workdir(bucket).note
+    (data,) = (bucket / "checkpoints" / "40" / "state" / "d").iterdir()
+    data.write_bytes(data.read_bytes()[:-9])
     run(tiny(), bucket)
     assert left(bucket) == left(whole)
     assert "damaged in" in capsys.readouterr().out
