@@ -288,17 +288,18 @@ class Processes(Threads):
 
     def fill(self, number: int, batch: Batch, rows: range, position: int) -> Skipped:
         """As `Threads.fill`; a UserError also if the process was killed."""
-        idle = self._idle.get()
+        connection = self._idle.get()
+        if isinstance(connection, UserError):
+            self._idle.put(connection)  # For the other threads.
+            raise connection
         try:
-            if isinstance(idle, UserError):
-                raise idle
-            idle.send((number, rows.start, rows.stop, position))
-            skipped, error, unexpected = idle.recv()
+            connection.send((number, rows.start, rows.stop, position))
+            skipped, error, unexpected = connection.recv()
         except (EOFError, OSError):
-            idle = UserError(f"{_death(self._processes[idle].wait())}: {_AGAIN}")
-            raise idle from None
-        finally:
-            self._idle.put(idle)
+            lost = UserError(f"{_death(self._processes[connection].wait())}: {_AGAIN}")
+            self._idle.put(lost)
+            raise lost from None
+        self._idle.put(connection)
         if error is not None:
             raise UserError(error)
         if unexpected is not None:
@@ -428,7 +429,7 @@ def _pack(reader: Reader, layout: Layout) -> tuple[int, int]:
     """
     other, keys = copy.copy(reader), reader.source.keys
     if all(isinstance(key, str) for key in keys):
-        keys = _Texts(keys)  # type: ignore[arg-type]
+        keys = _Texts(keys)
     other.source = replace(reader.source, keys=keys, identity=str)
     data, buffers = _pickled(other.source.name, (other, layout))
     spans = []
