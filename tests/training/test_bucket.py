@@ -26,7 +26,7 @@ def left(workdir) -> tuple[bytes, list[dict]]:
 
 
 @pytest.mark.usefixtures("no_image")
-def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole, tmp_path, capsys):
+def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole, capsys):
     result = run(tiny("profile=(12,13)"), bucket)
     assert (result.finished, result.step) == (True, 40)
     names = {path.name.partition(".out.")[0] for path in bucket.iterdir()}
@@ -43,7 +43,7 @@ def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole
     data.write_bytes(data.read_bytes()[:-9])
     run(tiny(), bucket)
     assert left(bucket) == left(whole)
-    assert "damaged in" in capsys.readouterr().out
+    assert "damaged in" in capsys.readouterr().err
     assert (bucket / "checkpoints" / "40.damaged").exists()
 
 
