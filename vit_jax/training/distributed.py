@@ -29,7 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vit_jax import data
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, error_chain, first_line
 from vit_jax.training.last_words import HOSTS
 
 INITIALIZATION_S = 300  # Until a process that has not come is given up.
@@ -86,7 +86,7 @@ def initialize(
             if coordinator is None and none:
                 return
             raise UserError(
-                f"JAX can't find the other processes ({_first_line(e)}): give --coordinator, "
+                f"JAX can't find the other processes ({first_line(e)}): give --coordinator, "
                 "--num-processes and --process-id; if there are none, --num-processes=1 "
                 "--process-id=0 --coordinator=localhost:1"
             ) from e
@@ -177,17 +177,12 @@ def exit_with_others(heartbeat_timeout_s: float) -> Iterator[None]:
         raise SystemExit(status) from None
 
 
-def _lost_connection(error: BaseException | None) -> str:
+def _lost_connection(error: BaseException) -> str:
     """The first line about a communication that failed, of an error or those it comes from."""
-    while error is not None:
-        if re.search(r"gloo|nccl|coordination service", str(error), re.IGNORECASE):
-            return _first_line(error)
-        error = error.__cause__ or error.__context__
+    for cause in error_chain(error):
+        if re.search(r"gloo|nccl|coordination service", str(cause), re.IGNORECASE):
+            return first_line(cause)
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def is_main_process() -> bool:
