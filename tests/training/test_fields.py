@@ -89,6 +89,24 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "sincos2d": OTHER,
         "none": "unknown position_embedding 'none'",
     },
+    "model.position_resize": {"official": SAME, "near": "unknown position_resize 'near'"},
+    "model.activation": {
+        "gelu_tanh": SAME,
+        "gelu_erf": OTHER,
+        "relu": "unknown activation 'relu', expected one of gelu_tanh, gelu_erf",
+    },
+    "model.layer_norm_epsilon": {
+        "1e-6": SAME,
+        "0.01": OTHER,
+        "0.0": "layer_norm_epsilon is 0.0, expected a small number over 0",
+    },
+    "model.qkv_bias": {"True": SAME, "False": OTHER},
+    "model.layer_scale": {"0.1": OTHER, "big": "config.model.layer_scale is 'big' of type str"},
+    "model.num_registers": {
+        "0": SAME,
+        "2": OTHER,
+        "-1": "num_registers is -1, expected at least 0",
+    },
     "model.resnet": {
         "()": OTHER,
         "(1,)": OTHER,
