@@ -39,7 +39,7 @@ class Chaos:
         self.workdir, self.count = workdir, processes
         self.chance = random.Random(seed)
         self.fields = (
-            *(f"total_steps={EACH * (faults + 1)}", "checkpoint_every=10", "eval_every=100"),
+            *(f"total_steps={EACH * (faults + 1)}", "checkpoint_every=50", "eval_every=100"),
             *("progress_every=1", "keep_checkpoints=3", f"silence_timeout={SILENCE}"),
         )
         self.kinds: list[Callable[[Group], list[set[int]] | None]] = [
