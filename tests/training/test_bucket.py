@@ -8,6 +8,7 @@ import pytest
 
 from tests.group import Group
 from vit_jax import load
+from vit_jax.cli import main
 from vit_jax.errors import UserError
 from vit_jax.files import as_path
 from vit_jax.training import run
@@ -34,6 +35,7 @@ def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole
     assert left(bucket) == left(whole)
     assert "nothing to do" in run(tiny(), bucket).summary
     assert load(bucket).labels == load(whole).labels
+    assert main(["evaluate", str(bucket)]) == main(["report", str(bucket)]) == 0
 
     # As if it had been killed after step 30, with a checkpoint of step 40 that is damaged.
     for name in ("weights.npz", "report.png"):
