@@ -295,7 +295,7 @@ class Ours:
         self._variants = {variant.name: variant for variant in variants()}
         self._device = jax.devices()[0]
         grid = np.array([[self._device]])
-        self._mesh = Mesh(grid, ("copy", "part"), axis_types=(AxisType.Auto,) * 2)
+        self._mesh = Mesh(grid, ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
         self._programs: dict[tuple[str, ...], Any] = {}
         self._state: dict[str, Any] = {}  # Of the network at work.
         self._batches: dict[tuple[str, int], Any] = {}

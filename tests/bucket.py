@@ -37,7 +37,6 @@ def emulator() -> Iterator[dict[str, str]]:
                 "NO_GCE_CHECK": "true",  # gcsfs looks for credentials nowhere else.
                 "TENSORSTORE_GCS_HTTP_URL": address,
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",  # TensorStore, likewise.
-                "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "60",
             }
         finally:
             process.kill()

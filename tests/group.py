@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 TINY = Path(__file__).resolve().parent / "tiny.py"
-PATIENCE = 200  # Seconds until a process that shows no sign of life fails a test.
+PATIENCE = 400  # Seconds until a process that shows no sign of life fails a test.
 
 
 def free_port() -> int:

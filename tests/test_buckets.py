@@ -152,6 +152,14 @@ def test_a_claim_of_a_dead_machine_is_taken_over_when_nothing_renews_it(bucket, 
     assert "process 1 on elsewhere holds" in caplog.text
 
 
+def test_a_claim_that_is_given_back_meanwhile_is_free(bucket):
+    path = bucket / "lock"
+    path.write_text("1 on elsewhere\nanother\nx\n")
+    threading.Timer(0.3, path.unlink).start()
+    with buckets.Claim(path, stale_s=20) as claim:
+        claim.check()
+
+
 def test_who_has_lost_a_claim_is_told_and_leaves_it_alone(bucket):
     path = bucket / "lock"
     with buckets.Claim(path, renew_s=100) as claim:

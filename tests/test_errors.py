@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from vit_jax import UserError
+from vit_jax.errors import error_chain
 
 
 def test_line_breaks_and_control_characters_are_escaped():
@@ -23,3 +24,10 @@ def test_it_is_a_value_error_that_travels_between_processes():
     assert str(error) == r"a\nb"
     with pytest.raises(ValueError, match=r"^x$"):
         raise UserError("x")
+
+
+def test_the_chain_of_an_error_ends_where_it_goes_in_a_circle():
+    first, second = ValueError("first"), OSError("second")
+    first.__context__, second.__cause__ = second, first
+    assert error_chain(first) == [first, second]
+    assert error_chain(None) == []

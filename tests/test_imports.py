@@ -77,13 +77,6 @@ def test_imports_point_one_way(part):
             assert imported_parts(file) <= ALLOWED[part] | {part, "errors", "files"}, file
 
 
-# Pairs of files that lead to each other, and may until somebody parts them.
-KNOWN_CIRCLES = {
-    frozenset({"evaluation/report.py", "evaluation/report_page.py"}),
-    frozenset({"models/__init__.py", "models/lit.py"}),
-}
-
-
 def imported_files(path: Path) -> set[Path]:
     """The files of the package that a file imports, at its top or inside of a function."""
     names = set()
@@ -118,9 +111,7 @@ def test_no_circle_of_files_within_a_folder(folder):
         for other in reached[one]
         if one != other and one in reached[other]
     }
-    assert circles == {
-        pair for pair in KNOWN_CIRCLES if next(iter(pair)).startswith(f"{folder.name}/")
-    }
+    assert not circles
 
 
 def fresh(code: str) -> str:

@@ -114,7 +114,7 @@ class Claim:
             while not self._write():
                 if found := self._find():
                     self._wait_for_its_end(*found)
-                    self._generation = found[0]
+                self._generation = found[0] if found else 0
         self._thread.start()
         _claims[os.fspath(self._path)] = self
         return self

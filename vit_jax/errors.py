@@ -37,3 +37,12 @@ def full_disk_explained(place: str = "a file") -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its kind if it has none."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def error_chain(error: BaseException | None) -> list[BaseException]:
+    """An error and those it comes from, each once: errors of several threads can go in a circle."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

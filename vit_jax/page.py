@@ -76,8 +76,7 @@ def _environment() -> "jinja2.Environment":
 
 
 def _visible(value: object) -> object:
-    """A text in which what can't be seen or written, such as control characters and the undecodable
-    bytes of a file's name, is shown by its code."""
+    """The text with codes for what can't be seen or written: control characters, broken bytes."""
     if hasattr(value, "__html__"):
         return value
     return "".join(

@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.group import Group
 
-EACH = 24  # Steps a fault, about.
+EACH = 200  # Steps a fault, about: JAX takes a second to stop all at one step.
 SILENCE = 4  # Seconds.
 ABORTED = -signal.SIGABRT  # By JAX, as another process was lost.
 ROOM = "400m"
@@ -39,7 +39,7 @@ class Chaos:
         self.workdir, self.count = workdir, processes
         self.chance = random.Random(seed)
         self.fields = (
-            *(f"total_steps={EACH * (faults + 1)}", "checkpoint_every=10", "eval_every=100"),
+            *(f"total_steps={EACH * (faults + 1)}", "checkpoint_every=50", "eval_every=100"),
             *("progress_every=1", "keep_checkpoints=3", f"silence_timeout={SILENCE}"),
         )
         self.kinds: list[Callable[[Group], list[set[int]] | None]] = [

@@ -369,9 +369,9 @@ def test_whole_levels_leave_the_range_to_the_device():
     whole = parse("resize(5)|gray|value_range(0, 1)")
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
 
-    levels, value_range = whole.to_levels()
+    levels, normalize = whole.split(as_uint8=True)
 
-    assert value_range == (0, 1)
+    assert normalize.bounds == ((0,), (1,))
     assert levels.spec == "resize(5)|gray"
     found = levels(image)
     assert found.dtype == np.uint8
@@ -393,7 +393,7 @@ def test_whole_levels_leave_the_range_to_the_device():
 )
 def test_whole_levels_are_those_of_the_rounded_floats(ops, size):
     floats = parse(ops)
-    levels, _ = parse(f"{ops}|value_range(-1, 1)").to_levels()
+    levels, _ = parse(f"{ops}|value_range(-1, 1)").split(as_uint8=True)
     image = RNG(0).integers(0, 256, (*size, 3), np.uint8)
     for seed in range(5):
         expected = images.to_uint8(floats(image, RNG(seed)))
@@ -404,16 +404,16 @@ def test_whole_levels_are_those_of_the_rounded_floats(ops, size):
     "spec", ["resize(5)", "value_range(0, 1)|flip", "value_range(0, 255)|value_range(0, 1)"]
 )
 def test_only_a_range_at_the_end_can_be_left(spec):
-    assert parse(spec).to_levels() is parse(spec).normalize is None
+    assert parse(spec).split() == (parse(spec), None)
     with pytest.raises(ValueError, match="doesn't end with its only normalisation"):
         parse(spec).without_normalize()
 
 
-def test_ranges_of_several_channels_are_no_pair_of_numbers():
-    assert parse(IMAGENET).to_levels() is None
-    np.testing.assert_allclose(parse(IMAGENET).value_range, (-2.117904, 2.64), rtol=1e-6)
+def test_a_range_of_several_channels_has_bounds_for_each():
+    low, high = parse(IMAGENET).range.bounds
+    np.testing.assert_allclose((min(low), max(high)), (-2.117904, 2.64), rtol=1e-6)
 
 
 def test_without_any_operation_whole_images_are_taken():
-    levels, _ = parse("value_range(-1, 1)").to_levels()
+    levels, _ = parse("value_range(-1, 1)").split(as_uint8=True)
     assert levels.crop_box((3, 5), np.random.default_rng(0)) is None

@@ -102,8 +102,7 @@ TEMPLATES = ("a photo of a {}.", "the {}, {}")
 NAMES = [name.replace("_", " ") for name in CLASSES]
 
 
-@pytest.mark.parametrize("channels", [3, 1], ids=["colour", "grey"])
-@pytest.mark.parametrize("batch_size", [5, 64])
+@pytest.mark.parametrize(("channels", "batch_size"), [(3, 5), (1, 64)], ids=["colour", "grey"])
 def test_scores_are_those_of_the_formula_for_any_batch(towers, channels, batch_size):
     source = source_of(random_images(channels=channels))
     scores = zero_shot(towers, source, templates=TEMPLATES, batch_size=batch_size)

@@ -1,6 +1,7 @@
 """Small networks of every kind that has attention."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -26,8 +27,9 @@ KINDS: dict[str, tuple[str, dict]] = {
 
 @pytest.fixture(scope="session")
 def network(tmp_path_factory) -> Callable[..., Pretrained]:
-    """Gives one of KINDS, with fields of it changed."""
+    """Gives one of KINDS, with fields of it changed; the same to all tests."""
 
+    @functools.cache
     def make(kind: str, **changes) -> Pretrained:
         family, fields = KINDS[kind]
         vit = families.make(family, tmp_path_factory.mktemp("words"), **(fields | changes))

@@ -13,7 +13,9 @@ WATCHED = ("token", "gap", "MAP", "unpooled", "hybrid", "LiT")
 
 
 @pytest.mark.parametrize("kind", WATCHED)
-def test_the_weights_of_what_is_asked_sum_to_one_and_the_logits_are_the_usual_ones(network, kind):
+def test_the_weights_of_each_query_token_sum_to_one_and_the_logits_are_the_usual_ones(
+    network, kind
+):
     vit = network(kind)
     images = random_images(vit)
     maps = explain.attention_maps(vit, images)

@@ -10,6 +10,7 @@ from vit_jax import explain
 from vit_jax.pretrained import Pretrained
 
 GRID, PATCH, OBJECT = 6, 4, 2  # patches a side, their pixels, and the patches a side of the object
+COUNT = 20  # scenes that are explained
 COLOURS = np.array([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]], np.float32)
 
 
@@ -67,9 +68,9 @@ def overlap(maps: np.ndarray, where: np.ndarray) -> float:
 
 
 def test_the_object_is_what_it_looks_at(trained):
-    images, classes, where = scenes(50, 0)
+    images, classes, where = scenes(COUNT, 0)
     relevant = [
-        explain.relevance(trained, images[i : i + 1], [int(classes[i])])[0, 0] for i in range(50)
+        explain.relevance(trained, images[i : i + 1], [int(classes[i])])[0, 0] for i in range(COUNT)
     ]
 
     # By half, what is looked at and what is there are said to be the same.

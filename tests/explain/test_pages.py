@@ -19,6 +19,15 @@ from vit_jax.explain.pages import choose_layers
 NAME = """<b>"it's" & co.png"""
 
 
+def opened(browser, path, **window):
+    """Opens a page, and waits until its images are drawn."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.open(path, **window)
+    said = "return [...document.querySelectorAll('[role=status]')].every(e => e.innerText)"
+    WebDriverWait(browser.driver, 30).until(lambda _: browser.run(said))
+
+
 def test_what_fits_is_the_mean_of_each_block_then_the_heads_of_the_last():
     whole = [(b, h) for b in range(3) for h in (None, 0, 1)]
     assert choose_layers(3, 2, 9) == choose_layers(3, 2, 100) == whole
@@ -67,7 +76,7 @@ def test_the_page_holds_the_attention_that_was_computed(written):
 def test_the_page_stands_alone_and_can_be_used_by_all(written, browser):
     path = written[2]
     browser.check(path)
-    browser.open(path)
+    opened(browser, path)
     assert {"Attention on a.png", f"Attention on {NAME}", "Block", "Head", "Class token"} <= set(
         browser.tab_stops()
     )
@@ -77,7 +86,7 @@ def test_pointing_and_sliding_change_what_is_shown(written, browser):
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.common.by import By
 
-    browser.open(written[2])
+    opened(browser, written[2])
     driver = browser.driver
     viewer = driver.find_elements(By.CLASS_NAME, "viewer")[1]
     canvas = viewer.find_element(By.TAG_NAME, "canvas")
@@ -117,7 +126,7 @@ def test_every_kind_of_network_has_a_page(network, written, browser, tmp_path):
         classes = ["a cat", "a dog"] if kind == "LiT" else None
         explained = list(explain.explanations(vit, written[1][:1], classes))
         (tmp_path / f"{kind}.html").write_bytes(explain.page_html(vit, explained))
-        browser.open(tmp_path / f"{kind}.html")
+        opened(browser, tmp_path / f"{kind}.html")
         assert browser.complaints() == []
         said = browser.run("return document.querySelector('[role=status]').innerText")
         assert said.startswith("The class token" if kind == "LiT" else "The patch in row 3")
@@ -148,7 +157,7 @@ def test_the_whole_of_a_tall_or_wide_image_fits_the_window(
     explained = list(explain.explanations(vit, [tmp_path / "a.png"]))
     (tmp_path / "page.html").write_bytes(explain.page_html(vit, explained))
     for window in ((1200, 900), (360, 640)):
-        browser.open(tmp_path / "page.html", width=window[0], height=window[1])
+        opened(browser, tmp_path / "page.html", width=window[0], height=window[1])
         box = browser.run("return document.querySelector('canvas').getBoundingClientRect()")
         assert box["height"] <= 0.81 * window[1]
         assert box["height"] / box["width"] == pytest.approx(height / width, rel=0.02)

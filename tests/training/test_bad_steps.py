@@ -62,7 +62,7 @@ def by_hand(config, steps):
     tx = make_optimizer(config, config.total_steps)
     kernels, _ = choose_kernels(vit.model, shape[:2], jax.devices())
     model = vit.model.clone(kernels=kernels)
-    train_step = make_step_from_config(config, model, tx, make_mesh(), task.value_range)
+    train_step = make_step_from_config(config, model, tx, make_mesh(), task.train_split[1])
     state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, ema=True)
     saved, batches = None, task.train_batches(0)
     for i, batch in enumerate(batches):

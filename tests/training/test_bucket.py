@@ -8,6 +8,7 @@ import pytest
 
 from tests.group import Group
 from vit_jax import load
+from vit_jax.cli import main
 from vit_jax.errors import UserError
 from vit_jax.files import as_path
 from vit_jax.training import run
@@ -26,7 +27,7 @@ def left(workdir) -> tuple[bytes, list[dict]]:
 
 
 @pytest.mark.usefixtures("no_image")
-def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole, tmp_path, capsys):
+def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole, capsys):
     result = run(tiny("profile=(12,13)"), bucket)
     assert (result.finished, result.step) == (True, 40)
     names = {path.name.partition(".out.")[0] for path in bucket.iterdir()}
@@ -34,6 +35,7 @@ def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole
     assert left(bucket) == left(whole)
     assert "nothing to do" in run(tiny(), bucket).summary
     assert load(bucket).labels == load(whole).labels
+    assert main(["evaluate", str(bucket)]) == main(["report", str(bucket)]) == 0
 
     # As if it had been killed after step 30, with a checkpoint of step 40 that is damaged.
     for name in ("weights.npz", "report.png"):
@@ -43,7 +45,7 @@ def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole
     data.write_bytes(data.read_bytes()[:-9])
     run(tiny(), bucket)
     assert left(bucket) == left(whole)
-    assert "damaged in" in capsys.readouterr().out
+    assert "damaged in" in capsys.readouterr().err
     assert (bucket / "checkpoints" / "40.damaged").exists()
 
 

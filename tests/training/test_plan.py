@@ -59,7 +59,7 @@ def real_step(config):
     batches = task.train_batches(0)
     batch = jax.device_put(next(batches), batch_sharding(mesh))
     batches.close()
-    return make_step_from_config(task.config, model, tx, mesh, task.value_range), state, batch
+    return make_step_from_config(task.config, model, tx, mesh, task.train_split[1]), state, batch
 
 
 def nbytes(tree):

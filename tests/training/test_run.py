@@ -115,10 +115,10 @@ def test_a_mistake_found_before_the_first_step_leaves_no_folder_that_was_not_the
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bucket_is_no_workdir(tiny, tmp_path, monkeypatch):
+def test_other_storage_is_no_workdir(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"workdir gs://b/run is no folder: mount the bucket"):
-        run(tiny(), "gs://b/run")
+    with pytest.raises(UserError, match=r"s3://b/run can.t be used: expected a folder or gs:"):
+        run(tiny(), "s3://b/run")
     assert not list(tmp_path.iterdir())
 
 

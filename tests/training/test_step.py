@@ -384,7 +384,7 @@ def test_whole_grey_levels_are_normalised_on_the_device(options):
     floats = batch | {"image": parse("value_range(-0.5, 2)")(levels.reshape(128, 8, 1))}
     floats["image"] = floats["image"].reshape(levels.shape)
 
-    found = first_step(batch, value_range=(-0.5, 2.0), **options)
+    found = first_step(batch, normalize=parse("value_range(-0.5, 2)").normalize, **options)
     expected = first_step(floats, **options)
 
     jax.tree.map(

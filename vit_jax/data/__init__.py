@@ -16,6 +16,7 @@ _HOMES = {
     "from_huggingface": "arrays",
     "decode": "images",
     "read": "images",
+    "Normalize": "ops",
     "Preprocess": "preprocess",
     "parse": "preprocess",
     "OPERATIONS": "preprocess",

@@ -65,12 +65,6 @@ class Preprocess:
         found = [step.normalize for step in self.steps if step.normalize]
         return found[-1] if found else Normalize((127.5,), (127.5,))
 
-    @property
-    def value_range(self) -> tuple[float, float]:
-        """What 0 and 255 become, the lowest and the highest of all channels."""
-        low, high = self.range.bounds
-        return min(low), max(high)
-
     def without_normalize(self, *, as_uint8: bool = False) -> "Preprocess":
         """What comes before `normalize`, which has to be there.
 
@@ -89,14 +83,11 @@ class Preprocess:
                 break
         return Preprocess(spec, tuple(steps), "uint8")
 
-    def to_levels(self) -> tuple["Preprocess", tuple[float, float]] | None:
-        """What leaves the last value_range to others: (uint8 preprocessing, (lo, hi)).
-
-        None if there is something after it, none, or one for each channel.
-        """
-        if self.normalize is None or len(self.normalize.bounds[0]) > 1:
-            return None
-        return self.without_normalize(as_uint8=True), self.value_range
+    def split(self, *, as_uint8: bool = False) -> tuple["Preprocess", Normalize | None]:
+        """What the host does, and `normalize` for the device; all of it and None where there is
+        nothing to leave to the device. See `without_normalize`."""
+        normalize = self.normalize
+        return (self.without_normalize(as_uint8=as_uint8) if normalize else self), normalize
 
     def undo_range(self, image: np.ndarray) -> np.ndarray:
         """The uint8 image that a normalised result was made of, to be looked at."""

@@ -72,9 +72,10 @@ def score(
 
     `classes` says which of the model's `num_classes` each class of the source is.
     """
+    ops, normalize = data.parse(preprocess).split()
     images = data.eval_batches(
         source,
-        data.parse(preprocess),
+        ops,
         batch_size=divisible(batch_size),
         workers=-1,  # Processes where that pays.
         corrupt=corrupt,
@@ -88,7 +89,8 @@ def score(
         return columns
 
     mesh = make_mesh()
-    step = make_eval_step(model, mesh=mesh, loss="sigmoid" if source.multi_label else loss)
+    loss = "sigmoid" if source.multi_label else loss
+    step = make_eval_step(model, mesh=mesh, loss=loss, normalize=normalize)
     params = jax.device_put(params, replicated(mesh))  # Once, not with each batch.
     batches = (batch | {"label": matched(batch["label"])} for batch in images)
     return evaluate(step, params, batches, num_classes)

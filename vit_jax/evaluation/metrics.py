@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from vit_jax.errors import UserError
 from vit_jax.sharding import batch_sharding, replicated
 
 BINS = 15  # of `calibrate`, as in most of the literature; the error depends on it.
+
+if TYPE_CHECKING:
+    from vit_jax.data import Normalize
 
 
 def example_losses(
@@ -121,7 +124,7 @@ class Scores:
 
     @property
     def precision(self) -> np.ndarray:
-        """float64 (classes,): share of the predictions of a class that were right; nan of none."""
+        """float64 (classes,): share of each class's predictions that were right; nan of none."""
         return self._right_of(self.confusion.sum(axis=0))
 
     def _right_of(self, total: np.ndarray) -> np.ndarray:
@@ -136,8 +139,13 @@ class Scores:
 EvalStep = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
 
 
-def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep:
+def make_eval_step(
+    model: Any, *, mesh: Mesh, loss: str = "softmax", normalize: "Normalize | None" = None
+) -> EvalStep:
     """Compiles a network (a Linen module) and its figures of each example of a batch.
+
+    Args:
+      normalize: what is done to the images first; None if they are normalised already.
 
     Returns:
       step(params, batch) -> {"loss", "rank", "truth", "prediction", "probability"}, each (n,): the
@@ -148,7 +156,8 @@ def make_eval_step(model: Any, *, mesh: Mesh, loss: str = "softmax") -> EvalStep
 
     def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         rest = dict(batch)
-        logits, labels = model.apply({"params": params}, rest.pop("image")), rest.pop("label")
+        images, labels = rest.pop("image"), rest.pop("label")
+        logits = model.apply({"params": params}, normalize(images) if normalize else images)
         classes = logits.shape[-1]
         truth, unknown = labels, jnp.zeros(len(labels), bool)
         if labels.ndim == 2:

@@ -263,15 +263,14 @@ def _draw_curve(ax: "Axes", name: str, metrics: Sequence[Mapping[str, Any]]) -> 
     from matplotlib.ticker import MaxNLocator
 
     curves = _curves(metrics)
-    lines = curves[name]
     if name == "loss":
-        _draw_loss(ax, *lines)
+        _draw_loss(ax, *curves[name])
     elif name == "accuracy":
-        _draw_accuracy(ax, *lines)
+        _draw_accuracy(ax, *curves[name])
     elif name == "learning rate":
-        _draw_single(ax, lines[0], "Learning rate", "{x:.2g}")
+        _draw_single(ax, curves[name][0], "Learning rate", "{x:.2g}")
     else:
-        _draw_single(ax, lines[0], "Training: images a second", "{x:,.0f}")
+        _draw_single(ax, curves[name][0], "Training: images a second", "{x:,.0f}")
     last = max(step for lines in curves.values() for points in lines for step, _ in points)
     ax.grid()
     ax.set_xlim(0, max(last, 1) * 1.02)

@@ -122,8 +122,7 @@ def overlay(view: ImageView, values: np.ndarray | None = None) -> np.ndarray:
       values: (rows, columns) shown as heat from the minimum to the maximum; or (rows, columns, 3)
         in [0, 1], colours in place of the image; or None for the image alone.
 
-    Returns:
-      uint8 (h, w, 3) in the image's own aspect, in a size to be looked at.
+    Returns uint8 (h, w, 3) in the image's own aspect, in a size to be looked at.
     """
     from matplotlib import colormaps
 

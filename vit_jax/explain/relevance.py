@@ -85,9 +85,8 @@ def class_targets(vit: Pretrained, classes: Sequence[int | str]) -> list[tuple[s
         texts = [str(text) for text in classes]
         return list(zip(texts, vit.embed_texts(texts), strict=True))
     assert vit.spec.num_classes is not None  # It gives classes.
-    one_hot = np.eye(vit.spec.num_classes, dtype=np.float32)
-    indices = [class_index(vit, name) for name in classes]
-    return [(first_name(vit.label(i)), one_hot[i]) for i in indices]
+    indices, places = [class_index(vit, c) for c in classes], np.arange(vit.spec.num_classes)
+    return [(first_name(vit.label(i)), (places == i).astype(np.float32)) for i in indices]
 
 
 def class_index(vit: Pretrained, name: int | str) -> int:
@@ -118,7 +117,7 @@ def first_name(label: str) -> str:
 def relevance_map(
     vit: Pretrained, tower: Tower, pixels: np.ndarray, target: np.ndarray
 ) -> np.ndarray:
-    """float32 (rows, columns): relevance of one image for one of `class_vectors`."""
+    """float32 (rows, columns): relevance of one image for one of `class_targets`."""
     unit = vit.classifies_by_text
     return on_grid(tower, np.asarray(_relevance(tower.model, unit, tower.params, pixels, target)))
 

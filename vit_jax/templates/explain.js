@@ -11,7 +11,7 @@ for (const viewer of document.querySelectorAll(".viewer")) {
   const [top, left, height, width] = known.box;
   const blocks = [...new Set(known.layers.map(([block]) => block))];
   const headsOf = block => known.layers.filter(([b, head]) => b === block && head !== null).length;
-  let asking = known.first ? 0 : Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+  let query = known.first ? 0 : Math.floor(rows / 2) * columns + Math.floor(columns / 2);
 
   const percent = x => (100 * x).toFixed(x < .0995 ? 1 : 0) + "%";
   const place = patch => `row ${Math.floor(patch / columns) + 1}, column ${patch % columns + 1}`;
@@ -22,7 +22,7 @@ for (const viewer of document.querySelectorAll(".viewer")) {
     headSlider.max = Math.max(...blocks.map(headsOf));
     const head = heads && headSlider.value > 0 ? headSlider.value - 1 : null;
     const layer = known.layers.findIndex(([b, h]) => b === block && h === head);
-    const start = (layer * tokens + asking) * tokens, scale = known.top[layer * tokens + asking];
+    const start = (layer * tokens + query) * tokens, scale = known.top[layer * tokens + query];
     const row = weights.subarray(start, start + tokens);
 
     const blockText = `Block ${block + 1}`;
@@ -46,17 +46,17 @@ for (const viewer of document.querySelectorAll(".viewer")) {
       context.fillStyle = `rgba(255, ${120 + Math.round(110 * weight / most)}, 40, ${.7 * weight / most})`;
       context.fillRect(...cell(patch));
     });
-    if (asking >= known.first) {
+    if (query >= known.first) {
       context.lineWidth = Math.max(2, w / 150);
       context.strokeStyle = "#4cc3ff";
-      context.strokeRect(...cell(asking - known.first));
+      context.strokeRect(...cell(query - known.first));
     }
-    const asks = asking < known.first ? "The class token" : `The patch in ${place(asking - known.first)}`;
+    const subject = query < known.first ? "The class token" : `The patch in ${place(query - known.first)}`;
     const best = patches.map((weight, patch) => [weight, patch]).sort(([a], [b]) => b - a).slice(0, 3);
     const share = weight => percent(weight / 255 * scale);
     const looks = best.map(([weight, patch]) => `${place(patch)} (${share(weight)})`);
     if (known.first) looks.push(`the class token (${share(row[0])})`);
-    said.textContent = `${asks} attends to ${looks.join("; ")}.`;
+    said.textContent = `${subject} attends to ${looks.join("; ")}.`;
   }
 
   function point(event) {
@@ -64,7 +64,7 @@ for (const viewer of document.querySelectorAll(".viewer")) {
     const x = ((event.clientX - area.left) / area.width - left) / width;
     const y = ((event.clientY - area.top) / area.height - top) / height;
     if (x < 0 || y < 0 || x >= 1 || y >= 1) return;
-    asking = known.first + Math.floor(y * rows) * columns + Math.floor(x * columns);
+    query = known.first + Math.floor(y * rows) * columns + Math.floor(x * columns);
     show();
   }
 
@@ -73,15 +73,15 @@ for (const viewer of document.querySelectorAll(".viewer")) {
     const moves = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
     if (!(event.key in moves)) return;
     event.preventDefault();
-    const [down, right] = moves[event.key], patch = Math.max(asking - known.first, 0);
+    const [down, right] = moves[event.key], patch = Math.max(query - known.first, 0);
     const row = Math.min(Math.max(Math.floor(patch / columns) + down, 0), rows - 1);
     const column = Math.min(Math.max(patch % columns + right, 0), columns - 1);
-    asking = known.first + row * columns + column;
+    query = known.first + row * columns + column;
     show();
   };
   const button = viewer.querySelector("button");
   button.hidden = !known.first;
-  button.onclick = () => { asking = 0; show(); };
+  button.onclick = () => { query = 0; show(); };
   for (const slider of [blockSlider, headSlider]) {
     slider.min = slider.value = 0;
     slider.oninput = show;

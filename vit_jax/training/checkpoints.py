@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from vit_jax.errors import NO_ROOM, UserError, first_line
+from vit_jax.errors import NO_ROOM, UserError, error_chain, first_line
 from vit_jax.files import is_bucket
 from vit_jax.training.distributed import allgather, is_main_process
 from vit_jax.training.state import TrainState
@@ -269,10 +269,7 @@ def _ignore_late_callbacks(hook: Callable, problem: Any) -> None:
 
 def _reason(error: BaseException) -> str:
     """The line of an error that says why: TensorStore and the system bury it in context."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    chain = error_chain(error)
     text = "\n".join(str(e) for e in chain)
     for known in map(os.strerror, NO_ROOM):
         if known in text:

@@ -29,12 +29,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vit_jax import data
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, error_chain, first_line
 from vit_jax.training.last_words import HOSTS
 
 INITIALIZATION_S = 300  # Until a process that has not come is given up.
 SHUTDOWN_S = 30  # That a process waits at its end for the others.
-GRACE_S = 10  # That one waits which fails while the others may go on.
+GRACE_S = 10  # In which a process ends that fails while the others may go on.
 EXIT_AGAIN = 75  # Exit status: start the same command again.
 
 
@@ -80,11 +80,13 @@ def initialize(
                 shutdown_timeout_seconds=SHUTDOWN_S,
             )
         except (OSError, ValueError, RuntimeError) as e:
-            # There are no others; a notebook service's TPU has no metadata server to ask for them.
-            if coordinator is None and (isinstance(e, OSError) or "should be defined" in str(e)):
+            # There is no cluster, or a notebook's TPU without a metadata server to ask for it, or
+            # this Python has computed before, alone.
+            none = isinstance(e, OSError) or re.search("should be defined|before any JAX", str(e))
+            if coordinator is None and none:
                 return
             raise UserError(
-                f"JAX can't find the other processes ({_first_line(e)}): give --coordinator, "
+                f"JAX can't find the other processes ({first_line(e)}): give --coordinator, "
                 "--num-processes and --process-id; if there are none, --num-processes=1 "
                 "--process-id=0 --coordinator=localhost:1"
             ) from e
@@ -142,14 +144,17 @@ def _explain_aborts(process_id: int, num_processes: int) -> None:
 def exit_with_others(heartbeat_timeout_s: float) -> Iterator[None]:
     """A block that the processes of a run leave together, or else end one by one.
 
-    An error is told, and the process ends with its status (2 for a UserError) even if the others
-    go on; JAX then aborts them. If the error is the loss of another process, JAX is waited for,
-    which knows which one. A single process sees nothing of all this.
+    An error is told, and becomes the SystemExit with its status (2 for a UserError). If this
+    process has not ended GRACE_S later, because what is closed on the way, or JAX at the end, waits
+    for others that go on, it ends nevertheless; JAX then aborts the others. If the error is the
+    loss of another process, JAX is waited for, which knows which one. A single process sees nothing
+    of all this.
     """
     try:
         yield
     except BaseException as error:
-        if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        alone = not jax.distributed.is_initialized() or jax.process_count() == 1
+        if alone or isinstance(error, SystemExit):
             raise
         status, text = 1, "".join(traceback.format_exception(error)).strip()
         if lost := _lost_connection(error):
@@ -166,25 +171,18 @@ def exit_with_others(heartbeat_timeout_s: float) -> Iterator[None]:
         elif isinstance(error, KeyboardInterrupt):
             status, text = 130, "vit-jax: interrupted"
         print(text, file=sys.stderr, flush=True)
-        shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        shutdown.start()
-        shutdown.join(GRACE_S)
-        if shutdown.is_alive():  # The others don't end.
-            os._exit(status)
+        end = threading.Timer(GRACE_S, os._exit, [status])
+        end.daemon = True
+        end.start()
         raise SystemExit(status) from None
 
 
-def _lost_connection(error: BaseException | None) -> str:
+def _lost_connection(error: BaseException) -> str:
     """The first line about a communication that failed, of an error or those it comes from."""
-    while error is not None:
-        if re.search(r"gloo|nccl|coordination service", str(error), re.IGNORECASE):
-            return _first_line(error)
-        error = error.__cause__ or error.__context__
+    for cause in error_chain(error):
+        if re.search(r"gloo|nccl|coordination service", str(cause), re.IGNORECASE):
+            return first_line(cause)
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def is_main_process() -> bool:

@@ -28,7 +28,6 @@ class RunData:
     test: data.Source
     train_ops: data.Preprocess
     eval_ops: data.Preprocess
-    value_range: tuple[float, float]  # What 0 and 255 of uint8 training images become.
     cores: int | None = None  # This process's share, if it isn't all that it was given.
 
     @functools.cached_property
@@ -41,6 +40,16 @@ class RunData:
         workers = (self.train, config.workers), (self.test, config.workers if many else 0)
         train, test = (data.choose_readers(*w, config.threads, self.cores) for w in workers)
         return train, test
+
+    @functools.cached_property
+    def train_split(self) -> tuple[data.Preprocess, data.Normalize | None]:
+        """What of `train_ops` is done here, and what is left to the step."""
+        return self.train_ops.split(as_uint8=self.config.image_dtype == "uint8")
+
+    @functools.cached_property
+    def eval_split(self) -> tuple[data.Preprocess, data.Normalize | None]:
+        """What of `eval_ops` is done here, and what is left to the step."""
+        return self.eval_ops.split()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -59,11 +68,11 @@ class RunData:
         return _shape(self.eval_ops, self.train)
 
     def train_batches(self, start_step: int) -> Iterator[Mapping[str, np.ndarray]]:
-        """Endless batches, this process's rows of them: "image" uint8 or float32 (n, h, w, c) and
-        "label" int32 (n,)."""
+        """Endless batches, this process's rows of them: "image" uint8 or float32 (n, h, w, c), not
+        normalised yet if `train_split` says so, and "label" int32 (n,)."""
         return data.train_batches(
             self.train,
-            self.train_ops,
+            self.train_split[0],
             batch_size=self.config.batch,
             seed=self.config.seed,
             start_step=start_step,
@@ -77,7 +86,7 @@ class RunData:
         """The test images once: also "mask" bool (n,) and "index" int32 (n,)."""
         return data.eval_batches(
             self.test,
-            self.eval_ops,
+            self.eval_split[0],
             batch_size=divisible(self.config.batch_eval),
             shard=process_slice(),
             workers=self.readers[1],
@@ -123,16 +132,12 @@ def open_data(
             f"training makes images of shape {shapes[0]} and evaluation of {shapes[1]}: "
             "give config.pp.train and config.pp.eval the same size"
         )
-    if train_ops.value_range != eval_ops.value_range:
-        ranges = ("{:g} to {:g}".format(*ops.value_range) for ops in (train_ops, eval_ops))
+    if train_ops.range != eval_ops.range:
         raise UserError(
-            "training makes images of values from {} and evaluation of values from {}: give "
-            "config.pp.train and config.pp.eval the same value_range".format(*ranges)
+            f"training makes images of values from {train_ops.range} and evaluation of values from "
+            f"{eval_ops.range}: give config.pp.train and config.pp.eval the same value_range"
         )
-    value_range = (-1.0, 1.0)
-    if config.image_dtype == "uint8" and (levels := train_ops.to_levels()):
-        train_ops, value_range = levels
-    return RunData(config, train, test, train_ops, eval_ops, value_range, cores)
+    return RunData(config, train, test, train_ops, eval_ops, cores)
 
 
 def _shape(ops: data.Preprocess, source: data.Source) -> tuple[int, int, int]:

@@ -206,17 +206,17 @@ def _memory(phase: str, task: RunData, model: Any, params: Any) -> dict[str, int
     params = jax.eval_shape(lambda params: as_trained(config, model, params)[1], params)
     model, _ = as_trained(config, model, {})
     state = _state(config, tx, params, mesh)
-    batch = _batch(task, task.train_ops, config.batch)
+    batch = _batch(task, task.train_split[0], config.batch)
     batches = _bytes(batch, mesh) * (1 + config.prefetch)
     if phase == "training":
-        step: Any = make_step_from_config(config, model, tx, mesh, task.value_range)
+        step: Any = make_step_from_config(config, model, tx, mesh, task.train_split[1])
         # What comes out takes the place of the state that goes in, but for the metrics.
         temporary = _temporary(step.lower(state, batch).compile())
         gradients = None if temporary is None else min(_bytes(state.params), temporary)
     else:
-        batch = _batch(task, task.eval_ops, config.batch_eval)
+        batch = _batch(task, task.eval_split[0], config.batch_eval)
         batches += _bytes(batch, mesh) * EVAL_BATCHES
-        step = make_eval_step(model, mesh=mesh, loss=config.loss)
+        step = make_eval_step(model, mesh=mesh, loss=config.loss, normalize=task.eval_split[1])
         temporary, gradients = _temporary(step.lower(state.params, batch).compile()), 0
     parameters = _bytes((state.params, state.ema))
     needed = {

@@ -40,6 +40,7 @@ from vit_jax.training.distributed import (
     StopSignal,
     assert_equal_across_processes,
     broadcast_from_main,
+    exit_with_others,
     is_main_process,
     raise_on_all_processes,
     share_of_cores,
@@ -152,6 +153,8 @@ def train(
         every = config.checkpoint_every if rolls_back else None
         checkpoints = Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints, every=every)
         stack.enter_context(contextlib.closing(checkpoints))
+        # Checkpoints that are being written wait, when they are closed, for all processes.
+        stack.enter_context(exit_with_others(config.silence_timeout))
         assert_equal_across_processes({"checkpoint": checkpoints.latest})
         state, damaged = checkpoints.restore(state)
         step = start = int(state.step)
@@ -272,8 +275,8 @@ def prepare(
         data=data,
         vit=dataclasses.replace(vit, params={}),  # The host's memory is not needed any more.
         mesh=mesh,
-        train_step=make_step_from_config(config, model, tx, mesh, data.value_range),
-        eval_step=make_eval_step(model, mesh=mesh, loss=config.loss),
+        train_step=make_step_from_config(config, model, tx, mesh, data.train_split[1]),
+        eval_step=make_eval_step(model, mesh=mesh, loss=config.loss, normalize=data.eval_split[1]),
         introduction="; ".join(filter(None, (introduction, why, untold(), compiled))),
     )
     with raise_on_all_processes():

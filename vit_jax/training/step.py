@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,9 @@ from vit_jax.training.config import mixup as mixup_of
 from vit_jax.training.mixing import mix
 from vit_jax.training.optimizer import schedule_of
 from vit_jax.training.state import Guard, TrainState
+
+if TYPE_CHECKING:
+    from vit_jax.data import Normalize
 
 Batch = Mapping[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -40,7 +43,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     mixup: float = 0.0,
     cutmix: float = 0.0,
-    value_range: tuple[float, float] = (-1.0, 1.0),
+    normalize: "Normalize | None" = None,
     skip_bad: bool = False,
     spike: float = 0.0,
     ema_decay: float = 0.0,
@@ -63,7 +66,8 @@ def make_train_step(
       loss: "softmax" or "sigmoid" cross-entropy.
       label_smoothing: share of a label that is spread evenly over all classes.
       mixup, cutmix: see `mix`; 0 for none.
-      value_range: what 0 and 255 of uint8 images become.
+      normalize: what is done to the images first. None: floats are normalised already, and uint8
+        is mapped to [-1, 1].
       skip_bad: whether a bad step leaves weights and optimizer as they are, see `update_guard`.
       spike: see `update_guard`.
       ema_decay: of the average of the weights, if the state has one.
@@ -72,8 +76,8 @@ def make_train_step(
       learning_rate: that of `tx`, to be among the metrics.
 
     Returns:
-      step(state, batch) -> (state, metrics). The batch holds "image", (n, h, w, c) of float32 or,
-      not yet normalised, of uint8, and "label", either int32 (n,) or float32 (n, classes). The
+      step(state, batch) -> (state, metrics). The batch holds "image", (n, h, w, c) of float32 or
+      uint8, see `normalize`, and "label", either int32 (n,) or float32 (n, classes). The
       state passed in is donated: it can't be used again. Metrics are float32 scalars on the device:
       "loss", the mean over the batch, and the global norms of its gradient before clipping,
       "grad_norm", of what the optimizer made of it, "update_norm", and of the new weights,
@@ -97,18 +101,22 @@ def make_train_step(
     def logits_of(params: Any, images: jax.Array) -> Any:
         return model.apply({"params": params}, images)
 
-    def normalize(images: jax.Array) -> jax.Array:
-        """As the operation value_range does it; floats are normalised already."""
-        if images.dtype != jnp.uint8:
+    mixes = mixup or cutmix
+
+    def normalized(images: jax.Array) -> jax.Array:
+        if normalize is None and images.dtype != jnp.uint8:
             return images
-        low, high = value_range
-        images = (images.astype(jnp.float32) - 127.5) / 127.5
-        return images * ((high - low) / 2) + (high + low) / 2
+        from vit_jax.data import parse  # Loads OpenCV.
+
+        operation = normalize or parse("value_range(-1, 1)").normalize
+        assert operation is not None
+        return operation(images)
 
     def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         if in_parts:
             params = jax.tree_util.tree_map_with_path(gather_outside_blocks, params)
-        images = normalize(images)  # A slice at a time.
+        if not mixes:  # A slice at a time.
+            images = normalized(images)
         logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         return example_losses(logits, labels, loss, label_smoothing).mean()
 
@@ -117,8 +125,8 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """With an axis of `pmap`, of the part of the batch that is on this device."""
         key = state.dropout_key()
-        if mixup or cutmix:  # Mixed images are floats, so they are normalised before.
-            batch = dict(batch, image=normalize(batch["image"]))
+        if mixes:  # Mixed images are floats, so they are normalised before.
+            batch = dict(batch, image=normalized(batch["image"]))
             classes = jax.eval_shape(logits_of, state.params, batch["image"]).shape[-1]
             batch = mix(batch, key, classes, mixup=mixup, cutmix=cutmix)
         forward: Callable = loss_fn
@@ -194,7 +202,7 @@ def make_step_from_config(
     model: nn.Module,
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    value_range: tuple[float, float],
+    normalize: "Normalize | None",
 ) -> Step:
     """The compiled step of a run, as its configuration says; see `make_train_step`."""
     on_cpus = mesh.devices.flat[0].platform == "cpu"
@@ -209,7 +217,7 @@ def make_step_from_config(
         mesh=mesh,
         **{name: config[name] for name in (*as_they_are, "ema_decay")},
         mixup=mixup_of(config),
-        value_range=value_range,
+        normalize=normalize,
         skip_bad=config.on_bad_step != "stop",
         # On CPUs it pays to leave it out of the other steps (with Adam it would have to be computed
         # anew); a GPU would wait for the decision.

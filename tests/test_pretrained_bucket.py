@@ -1,0 +1,64 @@
+"""Weights in a bucket."""
+
+import google.auth.exceptions
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import files, load
+from vit_jax.cli import main
+from vit_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_weights_are_written_to_a_bucket_and_read_from_there_with_their_notes(bucket, saved, kind):
+    vit = load(saved("Mixer"))
+    address = f"{bucket}/weights.{kind}"
+    vit.save(address)
+    found = load(address)
+    assert (found.labels, found.preprocess) == (vit.labels, vit.preprocess)
+    jax.tree.map(np.testing.assert_array_equal, found.params, vit.params)
+
+
+def test_an_orbax_folder_is_read_from_a_bucket(bucket, saved, tmp_path):
+    vit = load(saved("Mixer"))
+    vit.save(tmp_path / "w.orbax")
+    for file in (tmp_path / "w.orbax").rglob("*"):
+        if file.is_file():
+            (bucket / file.relative_to(tmp_path)).write_bytes(file.read_bytes())
+    found = load(f"{bucket}/w.orbax")
+    jax.tree.map(np.testing.assert_array_equal, found.params, vit.params)
+
+
+def test_what_holds_no_weights_is_told(bucket, capsys):
+    assert main(["info", f"{bucket}/none.npz"]) == 2
+    assert "there is no such file or folder in the bucket" in capsys.readouterr().err
+    (bucket / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"is no workdir of a training run: it holds no weights"):
+        load(f"{bucket}/run")
+    (bucket / "run" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has not finished: start it again, and it goes on"):
+        load(f"{bucket}/run")
+
+
+def test_without_credentials_that_is_told(bucket, monkeypatch):
+    def client():
+        raise google.auth.exceptions.DefaultCredentialsError
+
+    monkeypatch.setattr(files, "_bucket_client", client)
+    with pytest.raises(UserError, match="has no credentials for Google Cloud: run gcloud auth"):
+        files.upload(bucket / "file", open(files.os.devnull, "rb"))  # noqa: SIM115
+
+
+def test_published_weights_need_no_credentials(bucket, monkeypatch):
+    from vit_jax.checkpoints import hub
+
+    assert hub.needs_credentials(str(bucket))
+    assert not hub.needs_credentials("gs://vit_models/augreg/Ti_16.npz")
+    monkeypatch.setenv("VIT_JAX_OFFLINE", "1")
+    assert not hub.needs_credentials(str(bucket))
