@@ -77,6 +77,8 @@ def networks(draw) -> tuple[str, dict]:
     return family, changes
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @settings(max_examples=8, deadline=None)
 @given(network=networks(), style=st.sampled_from(checkpoints.STYLES), data=st.data())
 def test_any_network_comes_back_and_gives_the_papers_logits(network, style, data):

@@ -4,9 +4,13 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "dispatch.py"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_step_costs_the_main_thread_less_than_a_millisecond(capsys):
     spec = importlib.util.spec_from_file_location("dispatch", BENCHMARK)
     benchmark = importlib.util.module_from_spec(spec)

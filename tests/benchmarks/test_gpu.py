@@ -51,6 +51,8 @@ def run(*options: str, lacking: tuple[str, ...], folder: Path) -> subprocess.Com
     )
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_tiny_form_runs_on_a_cpu_without_what_a_bare_image_lacks(tmp_path):
     out = tmp_path / "gpu.md"
     out.write_text("# Before\n\nThis list of variants has not run on a GPU yet.\n")

@@ -186,6 +186,8 @@ def test_a_damaged_value_leaves_no_half_file(source, tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak")
 @pytest.mark.parametrize("kind", ["npz", "compressed", "scanned"])
 def test_one_array_is_in_memory_at_a_time(kind, tmp_path):

@@ -121,6 +121,8 @@ def test_a_damaged_chunk_is_refused(saver, tmp_path):
         chunk.touch()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak")
 def test_converting_takes_less_than_three_times_the_largest_array(tmp_path):
     """From and to Orbax folders, its own and others'."""

@@ -130,6 +130,8 @@ def test_evaluate_compares_a_lit_bundle_with_the_names_of_the_folders(saved, tmp
     assert table.read_text().count("bright") >= 4
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("family", ["hybrid", "Mixer"])
 def test_evaluate_knows_every_family(family, saved, tmp_path, capsys):
     path = saved(family, num_classes=2)

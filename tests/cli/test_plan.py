@@ -13,6 +13,8 @@ from vit_jax.training import plan as plan_module
 PLAN = ("plan", f"--config={TINY}", "--config.total_steps=3600", "--config.warmup_steps=1")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_person_gets_a_table_a_verdict_time_and_cost(capsys):
     assert main([*PLAN, "--devices=2", "--chip=v5e", "--price=2.5"]) == 0
     text = capsys.readouterr().out

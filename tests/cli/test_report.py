@@ -77,6 +77,8 @@ def test_of_a_run_that_has_saved_nothing_there_are_curves_only(copy, capsys):
     assert "<h2>Confusion" not in page
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_whose_images_have_several_labels(tmp_path, capsys):
     photos = write_images(tmp_path / "photos", 4, size=12)
     rows = ["path,label,split"]

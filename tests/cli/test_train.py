@@ -51,6 +51,8 @@ def test_memory_is_taken_from_the_system_once():
     assert faults < 1_000  # 500,000 without.
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_nothing_is_changed_where_that_is_said_or_of_no_use():
     told, faults = kept(VIT_JAX_KEEP_MEMORY="0")
     assert not told

@@ -171,6 +171,8 @@ def open_files() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.EMFILE])
 @pytest.mark.parametrize("at", [(subprocess, "Popen"), (os, "pipe"), (os, "memfd_create")])
 def test_where_no_process_or_file_can_be_had_threads_read(at, error, monkeypatch, caplog):

@@ -153,7 +153,7 @@ def test_folders_named_by_the_first_words_of_imagenet_are_found(shared, tmp_path
 
 def test_weights_without_a_head_cannot_be_evaluated(folder):
     vit = network(sorted(COLOURS))
-    headless = dataclasses.replace(vit, spec=dataclasses.replace(vit.spec, num_classes=None))
+    headless = dataclasses.replace(vit, spec=vit.spec.replace(num_classes=None))
     with pytest.raises(UserError, match="no head"):
         evaluate_images(headless, open_all(folder))
 

@@ -63,11 +63,15 @@ def is_whole(figure):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("k", [1, 10, 37, 1000])
 def test_any_number_of_classes_is_drawn_with_no_text_cut_off(drawn, k):
     assert is_whole(drawn(k, metrics=curves()))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "changes",
     [

@@ -67,6 +67,8 @@ def overlap(maps: np.ndarray, where: np.ndarray) -> float:
     return float(((found & where).sum((1, 2)) / (found | where).sum((1, 2))).mean())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_object_is_what_it_looks_at(trained):
     images, classes, where = scenes(COUNT, 0)
     relevant = [

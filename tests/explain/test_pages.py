@@ -120,6 +120,8 @@ def test_pointing_and_sliding_change_what_is_shown(written, browser):
     assert browser.complaints() == []
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_kind_of_network_has_a_page(network, written, browser, tmp_path):
     for kind in ("unpooled", "MAP", "LiT"):
         vit = network(kind)

@@ -38,6 +38,8 @@ def slopes(vit: Pretrained, image: np.ndarray, index: int) -> tuple:
     return jax.device_get(vit.model.attention_weights(build(found)))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["token", "MAP"])
 def test_relevance_is_the_formula_with_numerical_gradients(network, kind):
     vit = network(kind, image_size=(8, 12))

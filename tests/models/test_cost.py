@@ -17,6 +17,8 @@ def counted(function, *shapes) -> float:
     return count_flops(jax.make_jaxpr(function)(*arguments))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "name", ["ViT-Ti_16", "ViT-S_32", "ViT-S_16-gap-norep", "R+ViT-Ti_16", "Mixer-B_32"]
 )

@@ -131,6 +131,8 @@ def test_a_hybrid_is_the_papers(fields, shape):
         np.testing.assert_allclose(logits, expected, atol=6e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("fields", "shape"),
     [

@@ -96,6 +96,8 @@ def images(spec, n: int = 2) -> np.ndarray:
     return np.random.default_rng(n).uniform(-1, 1, (n, *spec.image_size, 3)).astype(np.float32)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_plain_formulation(case):
     spec = vit_spec(**CASES[case])
@@ -172,6 +174,8 @@ def test_registers_have_no_place_and_stay_when_the_grid_changes(tmp_path):
     np.testing.assert_array_equal(found.params["registers"], vit.params["registers"])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("classifier", ["token", "gap"])
 def test_registers_are_no_patches_on_a_map(classifier):
     vit = make(vit_spec(num_registers=3, classifier=classifier))

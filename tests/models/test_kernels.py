@@ -61,6 +61,8 @@ def test_nobody_attends_to_what_is_masked():
     np.testing.assert_allclose(np.sum(found, axis=-1), 1, rtol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("images", [1, 3, 4, 8])
 def test_attention_and_its_derivative_are_those_of_the_formula(form, images):
@@ -127,6 +129,8 @@ def test_the_form_for_cpus_refuses_padding():
 # Dense layers.
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6), (0, 3, 6)])
 @pytest.mark.parametrize("features", [3, 6, 12, (3, 2)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -295,6 +299,8 @@ def network(family: str):
     return value, params, images
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("family", mostly_slow(SPECS, "Mixer", "sincos2d token"))
 def test_every_network_has_derivatives_of_every_kind(family):
     """Along a random direction of params and images: once by forward mode as by reverse mode, and
@@ -330,6 +336,8 @@ def test_every_network_has_derivatives_of_every_kind(family):
     assert hessian == pytest.approx(twice_reverse, rel=1e-3, abs=1e-3 * abs(reverse))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("family", mostly_slow(OTHERS, "Mixer", "MAP"))
 def test_a_network_of_each_image_is_the_network_of_the_batch(family):
     _, params, images = network(family)
@@ -351,6 +359,8 @@ def test_a_network_of_each_image_is_the_network_of_the_batch(family):
     np.testing.assert_allclose(slopes, expected, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("family", mostly_slow(SPECS, "Mixer", "MAP"))
 def test_the_forms_for_cpus_give_the_numbers_and_gradients_of_the_stock_ones(family):
     value, params, images = network(family)
@@ -443,6 +453,8 @@ def test_what_is_padded_is_what_the_kernel_takes():
         jax.eval_shape(for_seventeen.init, jax.random.key(0), images)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_dropout_of_attention_sees_no_padding():
     model = create_model("ViT-Ti_16", 5, patch_size=(4, 4), hidden_size=16, num_layers=1,
                          num_heads=2, mlp_dim=16, attention_dropout_rate=0.5)  # fmt: skip
@@ -558,6 +570,8 @@ def test_cudnn_is_not_taken_where_its_numbers_are_wrong(gpu, monkeypatch, wrong)
     assert choose() == (Kernels(), "attention by xla: cuDNN gives other numbers here")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_network_gives_the_same_by_cudnn_and_shows_the_same_weights(cudnn):
     images = normal(2, 8, 8, 3)
     model = create_model("ViT-Ti_16", 10, dtype=jnp.bfloat16, head_bias_init=1.0, **SMALL)

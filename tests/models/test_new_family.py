@@ -208,6 +208,8 @@ def test_it_is_explained(workdir):
         explain.position_similarity(vit)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_it_is_planned():
     planned = plan(config_of(), classes=10, memory=1e9)
     model = vit_jax.create_model("Window-mu_2", 10)
@@ -216,6 +218,8 @@ def test_it_is_planned():
     assert planned["fits"]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_stacked_and_sharded_it_learns_the_same(workdir, tmp_path):
     """Its blocks in a loop, and each weight in parts over the devices."""
     fields = ("total_steps=6", "model.window=8", "scan_layers=True", "sharding=fsdp", "remat=full")
@@ -229,6 +233,8 @@ def test_stacked_and_sharded_it_learns_the_same(workdir, tmp_path):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_it_is_trained_further_from_its_file_which_has_to_fit(workdir, tmp_path):
     weights = f"model_or_filename={workdir / 'weights.npz'}"
     assert training.run(config_of("total_steps=2", "warmup_steps=0", "model.name=", weights),

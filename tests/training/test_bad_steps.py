@@ -134,6 +134,8 @@ def test_without_a_bad_step_nothing_is_changed_by_the_guard(tiny, tmp_path, outc
         assert lines == plain[1]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("how", "bad", "message"),
     [
@@ -156,6 +158,8 @@ def test_a_run_that_stopped_at_a_bad_step_goes_on_by_skipping_it(tiny, tmp_path,
     assert run(guarded(tiny, "skip"), tmp_path).finished
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("progress_every", [1, 40])
 def test_a_gradient_that_jumps_is_a_bad_step_too(progress_every, tiny, tmp_path):
     with pytest.raises(UserError, match=r"the grad_norm \S+ was 1\.\d+ times the usual \S+; what"):

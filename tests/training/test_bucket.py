@@ -26,6 +26,8 @@ def left(workdir) -> tuple[bytes, list[dict]]:
     return (as_path(workdir) / "weights.npz").read_bytes(), lines
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.usefixtures("no_image")
 def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole, capsys):
     result = run(tiny("profile=(12,13)"), bucket)

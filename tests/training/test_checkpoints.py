@@ -121,6 +121,8 @@ def test_any_bit_and_any_two_places_exchanged_change_the_digest():
     assert digest([zeros])[0] != digest([zeros + 1])[0]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_jumps_of_the_clock_change_nothing(tiny, tmp_path, outcome, whole, monkeypatch):
     import time
 

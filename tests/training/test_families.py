@@ -41,6 +41,7 @@ FROM_SCRATCH = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "family",
     [f if f == "Mixer" else pytest.param(f, marks=pytest.mark.slow) for f in FROM_SCRATCH],

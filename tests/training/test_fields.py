@@ -293,6 +293,8 @@ def rows():
             yield pytest.param(field, value, marks=marks, id=f"{field}={value}")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.usefixtures("no_image")
 @pytest.mark.parametrize(("field", "value"), [*rows()])
 def test_a_field_set_alone_trains_or_is_refused_in_one_line(field, value, plain, tmp_path, capfd):

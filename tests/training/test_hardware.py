@@ -124,6 +124,8 @@ def test_cpus_have_neither_figure_and_nobody_expects_them(monkeypatch):
     assert untold() == ""
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_needs_nothing_that_a_platform_may_not_tell(monkeypatch, tmp_path, capsys):
     """Cost, memory of programs, memory of devices, the host as a device of its own: nothing is
     there, as on some GPUs and TPUs."""

@@ -161,6 +161,8 @@ def test_they_also_test_where_there_are_many_images(tiny):
     assert readers(tiny("threads=0"), 4, (many, many)) == ["4 worker processes"] * 2
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_first_line_of_a_run_says_who_reads_and_why_no_others(
     tiny, tmp_path, monkeypatch, capsys
 ):
@@ -182,6 +184,8 @@ def test_the_first_line_of_a_run_says_who_reads_and_why_no_others(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.usefixtures("no_image")
 def test_processes_that_were_chosen_train_to_the_end(tiny, tmp_path, monkeypatch, capsys, outcome):
     digits, seen = data.open_source("digits", "train"), tmp_path / "seen"

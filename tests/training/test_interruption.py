@@ -110,6 +110,8 @@ def check_kills(kills, fields, tiny, tmp_path, outcome):
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_killed_while_it_steps_and_while_it_saves_ends_like_one_left_alone(
     tiny, tmp_path, outcome
 ):
@@ -314,6 +316,8 @@ def test_a_disk_that_fills_up_in_a_save_keeps_the_checkpoint_before_and_the_run_
         assert outcome(workdir) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_disk_without_any_room_left_is_one_line_and_harms_nothing(
     whole, tiny, tmp_path, outcome, capfd
 ):
@@ -338,6 +342,8 @@ def test_a_disk_without_any_room_left_is_one_line_and_harms_nothing(
         assert outcome(workdir) == outcome(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_weights_that_cannot_be_written_at_the_end_are_written_by_the_next_start(
     whole, tiny, tmp_path, outcome, monkeypatch
 ):

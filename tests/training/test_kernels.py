@@ -18,6 +18,8 @@ def test_what_can_not_be_is_refused_before_anything_is_trained(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_by_cudnn_says_so_and_pads_what_a_class_token_makes_odd(
     tiny, monkeypatch, tmp_path, capfd, no_image
 ):
@@ -38,6 +40,8 @@ def test_a_run_by_cudnn_says_so_and_pads_what_a_class_token_makes_odd(
     assert tokens == {8}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_loaded_weights_answer_by_the_kernels_of_their_device(monkeypatch, platform, tmp_path):
     vit = families.make("MAP", tmp_path)

@@ -12,6 +12,8 @@ def traces(workdir):
     return list(workdir.rglob("plugins/profile/*/*.xplane.pb"))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("steps", ["(2, 3)", "(2, 100)"])
 def test_steps_are_traced_also_where_the_run_ends_first(tiny, tmp_path, steps, capsys):
     run(tiny("total_steps=4", "eval_every=0", f"profile={steps}"), tmp_path)
@@ -22,6 +24,8 @@ def test_steps_are_traced_also_where_the_run_ends_first(tiny, tmp_path, steps, c
     assert told == (steps == "(2, 3)")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_profiler_that_is_in_use_costs_the_trace_and_not_the_run(tiny, tmp_path, capsys):
     with jax.profiler.trace(tmp_path / "other"):
         run(tiny("total_steps=4", "eval_every=0", "profile=(1, 2)"), tmp_path / "run")

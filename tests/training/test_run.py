@@ -75,6 +75,8 @@ def test_the_learning_rate_in_the_metrics_is_the_one_that_was_applied(whole, tin
             assert line["train/lr"] == pytest.approx(float(schedule(line["step"] - 1)), rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_equal_seeds_give_equal_runs_and_another_seed_another(whole, tiny, tmp_path, outcome):
     run(tiny("threads=2", "prefetch=5"), tmp_path / "same")
     run(tiny("seed=1"), tmp_path / "other")
@@ -152,6 +154,8 @@ def test_a_damaged_config_json_is_refused(tmp_path, tiny, text):
         run(tiny(), tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_images_that_have_changed_since_the_run_began_are_refused(tiny, tmp_path, monkeypatch):
     for name in ("train/dark", "train/bright", "test/dark", "test/bright"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -231,6 +235,8 @@ def test_a_run_stopped_by_sigterm_goes_on_exactly(
 
 
 # An evaluation has three batches; the second one is that of the last step.
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("number", "after"),
     [(1, 0), *(pytest.param(1, n, marks=SLOW) for n in (2, 3)), (2, 1), (2, 3)],
@@ -308,6 +314,8 @@ def test_training_and_evaluation_have_to_make_images_of_one_shape(tiny, tmp_path
         run(tiny("pp.train=resize(4)"), tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_bfloat16_trains_and_leaves_float32_weights(tiny, tmp_path):
     run(tiny("dtype=bfloat16", "total_steps=8"), tmp_path)
     assert {str(x.dtype) for x in jax.tree.leaves(load(tmp_path).params)} == {"float32"}
@@ -402,12 +410,16 @@ def test_the_loss_is_looked_at_before_a_checkpoint_replaces_a_good_one(tiny, tmp
     assert saved_steps(tmp_path) == [1]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_last_checkpoints_are_kept(keep, tiny, tmp_path, saved_steps):
     run(tiny(f"keep_checkpoints={keep}", "checkpoint_every=5", "eval_every=0"), tmp_path)
     assert saved_steps(tmp_path) == list(range(5, 41, 5))[-keep:]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_keep_best_keeps_the_weights_of_the_best_evaluation(tiny, tmp_path):
     # A learning rate that destroys in the second half what the first has learnt.
     config = tiny("keep_best", "eval_every=5", "decay_type=constant", "base_lr=0.3")

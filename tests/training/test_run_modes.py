@@ -32,6 +32,7 @@ def plain(tmp_path_factory, tiny, outcome):
     return outcome(workdir)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "fields",
     [

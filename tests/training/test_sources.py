@@ -159,6 +159,8 @@ def several(photos, tmp_path):
     return f"dataset={tmp_path / 'several.jsonl'}"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_several_labels_train_with_the_sigmoid_loss_only(photos, tiny, tmp_path, capsys):
     dataset = several(photos, tmp_path)
     with pytest.raises(UserError, match=r"config\.loss is softmax.*use --config\.loss=sigmoid"):

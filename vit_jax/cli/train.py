@@ -49,14 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=kind, help=meaning)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run, takes_fields=True)
-    options_help = parser.format_help
-    parser.format_help = lambda: options_help() + _fields_help()  # type: ignore[method-assign]
+    examples = (
+        parser.epilog
+    )  # The fields stand before them, and cost nothing unless they are shown.
+
+    def format_help() -> str:  # The fields stand before the examples, and cost nothing else.
+        parser.epilog = f"{_fields_help()}\n{examples}" if examples else _fields_help()
+        return argparse.ArgumentParser.format_help(parser)
+
+    parser.format_help = format_help  # type: ignore[method-assign]
 
 
 def _fields_help() -> str:
     from vit_jax.training.config import FIELDS
 
-    lines = ["", "fields of the configuration, their defaults, what they mean:"]
+    lines = ["fields of the configuration, their defaults, what they mean:"]
     for field in FIELDS.values():
         is_choice = field.values and isinstance(field.default, str)
         choices = f" ({', '.join(field.values)})" if is_choice else ""
