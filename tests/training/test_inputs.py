@@ -118,6 +118,7 @@ def test_what_passes_before_the_clock_is_restarted_is_not_idle():
 
 
 def test_closing_ends_the_threads_and_the_reading_and_leaves_nothing_on_the_devices():
+    gc.collect()  # What other tests left.
     batches, before = Batches(), threading.active_count()
     arrays = len(jax.live_arrays())
     feed = prefetcher(batches, 2)
