@@ -41,11 +41,9 @@ FROM_SCRATCH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.parametrize(
-    "family",
-    [f if f == "Mixer" else pytest.param(f, marks=pytest.mark.slow) for f in FROM_SCRATCH],
-)
+@pytest.mark.parametrize("family", FROM_SCRATCH)
 def test_any_family_is_trained_from_scratch_and_then_from_its_file(family, tmp_path):
     fields = FROM_SCRATCH[family]
 

@@ -432,6 +432,8 @@ def test_keep_best_keeps_the_weights_of_the_best_evaluation(tiny, tmp_path):
     assert load(tmp_path / "weights_best.npz").labels == tuple("0123456789")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_averaged_weights_are_evaluated_and_left(tiny, tmp_path):
     # Before the first step a state is saved to roll back to.
     fields = ("total_steps=6", "checkpoint_every=1", "keep_checkpoints=9", "eval_every=3")
@@ -465,6 +467,8 @@ def test_averaged_weights_are_evaluated_and_left(tiny, tmp_path):
         run(tiny(*fields), tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_without_checkpoints_or_evaluations_on_the_way_the_end_still_has_both(
     tiny, tmp_path, saved_steps
 ):

@@ -32,13 +32,11 @@ def plain(tmp_path_factory, tiny, outcome):
     return outcome(workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize(
     "fields",
-    [
-        ("scan_layers=True", "remat=full"),
-        pytest.param(("compile=pmap",), marks=pytest.mark.slow),
-    ],
+    [("scan_layers=True", "remat=full"), ("compile=pmap",)],
     ids=lambda f: f[-1],
 )
 def test_a_run_leaves_the_files_of_the_plain_one(tiny, outcome, plain, tmp_path, fields):

@@ -110,6 +110,8 @@ def as_hugging_face(photos, tmp_path):
     return [f"dataset={tmp_path / 'saved'}"]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "spelled",
     [as_csv, as_json_lines, as_tfds_name, as_prepared, as_npz, as_hugging_face],
