@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Trains, or goes on with a run that was stopped; the same as vit-jax train.",
         epilog="absl's options about logging are accepted and have no effect",
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_arguments(parser)
     parser.add_argument(*_OF_ABSL, action="store_true", dest="absl", help=argparse.SUPPRESS)

@@ -49,11 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=kind, help=meaning)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run, takes_fields=True)
-    examples = (
-        parser.epilog
-    )  # The fields stand before them, and cost nothing unless they are shown.
+    examples = parser.epilog
 
-    def format_help() -> str:  # The fields stand before the examples, and cost nothing else.
+    def format_help() -> str:  # The fields are only looked up where help is asked for.
         parser.epilog = f"{_fields_help()}\n{examples}" if examples else _fields_help()
         return argparse.ArgumentParser.format_help(parser)
 

@@ -153,7 +153,8 @@ def train(
         every = config.checkpoint_every if rolls_back else None
         checkpoints = Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints, every=every)
         stack.enter_context(contextlib.closing(checkpoints))
-        # Checkpoints that are being written wait, when they are closed, for all processes.
+        # Once more than in the command line: checkpoints that are being written wait, when they are
+        # closed, for all processes, so a process that fails alone has to end before that.
         stack.enter_context(exit_with_others(config.silence_timeout))
         assert_equal_across_processes({"checkpoint": checkpoints.latest})
         state, damaged = checkpoints.restore(state)
@@ -392,10 +393,10 @@ class BadStep(NamedTuple):
 def read_metrics(
     unread: deque[UnreadStep], last: int, config: ConfigDict, log: RunLog
 ) -> BadStep | None:
-    """Reports the due ones of the steps up to number `last`, which it waits for, if that one is due
-    or the latest.
+    """Reads the metrics of the steps up to number `last`, and reports those that are due.
 
-    Of bad ones it does what `apply_bad_step_policy` says; given is one to go back for.
+    Nothing is read, and so nothing waited for, unless step `last` is due or the latest one. Bad
+    steps are handled by `apply_bad_step_policy`; one that the run has to go back for is returned.
     """
     total = config.total_steps
 
