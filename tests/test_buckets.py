@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -187,3 +188,17 @@ def test_copies_are_made_once_for_each_version(bucket, tmp_path, monkeypatch):
     assert (folder / "a" / "b").read_text() + (folder / "c").read_text() == "bc"
     with pytest.raises(UserError, match="there is no such file or folder in the bucket"):
         buckets.local_copy(bucket / "none")
+
+
+def test_names_that_lead_out_of_the_cache_are_refused(monkeypatch):
+    objects = [SimpleNamespace(name="run/../../../bashrc", generation=1, size=1)]
+    store = SimpleNamespace(name="theirs", list_blobs=lambda prefix: objects)
+    blob = SimpleNamespace(bucket=store, name="run", exists=lambda: False)
+    monkeypatch.setattr(buckets, "blob_of", lambda path: blob)
+    with pytest.raises(UserError, match=r"an object is named 'run/\.\./\.\./.*no path here"):
+        buckets.local_copy("gs://theirs/run")
+
+
+def test_a_folder_whose_name_would_mean_a_bucket_is_refused():
+    with pytest.raises(UserError, match="/gs stands for a bucket"):
+        as_path("/gs/runs/a")

@@ -331,6 +331,9 @@ def test_wishes_that_make_no_sense_are_refused(saved, wishes, message):
         {"classifier": "mean"},
         {"preprocess": "blur(3)"},
         {"preprocess": None},
+        {"untold": {"layer_norm_epsilon": "abc"}},
+        {"untold": {"layer_scale": [1]}},
+        {"untold": None},
     ],
 )
 def test_damaged_notes_are_refused_by_name(saved, change):

@@ -140,7 +140,7 @@ class Claim:
 
     def _keep_renewing(self) -> None:
         while not self._ended.wait(self._renew_s):
-            with contextlib.suppress(UserError):  # The next `check` tells.
+            with contextlib.suppress(Exception):  # The next `check` tells.
                 self.check()
 
     def _write(self) -> bool:
@@ -234,7 +234,10 @@ def local_copy(path: str | os.PathLike, beside: Sequence[str] = ()) -> Path:
         digest = hashlib.sha256("".join(f"{b.name} {b.generation}\n" for b in blobs).encode())
         place = cache_folder() / "gs" / store.name / name / digest.hexdigest()[:12]
         root = os.path.dirname(name) if is_file else name
-        copies = [(blob, place / os.path.relpath(blob.name, root or ".")) for blob in blobs]
+        for blob in blobs:  # Names of objects are free: this one would lead out of the cache.
+            if ".." in blob.name.split("/") or "//" in blob.name or blob.name.startswith("/"):
+                raise UserError(f"{path}: an object is named {blob.name!r}, which is no path here")
+        copies = [(blob, place / blob.name.removeprefix(f"{root}/")) for blob in blobs]
         missing = [(blob, file) for blob, file in copies if not file.exists()]
         size = sum(blob.size for blob, _ in missing)
         place.mkdir(parents=True, exist_ok=True)

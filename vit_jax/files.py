@@ -40,6 +40,8 @@ def as_path(path: str | os.PathLike) -> "epath.Path":
 
         # Listings are kept for ever else, and other libraries and processes write there, too.
         fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    elif re.match(r"/(gs|s3|az|hf)/", text):  # Which etils takes for buckets.
+        raise UserError(f"{text} can't be used: {text[:3]} stands for a bucket; link it elsewhere")
     elif re.match(r"\w+:/", text):
         raise UserError(
             f"{text} can't be used: expected a folder or gs://BUCKET/FOLDER; mount other kinds of "

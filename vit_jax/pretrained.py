@@ -460,12 +460,19 @@ def read_notes(weights: Path) -> Notes | None:
         if labels is not None and type(labels) is not list:
             raise ValueError("labels is no list")
         data.parse(notes["preprocess"])
+        fields = [(f, t) for t in FAMILIES for f in dataclasses.fields(t)]
+        kinds = {f.name: type(f.default) for f, t in fields if f.name in t.untold}
+        untold = dict(notes.get("untold", {}))
+        for name, value in untold.items():
+            optional = kinds.get(name) is type(None)  # Then it is a number, or not there.
+            if name in kinds and type(value) is not (float if optional else kinds[name]):
+                raise ValueError(f"{name} is {value!r}")
         return Notes(
             classifier,
             height_width([int(size) for size in notes["image_size"]]),
             notes["preprocess"],
             tuple(map(str, labels)) if labels else None,
-            dict(notes.get("untold", {})),
+            untold,
         )
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(

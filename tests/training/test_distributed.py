@@ -13,6 +13,7 @@ import sys
 import time
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -320,6 +321,11 @@ def test_a_process_without_others_stays_alone(monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     initialize()
     assert allgather("me") == ["me"]
+    # Of a pod that is none of a job's, JAX misses what only a job's have.
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: {}["job-name"])
+    initialize()
     with pytest.raises(UserError, match="mine"), exit_with_others(1.0):
         raise UserError("mine")
 

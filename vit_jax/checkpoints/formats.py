@@ -353,6 +353,7 @@ def _open_orbax(path: Path) -> Iterator[dict[str, LazyArray]]:
         with explained():
             # A missing piece is an error and not zeros.
             store = tensorstore.open(spec | {"fill_missing_data_reads": False}).result()
+            np.empty(store.shape, store.dtype.numpy_dtype)  # If there is no room, Python can tell.
             return store.read().result().astype(dtype, copy=False).reshape(shape)
 
     arrays: dict[str, LazyArray] = {}

@@ -355,6 +355,8 @@ def _check_images(root: str, rows: list[_Row]) -> None:
     for folder, members in folders.items():
         try:
             there = set(list_folder(os.path.join(root, folder) or "."))
+        except UserError:  # A bucket that can't be read.
+            raise
         except (OSError, ValueError):  # ValueError: no path at all.
             there = set()
         missing += [row for row in members if os.path.basename(row.path) not in there]

@@ -221,7 +221,7 @@ def saved_steps(folder: epath.Path) -> list[int]:
 
 
 def _absolute(folder: epath.Path) -> epath.Path:
-    return folder if is_bucket(folder) else folder.resolve()
+    return folder if is_bucket(folder) else epath.Path(os.path.realpath(folder))
 
 
 def _renamed(state: TrainState, names: Mapping[str, str]) -> TrainState:

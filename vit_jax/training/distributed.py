@@ -79,11 +79,13 @@ def initialize(
                 heartbeat_timeout_seconds=max(math.ceil(heartbeat_timeout_s), 1),
                 shutdown_timeout_seconds=SHUTDOWN_S,
             )
-        except (OSError, ValueError, RuntimeError) as e:
+        except Exception as e:
             # There is no cluster, or a notebook's TPU without a metadata server to ask for it, or
-            # this Python has computed before, alone.
+            # this Python has computed before, alone; or a pod of Kubernetes is none of a job's, of
+            # which JAX makes errors of many kinds.
             none = isinstance(e, OSError) or re.search("should be defined|before any JAX", str(e))
-            if coordinator is None and none:
+            pod = "KUBERNETES_SERVICE_HOST" in os.environ
+            if coordinator is None and (none or (pod and "JOB_COMPLETION_INDEX" not in os.environ)):
                 return
             raise UserError(
                 f"JAX can't find the other processes ({first_line(e)}): give --coordinator, "

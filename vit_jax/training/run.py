@@ -291,8 +291,9 @@ def run_signature(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[s
     free = {f"config.{field.name}" for field in FIELDS.values() if field.changes == "process"}
     fields = {k: v for k, v in flatten(config).items() if k not in free}
     code = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        code.update(file.read_bytes())
+    for file in sorted(Path(__file__).parents[1].rglob("*")):
+        if file.suffix in (".py", ".toml", ".json"):
+            code.update(file.read_bytes())
     versions = {"the code of vit_jax": code.hexdigest()[:12]}
     versions |= {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     return fields | versions | {f"the {k} images": v for k, v in fingerprints.items()}

@@ -24,8 +24,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_jax.buckets import Claim, GrowingFiles, check_claim
+from vit_jax.checkpoints.hub import needs_credentials
 from vit_jax.errors import UserError
-from vit_jax.files import as_path, atomic_write, bucket_errors, has_credentials, is_bucket
+from vit_jax.files import as_path, atomic_write, bucket_errors, is_bucket
 from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
@@ -76,7 +77,7 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[epath.
     finally:
         with contextlib.suppress(OSError, ValueError):  # Most often: they are no longer empty.
             for folder in made:
-                folder.rmdir()
+                os.rmdir(folder)  # Not epath's, which removes what has come meanwhile.
 
 
 @contextlib.contextmanager
@@ -179,8 +180,10 @@ def is_workdir(path: str | os.PathLike) -> bool:
     """Whether a path is the workdir of a run, here or in a bucket that can be read."""
     if not is_bucket(path):
         return os.path.isfile(os.path.join(path, CONFIG))
+    if not needs_credentials(os.fspath(path)):
+        return False
     with bucket_errors(path):
-        return has_credentials() and (as_path(path) / CONFIG).exists()
+        return (as_path(path) / CONFIG).exists()
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -280,6 +283,7 @@ class MetricsWriter:
     def _upload(self) -> None:
         """For those who watch: that nothing is lost, `sync` sees to."""
         try:
+            check_claim(self._lock)  # Another process that has taken the run over writes there.
             self._files.sync()
         except UserError as e:
             _log.warning("%s", e)
