@@ -139,3 +139,10 @@ def test_towers_that_do_not_meet_are_refused():
 def test_embeddings_are_as_wide_as_the_model_says(name):
     (zimg, ztxt, _), _ = traced(name)
     assert zimg.shape == ztxt.shape == (1, create_lit(name).embedding_size)
+
+
+def test_a_bundle_has_a_hash_and_its_equals_have_the_same():
+    one, other = create_lit("LiT-B16B_2"), create_lit("LiT-B16B_2")
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != create_lit("LiT-B16B")

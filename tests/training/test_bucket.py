@@ -2,6 +2,7 @@
 
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -11,19 +12,19 @@ from vit_jax import load
 from vit_jax.cli import main
 from vit_jax.errors import UserError
 from vit_jax.files import as_path
-from vit_jax.training import run
+from vit_jax.training import run, workdir
 from vit_jax.training.outputs import evaluate_workdir
-from vit_jax.training.workdir import read_metrics
+from vit_jax.training.workdir import MetricsWriter, read_metrics
 
 OUTPUTS = {"config.json", "data.json", "metrics.jsonl", "checkpoints", "events"}
 OUTPUTS |= {"weights.npz", "weights.json", "report.html", "report.png"}
 
 
-def left(workdir) -> tuple[bytes, list[dict]]:
+def left(folder) -> tuple[bytes, list[dict]]:
     """The weights and the metrics of a run, without times."""
-    lines = read_metrics(workdir / "metrics.jsonl")
+    lines = read_metrics(folder / "metrics.jsonl")
     lines = [{k: v for k, v in x.items() if not k.startswith("time/")} for x in lines]
-    return (as_path(workdir) / "weights.npz").read_bytes(), lines
+    return (as_path(folder) / "weights.npz").read_bytes(), lines
 
 
 @pytest.mark.slow
@@ -52,16 +53,39 @@ def test_a_run_in_a_bucket_leaves_what_it_leaves_in_a_folder(bucket, tiny, whole
 
 
 @pytest.mark.parametrize(
-    ("workdir", "problem"),
+    ("place", "problem"),
     [
         ("gs://nowhere/run", "gs://nowhere/run/lock: there is no such bucket or object"),
         ("gs://closed/run", "gs://closed/run/lock: these credentials may not do that"),
         ("s3://bucket/run", "s3://bucket/run can't be used: expected a folder or gs://"),
     ],
 )
-def test_a_workdir_that_cannot_be_used_is_told_at_once(bucket, tiny, workdir, problem):
+def test_a_workdir_that_cannot_be_used_is_told_at_once(bucket, tiny, place, problem):
     with pytest.raises(UserError, match=problem):
-        run(tiny(), workdir)
+        run(tiny(), place)
+
+
+def test_metrics_appear_while_a_run_goes_on_and_no_step_waits_for_them(bucket, monkeypatch):
+    monkeypatch.setattr(workdir, "UPLOAD_SECONDS", 0)
+    uploads, sync = threading.Semaphore(0), workdir.GrowingFiles.sync
+
+    def slow_sync(files):
+        if threading.current_thread() is not threading.main_thread():
+            assert uploads.acquire(timeout=60)
+        sync(files)
+
+    monkeypatch.setattr(workdir.GrowingFiles, "sync", slow_sync)
+    writer = MetricsWriter(bucket, 0)
+    for step in range(1, 5):
+        writer.write(step, {"train/loss": 0.5})  # Returns, though nothing can be uploaded yet.
+    assert not read_metrics(bucket / "metrics.jsonl")
+    uploads.release()
+    deadline = time.monotonic() + 60
+    while not read_metrics(bucket / "metrics.jsonl") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [record["step"] for record in read_metrics(bucket / "metrics.jsonl")] == [1, 2, 3, 4]
+    uploads.release()
+    writer.close()
 
 
 def end_of(group: Group) -> list[int]:

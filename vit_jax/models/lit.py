@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from vit_jax.errors import UserError
 from vit_jax.models.family import (
@@ -92,6 +93,8 @@ class LiT(ImageModel):
         return (".txt", ".model") if self.text_model == "bert" else (".model", ".txt")
 
     def __post_init__(self) -> None:
+        # With a hash, as other modules have.
+        self.image, self.text = FrozenDict(self.image), FrozenDict(self.text)
         super().__post_init__()
         image, text = self._widths()
         if image != text:

@@ -18,6 +18,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
@@ -247,6 +248,8 @@ class MetricsWriter:
         # ever. Files are named by the second, and one of the same second would be emptied.
         self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._flushed = self._uploaded = time.monotonic()
+        self._uploader = ThreadPoolExecutor(1)  # So that no step waits for a bucket.
+        self._upload: Future[None] | None = None
         # What an interrupted run wrote from this step on is not to be shown.
         start = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(session_log=start, step=resume_step + 1))
@@ -268,7 +271,9 @@ class MetricsWriter:
         if time.monotonic() > self._flushed + FLUSH_SECONDS:
             self._flush_events()
         if time.monotonic() > self._uploaded + UPLOAD_SECONDS:
-            self._upload()
+            if self._upload is None or self._upload.done():
+                self._upload = self._uploader.submit(self._show)
+            self._uploaded = time.monotonic()
 
     def sync(self) -> None:
         """Once this returns, a power cut cannot lose the lines so far either.
@@ -278,16 +283,17 @@ class MetricsWriter:
         check_claim(self._lock)
         os.fsync(self._file.fileno())
         self._flush_events()
+        if self._upload:
+            self._upload.result()
         self._files.sync()
 
-    def _upload(self) -> None:
-        """For those who watch: that nothing is lost, `sync` sees to."""
+    def _show(self) -> None:
+        """Uploads for those who watch: that nothing is lost, `sync` sees to."""
         try:
             check_claim(self._lock)  # Another process that has taken the run over writes there.
             self._files.sync()
         except UserError as e:
             _log.warning("%s", e)
-        self._uploaded = time.monotonic()
 
     def _flush_events(self) -> None:
         self._events.flush()  # To the disk, which takes a while.
@@ -297,7 +303,8 @@ class MetricsWriter:
         """Closes both files."""
         self._file.close()
         self._events.close()
-        self._upload()
+        self._uploader.submit(self._show).result()
+        self._uploader.shutdown()
         self._files.close()
 
 
