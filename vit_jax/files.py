@@ -79,10 +79,31 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     ~/.cache/vit_jax.
     """
     if cache_dir or (cache_dir := os.environ.get("VIT_JAX_CACHE")):
-        return Path(cache_dir).expanduser()
+        return expand(cache_dir)
     base = os.environ.get("XDG_CACHE_HOME")
     # As XDG has it, a relative path is to be ignored.
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "vit_jax"
+    return (Path(base) if base and os.path.isabs(base) else expand("~") / ".cache") / "vit_jax"
+
+
+def expand(path: str | os.PathLike) -> Path:
+    """A path with the folder of a user in place of "~" or "~NAME". Raises UserError if there is no
+    such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{path}: this system knows no home of that user: write it out") from e
+
+
+@contextlib.contextmanager
+def cache_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Makes a UserError of what the system says against writing a file of the cache."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"can't write {path} ({e.strerror or e}): make room, or set VIT_JAX_CACHE to a folder "
+            "that can be written; what has arrived is kept"
+        ) from e
 
 
 def keep_compiled(place: str = "") -> str:
@@ -102,7 +123,7 @@ def keep_compiled(place: str = "") -> str:
         return "compiled programs are not kept"
     settings: Any = jax.config
     own = settings.jax_compilation_cache_dir
-    folder = str(Path(place).expanduser() if place else own or cache_folder() / "compiled")
+    folder = str(expand(place) if place else own or cache_folder() / "compiled")
     if folder != own and "://" not in folder:
         try:
             os.makedirs(folder, exist_ok=True)

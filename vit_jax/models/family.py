@@ -57,12 +57,14 @@ class Hints(NamedTuple):
       classifier: how the network pools, see `VisionTransformer`.
       image_size: that the position embeddings are for.
       likely_size: to believe where no square grid is possible and it fits.
+      untold: fields of `ImageModel.untold`; None if nobody noted any.
       where: the file's name, for messages.
     """
 
     classifier: str | None = None
     image_size: Size | None = None
     likely_size: Size | None = None
+    untold: Mapping[str, Any] | None = None
     where: str = "the checkpoint"
 
 

@@ -156,7 +156,7 @@ def write_config(workdir: epath.Path, config: ConfigDict, fingerprints: Mapping[
         try:
             before = json.loads(file.read_text())
             changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             _log.warning(
                 "%s is lost or damaged and is written anew: whether these are the images that "
                 "the run began with can't be checked",
@@ -198,8 +198,10 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
         raise UserError(f"{workdir} is no workdir of a training run: it holds no {CONFIG}") from e
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as e:
         raise UserError(f"{file} is damaged ({e}): choose another workdir") from e
+    except RecursionError as e:
+        raise UserError(f"{file} is damaged (nested too deeply): choose another workdir") from e
 
 
 def check_named(workdir: str | os.PathLike, config: ConfigDict) -> None:
