@@ -23,7 +23,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
 
     for place in ("~nobody-of-that-name/files", "~nobody-of-that-name"):
         monkeypatch.setenv("VIT_JAX_CACHE", place)
-        with pytest.raises(UserError, match="this system knows no home of that user"):
+        with pytest.raises(UserError, match="~nobody-of-that-name is nobody's home folder here"):
             cache_folder()
 
 

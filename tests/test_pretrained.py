@@ -195,7 +195,7 @@ def test_the_caller_s_word_goes_before_the_notes(saved):
     assert found.model.activation == "gelu_erf"
     for wishes, message in [
         ({"classifier": "0"}, "its classifier is said to be '0', but a ViT has token or gap or"),
-        ({"classifier": "map"}, r"missing \(13\): MAPHead_0"),
+        ({"classifier": "map"}, "its 17 positions do not fit images of 16x16 pixels"),
         ({"activation": "relu"}, "unknown activation 'relu'"),
         ({"layer_norm_epsilon": "1"}, "layer_norm_epsilon is '1', expected another kind"),
     ]:

@@ -194,7 +194,7 @@ class Pretrained:
         Raises UserError for another ending or style, or if it can't be written.
         """
         file = as_path(path)
-        checkpoints.check_ending(path)
+        checkpoints.check_ending(file)
         defaults = {f.name: f.default for f in dataclasses.fields(self.spec.module)}
         untold = {name: getattr(self.spec, name) for name in self.spec.untold}
         untold = {name: value for name, value in untold.items() if value != defaults[name]}
@@ -205,16 +205,20 @@ class Pretrained:
         with atomic_write(file.with_suffix(".json")) as out:
             out.write(notes.to_json())
             out.flush()
-            checkpoints.save_weights(path, self.params, style=style)
-        arrays = flatten_dict(self.params, sep="/")
-        told = dict(classifier=notes.classifier, image_size=notes.image_size, untold=untold)
-        found = checkpoints.read_spec(arrays, **told, where=str(path)).architecture()
-        lost = {k: v for k, v in self.spec.architecture().items() if found.get(k) != v}
-        if lost:
+            checkpoints.save_weights(file, self.params, style=style)
+        read = checkpoints.read_spec(
+            flatten_dict(self.params, sep="/"),
+            classifier=notes.classifier,
+            image_size=notes.image_size,
+            untold=untold,
+            where=str(path),
+        )
+        own, found = (flatten_dict(s.architecture(), sep=".") for s in (self.spec, read))
+        if lost := [f"{field} {value}" for field, value in own.items() if found[field] != value]:
             _log.warning(
-                "%s: neither its arrays nor its notes can tell %s: as what it is loaded again is "
-                "another network than this",
-                *(path, ", ".join(f"{field} {value}" for field, value in lost.items())),
+                "%s: neither its arrays nor its notes can tell %s: load will take it for another "
+                "network than this",
+                *(path, ", ".join(lost)),
             )
 
 

@@ -113,6 +113,20 @@ def test_a_file_that_changed_meanwhile_is_not_spliced(site, tmp_path, etag):
     assert (tmp_path / "x.npz").read_bytes() == site.other_content()
 
 
+def test_what_may_have_been_cut_off_is_said(site, tmp_path, caplog):
+    site.hashes = ()
+    site.faults = ["no length"]
+    download(site.url, tmp_path / "x.txt")
+    assert "x.txt: the server tells neither its size nor a checksum" in caplog.text
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "-1", "1e3", "²"])
+def test_a_size_that_is_no_number_is_none(site, tmp_path, size):
+    site.headers = {"x-goog-stored-content-length": size.encode().decode("latin1")}
+    download(site.url, tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").read_bytes() == site.content
+
+
 def test_a_weak_tag_is_no_promise_of_equal_bytes(site, tmp_path):
     site.etag, site.hashes = 'W/"one"', ()
     site.faults = ["cut"]
@@ -303,8 +317,10 @@ def test_a_disk_that_takes_no_more_is_said_and_what_came_is_kept(
 
 def test_garbage_in_the_notes_of_a_part_only_costs_the_part(site, tmp_path):
     (tmp_path / ".x.npz.part").write_bytes(b"garbage")
-    (tmp_path / ".x.npz.part.json").write_text('{"url": ')
-    download(site.url, tmp_path / "x.npz")
+    for notes in ('{"url": ', "[" * 100_000, f'{{"url": "{site.url}", "size": "x", "etag": 1}}'):
+        (tmp_path / ".x.npz.part.json").write_text(notes)
+        (tmp_path / "x.npz").unlink(missing_ok=True)
+        download(site.url, tmp_path / "x.npz")
     assert (tmp_path / "x.npz").read_bytes() == site.content
 
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -41,7 +42,8 @@ from vit_jax.errors import UserError
 from vit_jax.tokenizers import open_tokenizer
 from vit_jax.training import default_config
 from vit_jax.training.config import config_to_json
-from vit_jax.training.workdir import read_config, read_metrics
+from vit_jax.training.outputs import evaluate_workdir
+from vit_jax.training.workdir import read_metrics
 
 # Imported here, that it needn't be in every process.
 with contextlib.suppress(ImportError):
@@ -59,6 +61,7 @@ SECONDS = 20
 OK, REFUSED = "read", "refused"
 
 NUMBERS = (0, 1, 127, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1)
+DIGITS = [b"0", b"1", b"2", b"3", b"8", b"30", b"-1", b"0.5", b"1e3", b"13000", b"9" * 50]
 TEXTS = [
     *("", "0", "-1", "1e999", "NaN", "Infinity", "-Infinity", "null", "true", "[]", "{}", "[[[["),
     *('"', "'", ",", ";", "\t", "\n", "\r\n", "|", "(", ")", "=", "..", "/", "~nobody", "\\", "é"),
@@ -136,6 +139,7 @@ def notes(folder: Path) -> None:
 
 
 def configs(folder: Path) -> None:
+    metrics(folder)
     (folder / "config.json").write_text(config_to_json(default_config()))
 
 
@@ -164,6 +168,11 @@ def tokenize(path: Path) -> None:
     open_tokenizer(path)(["a photo of a cat", "Zürich 👍 日本", ""])
 
 
+def text_of(path: Path) -> str:
+    """What a person types."""
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
 def indices(folder: Path) -> None:
     rows = ["name,ds,final_val,wd,filename", "Ti/16,i21k,0.4,0.1,Ti_16-i21k", "B/16,i1k,,0.03,B_16"]
     (folder / "index.csv").write_text("\n".join(rows) + "\n")
@@ -176,7 +185,7 @@ def read_index(path: Path) -> None:
         augreg.sort(augreg.query(rows, "wd <= 0.1 and 'i' in ds"), "final_val")
     else:
         row = {"name": "B/16", "ds": "i1k", "wd": 0.1, "final_val": None, "filename": "B_16"}
-        augreg.query([row], path.read_text(errors="replace"))
+        augreg.query([row], text_of(path))
 
 
 def specs(folder: Path) -> None:
@@ -189,7 +198,7 @@ def specs(folder: Path) -> None:
 
 
 def apply_spec(path: Path) -> None:
-    preprocess = data.parse(path.read_text(errors="replace"), max_pixels=1024)
+    preprocess = data.parse(text_of(path), max_pixels=1024)
     preprocess(np.zeros((20, 30, 3), np.uint8), np.random.default_rng(0))
 
 
@@ -202,7 +211,7 @@ KINDS: dict[str, tuple[Callable, str, Callable]] = {
     "weights in .safetensors": (weights(".safetensors"), "*.safetensors", read_and_convert),
     "weights in Orbax folders": (folders, "*.orbax", read_and_convert),
     "notes beside weights": (notes, "*.json", lambda path: load(path.with_suffix(".npz"))),
-    "config.json": (configs, "config.json", lambda path: read_config(path.parent)),
+    "config.json": (configs, "config.json", lambda path: evaluate_workdir(path.parent)),
     "metrics.jsonl": (metrics, "metrics.jsonl", read_metrics),
     "words": (words, "words.txt", tokenize),
     "pieces": (pieces, "pieces.model", tokenize),
@@ -231,7 +240,13 @@ def damage(content: bytes, other: bytes, chance: random.Random) -> bytes:
         if chance.random() < 0.5:  # Headers are at the ends, and numbers are short.
             a = min(chance.choice([a % 300, size - a % 300]) % (size + 1), size)
             b = min(a + chance.choice([1, 2, 4, 8, 64]), size)
-        match chance.choice(["bit", "byte", "number", "cut", "drop", "twice", "splice", "text"]):
+        light = ["bit", "byte", "number"] * 3
+        light = ["digits", "digits", "text", "byte"] if is_text else light
+        match chance.choice([*light, "cut", "drop", "twice", "splice", "text"]):
+            case "digits":
+                if places := list(re.finditer(rb"[-0-9.]+", found)):
+                    place = chance.choice(places)
+                    found[slice(*place.span())] = chance.choice(DIGITS)
             case "bit" if size:
                 found[a % size] ^= 1 << chance.randrange(8)
             case "byte" if size:
@@ -248,7 +263,7 @@ def damage(content: bytes, other: bytes, chance: random.Random) -> bytes:
                 found[a:a] = found[a:b] * chance.choice([1, 1, 3, 100 if b - a < 1000 else 1])
             case "splice":
                 found[a:] = other[chance.randrange(len(other) + 1) :]
-            case "text" if is_text or chance.random() < 0.2:
+            case "text":
                 found[a:b] = chance.choice(TEXTS).encode("utf-8", "surrogatepass")
     return bytes(found[: 1 << 20])
 

@@ -19,7 +19,7 @@ from vit_jax.checkpoints.formats import (
 from vit_jax.checkpoints.infer import NONFINITE, nonfinite, read_spec
 from vit_jax.checkpoints.layouts import to_linen, to_style
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write
+from vit_jax.files import atomic_write, expand_user
 from vit_jax.models import Spec
 from vit_jax.models.shapes import listing
 
@@ -66,7 +66,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     path, tower = split_tower(source)
-    path, target = Path(path), Path(target)
+    path, target = Path(expand_user(path)), Path(expand_user(target))
     notes = path.with_suffix(".json")
     if tower and notes.is_file() and notes.resolve() == target.with_suffix(".json").resolve():
         raise UserError(

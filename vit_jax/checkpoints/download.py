@@ -74,7 +74,7 @@ def download(
     Raises UserError saying what went wrong and where to put the file by hand. What has arrived
     stays, and the next call goes on from there.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(
             f"can't download {url}: another download occupies that name, {path} is a folder: "
             "remove it, or set VIT_JAX_CACHE to another folder"
@@ -169,7 +169,7 @@ def _receive(
         remote = _describe(url, response)
         if response.status_code != 200:
             start, _, total = response.headers.get("Content-Range", "").partition("/")
-            remote["size"] = int(total) if total.isdecimal() else None
+            remote["size"] = _number(total)
             same = all(known.get(k, v) == v for k, v in remote.items() if v is not None)
             marked = _MARKS & remote.keys() & known.keys()
             if not (same and marked and start.startswith(f"bytes {done}-")):
@@ -211,6 +211,12 @@ def _receive(
             part.flush()
     if size is not None and done != size:
         raise _FailedError(f"cut off after {done:,} of {size:,} bytes")
+    if size is None and not response.raw.chunked and not remote.keys() & {"md5", "crc32c"}:
+        _log.warning(
+            "%s: the server tells neither its size nor a checksum: whether these %d bytes are all "
+            "can't be known",
+            *(path.name, done),
+        )
     return remote
 
 
@@ -266,8 +272,13 @@ def _describe(url: str, response: requests.Response) -> _Remote:
         size = headers.get("x-goog-stored-content-length", size)
         pairs = [text.strip().partition("=") for text in headers.get("x-goog-hash", "").split(",")]
         told |= {kind: value for kind, _, value in pairs if kind in ("md5", "crc32c")}
-    told["size"] = int(size) if size.isdecimal() else None
+    told["size"] = _number(size)
     return {"url": url} | {name: value for name, value in told.items() if value is not None}
+
+
+def _number(text: str) -> int | None:
+    """A size as a server tells it; None for what is none."""
+    return int(text) if text.isdecimal() and len(text) < 20 else None
 
 
 def _check(remote: _Remote, part: BufferedRandom, path: Path) -> None:
@@ -311,7 +322,8 @@ def _notes(path: Path) -> Path:
 
 def _read_notes(path: Path) -> _Remote:
     try:
-        return dict(json.loads(_notes(path).read_text()))
+        notes = dict(json.loads(_notes(path).read_text()))
+        return {k: v for k, v in notes.items() if type(v) is (int if k == "size" else str)}
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
 

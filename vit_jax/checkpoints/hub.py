@@ -167,7 +167,7 @@ def fetch(
     Raises UserError if it isn't there and can't be downloaded.
     """
     path = cache_path(url, cache_dir)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     mirror = os.environ.get("VIT_JAX_MIRROR", "").rstrip("/")
     if mirror and url.startswith(f"{STORE}/"):

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from vit_jax import data
 from vit_jax.errors import UserError
-from vit_jax.files import expand
 
 
 class Field(NamedTuple):
@@ -314,9 +313,9 @@ def _local_weights(config: ConfigDict) -> list[str]:
     """Where the weights of a configuration may lie."""
     from vit_jax.checkpoints import ENDINGS
 
-    name, folder = config.model_or_filename, expand(config.pretrained_dir or ".")
+    name, folder = config.model_or_filename, Path(config.pretrained_dir or ".").expanduser()
     if name:
-        paths = [expand(name), folder / name]
+        paths = [Path(name).expanduser(), folder / name]
         paths += [] if name.endswith(ENDINGS) else [folder / f"{name}.npz"]
     else:
         paths = [folder / f"{config.model.name}.npz"] if config.pretrained_dir else []
