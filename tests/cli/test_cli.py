@@ -81,7 +81,6 @@ def test_info_names_the_arrays_that_hold_no_numbers(weights, tmp_path, fails, ca
     arrays = dict(np.load(weights))
     arrays["head/bias"][0] = np.nan
     np.savez(tmp_path / "w.npz", **arrays)
-    (tmp_path / "w.json").write_bytes(weights.with_suffix(".json").read_bytes())
 
     assert main(["info", str(tmp_path / "w.npz")]) == 0
     text = "values         no weights to use: NaN or infinite (1): head/bias 1 of "

@@ -370,7 +370,9 @@ class Spec:
 
 def traced_shapes(module: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter. All blocks have the same shapes, so one is traced."""
-    params = jax.eval_shape(module.clone(num_layers=1).init, jax.random.key(0), inputs)["params"]
+    init = module.clone(num_layers=1).init
+    # The key is made while tracing, or it would be a number moved to a device.
+    params = jax.eval_shape(lambda x: init(jax.random.key(0), x), inputs)["params"]
     first = re.compile(rf"(.*\b(?:{'|'.join(module.blocks)})_)0(/.+)")
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

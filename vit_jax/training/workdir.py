@@ -193,15 +193,15 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     file = as_path(workdir) / CONFIG
     try:
         with open_file(file) as opened:
-            return config_from_json(opened.read().decode())
+            content = opened.read()
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{workdir} is no workdir of a training run: it holds no {CONFIG}") from e
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as e:
+    except OSError as e:
+        raise UserError(f"{file} can't be read ({e.strerror}): choose another workdir") from e
+    try:
+        return config_from_json(content.decode())
+    except (ValueError, AttributeError, RecursionError) as e:
         raise UserError(f"{file} is damaged ({e}): choose another workdir") from e
-    except RecursionError as e:
-        raise UserError(f"{file} is damaged (nested too deeply): choose another workdir") from e
 
 
 def check_named(workdir: str | os.PathLike, config: ConfigDict) -> None:
