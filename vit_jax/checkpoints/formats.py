@@ -143,6 +143,7 @@ def open_arrays(path: str | os.PathLike) -> Iterator[dict[str, LazyArray]]:
 
 
 def _size_of_folder(path: Path) -> int:
+    """Bytes of the files in an Orbax folder. Raises UserError if it is none, or holds links."""
     if not is_orbax(path):
         raise UserError(
             f"{path} is a folder, but none that Orbax wrote: expected a file of weights"
@@ -418,7 +419,8 @@ def _open_orbax(path: Path) -> Iterator[dict[str, LazyArray]]:
             store = open_store(folder, stored)
             # Before memory is taken: the pieces can claim to be larger than the whole.
             piece = math.prod(store.chunk_layout.read_chunk.shape or ())
-            if (store.shape, store.dtype.numpy_dtype) != (shape, dtype) or piece > math.prod(shape):
+            same = (store.shape, store.dtype.numpy_dtype) == (shape, dtype)
+            if not same or piece > math.prod(max(n, 1) for n in shape):
                 raise ValueError(f"{name} is {store.shape} of {store.dtype.name} in {piece:,}")
             np.empty(shape, dtype)  # If there is no room, Python can tell.
             array = _undamaged(store.read().result(), crcs.get(name))
