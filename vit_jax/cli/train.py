@@ -74,11 +74,11 @@ def run(args: argparse.Namespace) -> int:
     """Trains and prints how it ended."""
     keep_memory()
     import dataclasses
+    import json
 
     from vit_jax import training
     from vit_jax.cli import EXIT_INTERRUPTED
     from vit_jax.errors import UserError
-    from vit_jax.escape import printable, to_json
     from vit_jax.training.distributed import exit_with_others, initialize, is_main_process
     from vit_jax.training.options import load_config, override
 
@@ -94,10 +94,7 @@ def run(args: argparse.Namespace) -> int:
         initialize(*place, heartbeat_timeout_s=silence)
         result = training.run(config, args.workdir)
     if is_main_process():
-        if args.json:
-            print(to_json(dataclasses.asdict(result)))
-        for line in () if args.json else result.summary.split("\n"):
-            print(printable(line))
+        print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
     return 0 if result.finished else EXIT_INTERRUPTED
 
 

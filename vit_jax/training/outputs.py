@@ -13,6 +13,7 @@ from vit_jax import data
 from vit_jax.buckets import local_copy
 from vit_jax.checkpoints import open_arrays, read_spec, to_tree
 from vit_jax.errors import UserError, first_line
+from vit_jax.escape import printable
 from vit_jax.evaluation.images import evaluate_images
 from vit_jax.evaluation.metrics import Scores
 from vit_jax.evaluation.report import Report, choose_examples, environment, write_report
@@ -42,7 +43,7 @@ class Result:
 
     Attributes:
       step: updates done. finished: whether these are all; if not, the same call goes on from here.
-      summary: what to tell a person.
+      summary: what to tell a person, in lines that can be printed.
       test: the last figures on the test images, {"test/loss", "test/top1", "test/top5"}, where
         they may have several labels also "test/map" and "test/f1"; empty if there were none.
     """
@@ -81,8 +82,8 @@ def load_result(workdir: epath.Path, total_steps: int) -> Result | None:
     return Result(
         total_steps,
         True,
-        f"the run in {workdir} has finished its {total_steps:,} steps{accuracy}: nothing to do. "
-        "For a new run choose another workdir",
+        f"the run in {printable(str(workdir))} has finished its {total_steps:,} steps{accuracy}: "
+        "nothing to do. For a new run choose another workdir",
         test,
     )
 
@@ -100,16 +101,17 @@ def write_outputs(
 
     Whatever goes wrong with it is said: the run has finished, and its weights are there.
     """
-    holds = f"{workdir} holds {WEIGHTS}, {PAGE}, {REPORT}, {METRICS} and the TensorBoard events"
+    place = printable(str(workdir))
+    holds = f"{place} holds {WEIGHTS}, {PAGE}, {REPORT}, {METRICS} and the TensorBoard events"
     try:
         report = _make_report(workdir, config, network, scores, test)
         for name in (PAGE, REPORT):
             write_report(report, workdir / name)
     except Exception as e:  # Fonts, images that have gone meanwhile, a full disk.
+        reason = printable(first_line(e))
         holds = (
-            f"{workdir} holds {WEIGHTS}, but its report can't be made "
-            f"({type(e).__name__}: {first_line(e)}): mend the cause, then start the same command "
-            "again"
+            f"{place} holds {WEIGHTS}, but its report can't be made ({type(e).__name__}: {reason}): "
+            "mend the cause, then start the same command again"
         )
     summary = f"finished {config.total_steps:,} steps: {score_text(scores)}\n{holds}"
     return Result(config.total_steps, True, summary, score_figures(scores))

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.data import Source
 from vit_jax.errors import UserError, full_disk_explained
+from vit_jax.escape import printable
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
 from vit_jax.files import as_path, bucket_errors, keep_compiled
 from vit_jax.models.kernels import Kernels, choose_kernels
@@ -120,7 +121,8 @@ def run(
                 network = context.vit.spec.description
                 result = write_outputs(folder, config, network, scores, context.data.test)
             elif is_main_process():
-                saved = f"saved in {folder / CHECKPOINTS}" if step else "nothing to save yet"
+                place = printable(str(folder / CHECKPOINTS))
+                saved = f"saved in {place}" if step else "nothing to save yet"
                 summary = (
                     f"stopped by {signal} at step {step:,} of {config.total_steps:,}, {saved}: "
                     "start the same command again to go on"
