@@ -50,7 +50,7 @@ def make_network(
             params = jax.tree.map(np.asarray, jax.device_get(params))
         architecture = type(model)(**model.architecture())
         spec = Spec(architecture, (height, width), channels)
-        return Pretrained(model, params, spec, labels, preprocess, config.loss)
+        return Pretrained(model, params, spec, labels, preprocess, loss=config.loss)
     weightless = weightless_fields()
     vit = load(
         path,

@@ -108,10 +108,10 @@ def write_outputs(
         for name in (PAGE, REPORT):
             write_report(report, workdir / name)
     except Exception as e:  # Fonts, images that have gone meanwhile, a full disk.
-        reason = printable(first_line(e))
+        reason = printable(f"{type(e).__name__}: {first_line(e)}")
         holds = (
-            f"{place} holds {WEIGHTS}, but its report can't be made ({type(e).__name__}: {reason}): "
-            "mend the cause, then start the same command again"
+            f"{place} holds {WEIGHTS}, but its report can't be made ({reason}): mend the cause, "
+            "then start the same command again"
         )
     summary = f"finished {config.total_steps:,} steps: {score_text(scores)}\n{holds}"
     return Result(config.total_steps, True, summary, score_figures(scores))
@@ -182,7 +182,8 @@ def _load_checkpoint(folder: epath.Path, config: ConfigDict, labels: tuple[str, 
             where=str(folder),
         )
         arrays = {k: np.asarray(array) for k, array in params.items()}
-    return Pretrained(spec.model(), to_tree(arrays), spec, labels, preprocess, config.loss)
+    model = spec.model()
+    return Pretrained(model, to_tree(arrays), spec, labels, preprocess, loss=config.loss)
 
 
 def _make_report(
