@@ -331,7 +331,9 @@ def test_an_evaluation_that_fails_after_the_last_step_loses_no_step(
     assert outcome(tmp_path)[0] == outcome(whole)[0]
 
 
-@pytest.mark.parametrize("lost", ["half of weights.npz", "weights.json", "report.html"])
+@pytest.mark.parametrize(
+    "lost", ["half of weights.npz", "a bit of weights.npz", "weights.json", "report.html"]
+)
 def test_what_a_finished_run_has_lost_is_made_again_from_its_checkpoint(
     lost, whole, tiny, tmp_path, outcome, caplog, monkeypatch
 ):
@@ -339,6 +341,10 @@ def test_what_a_finished_run_has_lost_is_made_again_from_its_checkpoint(
     weights, file = workdir / "weights.npz", workdir / lost
     if lost.startswith("half"):
         weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif lost.startswith("a bit"):
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
     else:
         file.unlink()
     monkeypatch.setattr(run_module, "make_step_from_config", lambda *args: broken)
