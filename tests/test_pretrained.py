@@ -20,7 +20,7 @@ LABELS = ("ape", "bär", "cat", "狗", "eel")
 
 
 def make(**changes) -> Pretrained:
-    fields = {"labels": LABELS, "preprocess": "resize(16)|value_range(-1, 1)"}
+    fields = {"labels": LABELS, "preprocess": "resize(16)|value_range(-1, 1)", "loss": "softmax"}
     fields |= {key: changes.pop(key) for key in list(changes) if key in fields}
     spec = SPEC.replace(**changes)
     params = checkpoints.to_tree(reference.make_params(spec.shapes(), seed=2))
@@ -309,6 +309,32 @@ def test_classes_without_names_are_called_by_their_index():
     assert sum(probability for _, probability in answer) == pytest.approx(1)
 
 
+def test_the_loss_that_a_head_was_trained_with_makes_its_logits_probabilities(tmp_path):
+    make(loss="sigmoid").save(tmp_path / "w.npz")
+    vit = load(tmp_path / "w.npz")
+    assert vit.loss == "sigmoid"
+    pictures = [np.full((16, 16, 3), value, np.uint8) for value in (0, 90, 255)]
+    batch = np.stack(pictures).astype(np.float32) / 127.5 - 1
+    expected = 1 / (1 + np.exp(-vit(batch).astype(np.float64)))
+    for answer, row in zip(vit.predict(pictures), expected, strict=True):
+        assert answer == sorted(answer, key=lambda pair: -pair[1])
+        for label, probability in answer:
+            assert probability == pytest.approx(row[LABELS.index(label)], rel=1e-5)
+    assert load(tmp_path / "w.npz", num_classes=5).loss == "softmax"  # A head without training.
+    notes = tmp_path / "w.json"
+    old = json.loads(notes.read_text(encoding="utf-8"))
+    del old["loss"]  # As before there was such a note.
+    notes.write_text(json.dumps(old))
+    assert load(tmp_path / "w.npz").loss == "softmax"
+
+
+def test_labels_that_are_no_text_lose_no_weights(tmp_path):
+    labels = ("cat\udcff", "\ud800", "\x1b[2J", "狗", "eel\n")
+    make(labels=labels).save(tmp_path / "w.npz")
+    found = load(tmp_path / "w.npz").labels
+    assert found == (r"cat\udcff", r"\ud800", "\x1b[2J", "狗", "eel\n")
+
+
 def test_one_channel_images_are_read_in_one_channel(tmp_path):
     vit = make(channels=1)
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8)
@@ -421,6 +447,8 @@ def test_wishes_that_make_no_sense_are_refused(saved, wishes, message):
         {"untold": {"layer_norm_epsilon": "abc"}},
         {"untold": {"layer_scale": [1]}},
         {"untold": None},
+        {"loss": "hinge"},
+        {"loss": None},
     ],
 )
 def test_damaged_notes_are_refused_by_name(saved, change):

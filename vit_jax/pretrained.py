@@ -20,7 +20,9 @@ from vit_jax import checkpoints, data
 from vit_jax.buckets import local_copy
 from vit_jax.checkpoints import hub
 from vit_jax.checkpoints.hub import class_names
+from vit_jax.checkpoints.labels import check_loss, ranked
 from vit_jax.errors import UserError
+from vit_jax.escape import to_json
 from vit_jax.files import as_path, atomic_write, bucket_errors, cache_folder, is_bucket
 from vit_jax.models import FAMILIES, LiT, Spec
 from vit_jax.models.family import weightless_fields
@@ -46,6 +48,8 @@ class Pretrained:
       spec: the architecture in numbers.
       labels: names of the classes, or None if nobody noted them.
       preprocess: how images are made ready, e.g. "resize(224)|value_range(-1, 1)".
+      loss: what the head was trained with, by which logits become probabilities: "softmax", of
+        classes that exclude each other, or "sigmoid", where each is for itself.
     """
 
     model: nn.Module
@@ -53,6 +57,7 @@ class Pretrained:
     spec: Spec
     labels: tuple[str, ...] | None
     preprocess: str
+    loss: str = "softmax"
 
     @property
     def classifies_by_text(self) -> bool:
@@ -128,7 +133,8 @@ class Pretrained:
 
         Returns:
           for each image the `top` most probable (label, probability), best first. Classes without
-          a name are called by their index.
+          a name are called by their index. With the loss "sigmoid" the probability is that of the
+          class for itself.
 
         Raises UserError if an image can't be read or the network has no head.
         """
@@ -144,14 +150,13 @@ class Pretrained:
         if top < 1:
             raise UserError(f"top is {top}, expected at least 1")
         preprocess = data.parse(self.preprocess)
-        answers: list[list[tuple[str, float]]] = []
+        answers: list[list[tuple[int, float]]] = []
         # Memory for one batch, however many there are.
         for start in range(0, len(images), _BATCH):
             batch = [preprocess(self.read(p), None) for p in images[start : start + _BATCH]]
-            for row in np.asarray(jax.nn.softmax(jnp.asarray(self(np.stack(batch))))):
-                best = np.argsort(-row, kind="stable")[:top]
-                answers.append([(self.label(i), float(row[i])) for i in best])
-        return answers
+            for logits in self(np.stack(batch)):
+                answers.append(ranked(logits, range(len(logits)), top, loss=self.loss))
+        return [[(self.label(i), p) for i, p in answer] for answer in answers]
 
     def read(self, image: str | os.PathLike | np.ndarray) -> np.ndarray:
         """An image as `predict` takes it, as uint8 (h, w, channels). Raises UserError if it can't
@@ -198,7 +203,9 @@ class Pretrained:
         defaults = {f.name: f.default for f in dataclasses.fields(self.spec.module)}
         untold = {name: getattr(self.spec, name) for name in self.spec.untold}
         untold = {name: value for name, value in untold.items() if value != defaults[name]}
-        notes = Notes(self.spec.classifier, self.image_size, self.preprocess, self.labels, untold)
+        notes = Notes(
+            self.spec.classifier, self.image_size, self.preprocess, self.labels, untold, self.loss
+        )
         checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
         # Both are written before either takes its name, so that the notes of other weights stand
         # beside these, if a crash comes just then, for a moment only.
@@ -378,6 +385,8 @@ def load(
         "spec": new,
         "labels": class_labels(path, notes, new) if num_classes is None else None,
         "preprocess": preprocess_for(notes, spec, new),
+        # A new head has not been trained at all.
+        "loss": notes.loss if notes and num_classes is None else "softmax",
     }
     if not new.classifies_by_text:
         return Pretrained(**bundle)
@@ -466,6 +475,7 @@ class Notes:
       preprocess: how images are made ready, e.g. "resize(224)|value_range(-1, 1)".
       labels: names of the classes, or None.
       untold: the fields of `ImageModel.untold` that are not as they are by default.
+      loss: what the head was trained with, see `Pretrained`.
     """
 
     classifier: str
@@ -473,13 +483,14 @@ class Notes:
     preprocess: str
     labels: tuple[str, ...] | None
     untold: Mapping[str, Any]
+    loss: str = "softmax"
 
     def to_json(self) -> bytes:
         """The content of the file."""
         notes = dataclasses.asdict(self)
         if not self.untold:
             del notes["untold"]
-        return json.dumps(notes, indent=1, ensure_ascii=False).encode() + b"\n"
+        return to_json(notes, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def read_notes(weights: Path) -> Notes | None:
@@ -498,6 +509,7 @@ def read_notes(weights: Path) -> Notes | None:
             raise ValueError(f"classifier {classifier!r} is none of {', '.join(known)}")
         if labels is not None and type(labels) is not list:
             raise ValueError("labels is no list")
+        check_loss(loss := notes.get("loss", "softmax"))
         size = height_width(notes["image_size"])
         if max(size) > _LARGEST_IMAGE:
             raise ValueError(f"image_size is {size}, expected at most {_LARGEST_IMAGE} pixels")
@@ -515,6 +527,7 @@ def read_notes(weights: Path) -> Notes | None:
             notes["preprocess"],
             tuple(map(str, labels)) if labels else None,
             untold,
+            loss,
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(

@@ -1,5 +1,6 @@
 """`vit-jax report`: of finished runs, of those on their way, and of what is none."""
 
+import csv
 import json
 import shutil
 
@@ -8,6 +9,7 @@ from PIL import Image
 
 from tests.cli.conftest import write_images
 from tests.training.conftest import TINY
+from vit_jax import load
 from vit_jax.cli import main
 from vit_jax.training.workdir import read_metrics
 
@@ -98,6 +100,32 @@ def test_a_run_whose_images_have_several_labels(tmp_path, capsys):
     second = (workdir / "report.html").read_text()
     for page in (first, second):
         assert "Of an image's several classes the likeliest counts as the true one." in page
+        assert "<h2>Labels</h2>" in page
+        assert "chosen for the best F1 on these same images" in page
+    capsys.readouterr()
+    assert main(["report", str(workdir), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(workdir), "--json", f"--csv={tmp_path / 'p.csv'}"]) == 0
+    assert json.loads(capsys.readouterr().out)["per_label"] == said["per_label"]
+    assert [row["label"] for row in said["per_label"]] == ["bright", "dark", "odd"]
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    assert last["test/map"] == said["mean_average_precision"]
+    assert last["test/f1"] == said["mean_f1"]
+    with (tmp_path / "p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["labels"] for row in rows} == {"bright;odd", "dark", "odd"}
+    assert main(["evaluate", str(workdir)]) == 0
+    shown = capsys.readouterr().out
+    assert f"mAP       {last['test/map']:7.2%}  mean over the 3 labels" in shown
+    assert "a threshold a label: the best F1 on these same images, so that it is higher" in shown
+    # What a run was trained with is also how it predicts.
+    vit = load(workdir)
+    assert vit.loss == "sigmoid"
+    assert main(["predict", str(workdir), rows[0]["picture"], "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    for found in answer["classes"]:
+        expected = float(rows[0][f"probability of {found['label']}"])
+        assert found["probability"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_of_images_given_in_python_the_run_itself_reports(copy, fails):

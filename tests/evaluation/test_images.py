@@ -11,6 +11,7 @@ import pytest
 from vit_jax import data
 from vit_jax.checkpoints import read_spec
 from vit_jax.checkpoints.hub import class_names
+from vit_jax.checkpoints.labels import index_of
 from vit_jax.errors import UserError
 from vit_jax.evaluation.images import class_indices, evaluate_images, write_predictions
 from vit_jax.models import create_model
@@ -52,6 +53,11 @@ def network(labels):
     return Pretrained(model, params, spec, tuple(labels), "resize(8)|value_range(-1, 1)")
 
 
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_all_images_are_scored_with_the_weights_own_preprocessing(folder, batch_size):
     scores = evaluate_images(network(sorted(COLOURS)), open_all(folder), batch_size=batch_size)
@@ -74,9 +80,13 @@ def test_classes_are_matched_by_name_not_by_position(folder):
     np.testing.assert_array_equal(scores.per_class, [1, np.nan, 1, 1])
 
 
-def test_without_names_classes_are_matched_by_position_if_their_number_fits(folder):
+def test_without_names_classes_are_matched_by_position_if_their_number_fits(folder, caplog):
     nameless = dataclasses.replace(network(sorted(COLOURS)), labels=None)
     assert evaluate_images(nameless, open_all(folder)).top1 == 1.0
+    assert caplog.messages == [
+        f"the classes of {folder} are matched by position, as the weights don't name theirs: "
+        "blue is class 0, green is class 1, red is class 2"
+    ]
     more = dataclasses.replace(network([*sorted(COLOURS), "violet"]), labels=None)
     with pytest.raises(UserError, match="has 3 classes and the head 4, and the weights don't name"):
         evaluate_images(more, open_all(folder))
@@ -106,15 +116,37 @@ def test_a_name_that_means_two_classes_is_refused(folder):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_folders_may_be_named_by_the_indices_of_the_classes(folder, named):
+def test_folders_may_be_named_by_the_indices_of_the_classes(folder, named, caplog):
     for name, index in (("red", 10), ("green", 2), ("blue", 0)):
         (folder / name).rename(folder / str(index))
     vit = network(["blue", "-", "green", *"-------", "red"])
     vit = vit if named else dataclasses.replace(vit, labels=None)
     np.testing.assert_array_equal(class_indices(vit, open_all(folder)), [0, 10, 2])
     assert evaluate_images(vit, open_all(folder)).top1 == 1.0
+    meaning = "0 is blue, 10 is red, 2 is green" if named else "0 is class 0, 10 is class 10, 2 is"
+    assert f"the classes of {folder} are matched by number: {meaning}" in caplog.text
+    caplog.clear()
     digits = dataclasses.replace(vit, labels=("10", "2", "0", *"abcdefgh"))
     np.testing.assert_array_equal(class_indices(digits, open_all(folder)), [2, 0, 1])
+    assert not caplog.messages
+
+
+def test_where_classes_are_called_by_numbers_a_number_is_a_name_only(folder):
+    """Here both "1" and "3" would be indices, too, of other classes."""
+    for name, number in (("red", "1"), ("green", "10"), ("blue", "3")):
+        (folder / name).rename(folder / number)
+    vit = network(["1", "10", "2", "crimson"])
+    with pytest.raises(UserError, match="classes that the weights don't know: 3; they know 1; 10"):
+        class_indices(vit, open_all(folder))
+    (folder / "3").rename(folder / "2")
+    np.testing.assert_array_equal(class_indices(vit, open_all(folder)), [0, 1, 2])
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "²", "-1", "1.0", " 1", "10"])
+def test_what_is_no_index_of_a_class_is_none(text):
+    assert index_of(text, (), 10) is None
+    assert index_of("9", ("a", "b"), 10) == 9
+    assert index_of("9", ("a", "7"), 10) is None
 
 
 def photographs(shared, folder, name):
@@ -173,12 +205,91 @@ def test_predictions_stand_in_a_csv_file_one_image_a_row(folder, tmp_path):
     vit.params["head"]["bias"][0] = -100.0  # Green is never found.
     scores = evaluate_images(vit, source)
     write_predictions(tmp_path / "p.csv", source, vit, scores)
-    with open(tmp_path / "p.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path / "p.csv")
     assert len(rows) == 12
-    assert str(folder / "red" / odd) in [row["picture"] for row in rows]
+    assert str(folder / "red" / r"red, very red\udcff.png") in [row["picture"] for row in rows]
     for row in rows:
         assert f"/{row['label']}/" in row["picture"]
         assert row["correct"] == str(int(row["label"] == row["prediction"]))
         assert 0 <= float(row["probability"]) <= 1
     assert sum(row["correct"] == "1" for row in rows) == 8 == round(scores.top1 * 12)
+
+
+def test_cells_that_begin_like_formulas_are_quoted(folder, tmp_path):
+    (folder / "red").rename(folder / "=cmd()")
+    (folder / "blue" / "0.png").rename(folder / "blue" / "\x1b[2J.png")
+    vit, source = network(["green", "=cmd()", "@blue, blue"]), open_all(folder)
+    write_predictions(tmp_path / "p.csv", source, vit, evaluate_images(vit, source))
+    rows = rows_of(tmp_path / "p.csv")
+    assert {row["label"] for row in rows} == {"green", "'=cmd()", "'@blue, blue"}
+    assert str(folder / "blue" / r"\x1b[2J.png") in [row["picture"] for row in rows]
+
+
+# Images that may have several labels.
+
+
+def several(folder, rows, **changes):
+    """A source of a table."""
+    table = folder / "table.csv"
+    table.write_text("path,label\n" + "".join(f"{path},{labels}\n" for path, labels in rows))
+    return dataclasses.replace(data.open_source(str(table), "train+test"), **changes)
+
+
+ROWS = [
+    ("red/0.png", "red;warm"),
+    ("blue/0.png", "blue"),
+    ("green/0.png", ""),
+    ("red/1.png", "red"),
+]
+
+
+def test_each_label_is_scored_and_stands_in_the_csv(folder, tmp_path):
+    vit, source = network(["green", "warm", "=1", "red", "blue"]), several(folder, ROWS)
+    scores = evaluate_images(dataclasses.replace(vit, loss="sigmoid"), source)
+    found = scores.by_label
+    assert found.count.tolist() == [0, 1, 0, 2, 1]
+    assert scores.labels.sum(axis=1).tolist() == [source.label(i).sum() for i in source.label_ids]
+    write_predictions(tmp_path / "p.csv", source, vit, scores)
+    rows = rows_of(tmp_path / "p.csv")
+    five = ["picture", "label", "prediction", "probability", "correct"]
+    likely = [f"probability of {label}" for label in vit.labels]
+    true = {str(folder / path): labels for path, labels in ROWS}
+    assert list(rows[0]) == [*five, "labels", *likely]
+    for i, row in enumerate(rows):
+        assert sorted(row["labels"].split(";")) == sorted(true[row["picture"]].split(";"))
+        np.testing.assert_allclose(
+            [float(row[name]) for name in likely], scores.probabilities[i], atol=1e-6
+        )
+        assert row["probability"] == max(row[name] for name in likely)
+
+
+def test_two_labels_that_are_one_class_of_the_weights_are_joined(folder):
+    rows = [("red/0.png", "red"), ("red/1.png", "crimson;blue"), ("blue/0.png", "blue")]
+    vit, source = network(["blue", "crimson, red"]), several(folder, rows)
+    scores = evaluate_images(vit, source)
+    assert scores.by_label.count.tolist() == [2, 2]
+
+
+def test_weights_for_one_class_an_image_are_scored_by_a_sigmoid_which_is_said(folder, caplog):
+    vit, source = network(["warm", "red", "blue"]), several(folder, ROWS)
+    scores = evaluate_images(vit, source)
+    assert "trained for one class an image, and images of" in caplog.text
+    logits = vit(np.stack([data.parse(vit.preprocess)(source[i]["image"]) for i in range(4)]))
+    np.testing.assert_allclose(scores.probabilities, 1 / (1 + np.exp(-logits)), rtol=1e-5)
+    caplog.clear()
+    evaluate_images(dataclasses.replace(vit, loss="sigmoid"), source)
+    assert not caplog.messages
+
+
+def test_the_loss_of_the_weights_is_that_of_their_evaluation(folder):
+    vit, source = network(sorted(COLOURS)), open_all(folder)
+    softmax, sigmoid = (
+        evaluate_images(dataclasses.replace(vit, loss=loss), source).probability
+        for loss in ("softmax", "sigmoid")
+    )
+    logits = vit(np.stack([data.parse(vit.preprocess)(source[i]["image"]) for i in range(12)]))
+    exp = np.exp(logits)
+    np.testing.assert_allclose(softmax, exp.max(axis=1) / exp.sum(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(sigmoid, 1 / (1 + np.exp(-logits.max(axis=1))), rtol=1e-5)
+    said = evaluate_images(vit, source, loss="sigmoid").probability
+    np.testing.assert_array_equal(said, sigmoid)

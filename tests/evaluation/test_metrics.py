@@ -2,6 +2,7 @@
 accident."""
 
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from scipy.special import log_softmax, softmax
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation import evaluate, make_eval_step
-from vit_jax.evaluation.metrics import BINS, calibrate
+from vit_jax.evaluation.metrics import BINS, calibrate, score_labels
 from vit_jax.training import make_mesh
 
 
@@ -229,3 +230,106 @@ def test_a_confidence_a_little_above_one_counts_as_one():
 def test_what_is_no_number_is_left_out_and_nothing_has_no_error():
     assert calibrate(np.array([np.nan, 0.5]), np.array([False, True])).error == 0.5
     assert math.isnan(calibrate(np.array([np.nan]), np.array([False])).error)
+
+
+# Labels of which an image may have several.
+
+
+def average_precision(p, true):
+    """Its definition, threshold by threshold in exact fractions."""
+    area, before = Fraction(0), Fraction(0)
+    for threshold in sorted(set(p), reverse=True):
+        said = [x >= threshold for x in p]
+        hits = sum(s and t for s, t in zip(said, true, strict=True))
+        recall, precision = Fraction(hits, sum(true)), Fraction(hits, sum(said))
+        area, before = area + (recall - before) * precision, recall
+    return area
+
+
+def f1(p, true, threshold):
+    """2 / (1 / precision + 1 / recall), in exact fractions."""
+    said = [x >= threshold for x in p]
+    hits = sum(s and t for s, t in zip(said, true, strict=True))
+    if not hits:
+        return Fraction(0)
+    return 2 / (1 / Fraction(hits, sum(said)) + 1 / Fraction(hits, sum(true)))
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]) | st.floats(0, 1), st.booleans()),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_the_figures_of_a_label_are_their_definitions(examples):
+    p, true = zip(*examples, strict=True)
+    found = score_labels(np.array([p]).T, np.array([true]).T)
+    assert found.count.tolist() == [sum(true)]
+    columns = (found.average_precision, found.f1, found.threshold, found.best_f1)
+    if not any(true):
+        assert np.isnan(columns).all()
+        return
+    values = [column.item() for column in columns]
+    best = max(f1(p, true, threshold) for threshold in p)
+    highest = max(threshold for threshold in p if f1(p, true, threshold) == best)
+    exact = [average_precision(p, true), f1(p, true, 0.5), highest, best]
+    np.testing.assert_allclose(values, [float(x) for x in exact], rtol=1e-12)
+    assert values[2] == highest
+
+
+def test_figures_known_from_a_textbook():
+    # Ranked: right, right, wrong, right, wrong, wrong, right.
+    p = np.array([[0.9, 0.8, 0.7, 0.6, 0.3, 0.2, 0.1]]).T
+    found = score_labels(p, np.array([[1, 1, 0, 1, 0, 0, 1]], bool).T)
+    assert found.average_precision.item() == pytest.approx((1 + 1 + 3 / 4 + 4 / 7) / 4)
+    assert found.f1.item() == found.best_f1.item() == pytest.approx(2 * 3 / (4 + 4))
+    assert found.threshold.item() == 0.6
+
+
+def test_a_label_that_no_image_has_counts_in_no_mean():
+    p = np.array([[0.9, 0.9], [0.1, 0.9]])
+    found = score_labels(p, np.array([[True, False], [False, False]]))
+    assert [found.mean(name) for name in ("average_precision", "f1", "best_f1")] == [1, 1, 1]
+    rows = found.to_dict(["a", "b"])
+    assert rows["per_label"][0] == {
+        "label": "a",
+        "count": 1,
+        "average_precision": 1.0,
+        "f1": 1.0,
+        "threshold": 0.9,
+        "best_f1": 1.0,
+    }
+    assert (rows["mean_average_precision"], "same images" in rows["threshold_rule"]) == (1, True)
+    assert math.isnan(score_labels(p, np.zeros((2, 2), bool)).mean("f1"))
+
+
+def test_an_image_of_which_nothing_is_said_is_a_miss():
+    true = np.array([[True, True]]).T
+    found = score_labels(np.array([[0.9, np.nan]]).T, true)
+    assert (found.average_precision.item(), found.best_f1.item()) == (0.5, pytest.approx(2 / 3))
+    found = score_labels(np.array([[np.nan, np.nan]]).T, true)
+    assert (found.average_precision.item(), found.f1.item(), found.best_f1.item()) == (0, 0, 0)
+
+
+def test_every_probability_is_kept_where_an_image_may_have_several_labels_and_else_none():
+    rng = np.random.default_rng(0)
+    logits, hot = rng.standard_normal((9, 4)).astype(np.float32), rng.random((9, 4)) < 0.4
+    batches = [
+        {
+            "image": np.where(there[:, None], logits[rows], 0).reshape(-1, 1, 4, 1),
+            "label": np.where(there[:, None], hot[rows], 0).astype(np.float32),
+            "mask": there & (rows != 2),
+            "index": np.where(there, rows, -1).astype(np.int32),
+        }
+        for start in (0, 8)
+        for there in [np.arange(start, start + 8) < 9]
+        for rows in [np.minimum(np.arange(start, start + 8), 8)]
+    ]
+    scores = evaluate(SIGMOID_STEP, {}, batches, 4)
+    kept = scores.index
+    assert kept.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
+    np.testing.assert_allclose(scores.probabilities, 1 / (1 + np.exp(-logits[kept])), rtol=1e-5)
+    np.testing.assert_array_equal(scores.labels, hot[kept])
+    assert scores.by_label.count.tolist() == hot[kept].sum(axis=0).tolist()
+    assert scores_of(logits, np.zeros(9, int)).by_label is None

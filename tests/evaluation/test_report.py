@@ -261,3 +261,9 @@ def test_neither_matplotlib_is_imported_early_nor_pyplot_at_all(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_names_that_no_font_can_draw_do_not_stop_a_report(drawn):
+    evil = "\x1b[2J\udcff\u202e"
+    figure = drawn(2, labels=[evil, "b"], title=evil, examples=[example(evil, "b", name=evil)])
+    assert r"\x1b[2J\udcff\u202e" in texts_of(figure)

@@ -1,5 +1,7 @@
 """report.html: what it says, in a real browser."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,21 @@ def rows_of(browser, name):
 def test_pages_work_offline_by_night_and_on_a_phone(changes, tmp_path, browser):
     write_report(report_of(2, **changes), tmp_path / "report.html")
     browser.check(tmp_path / "report.html")
+
+
+def test_each_label_has_its_figures_where_an_image_may_have_several(tmp_path, browser):
+    likely = np.array([[0.9, 0.2, 0.7], [0.8, 0.6, 0.1], [0.3, 0.7, 0.2]])
+    true = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], bool)
+    scores = dataclasses.replace(scores_of(confusion_of(3)), probabilities=likely, labels=true)
+    fields = {"scores": scores, "labels": [EVIL, "cat", "none"], "multi_label": True}
+    write_report(report_of(3, **fields), tmp_path / "report.html")
+    browser.check(tmp_path / "report.html")
+    assert rows_of(browser, "Labels") == [
+        [EVIL, "2", "83.3%", "50.0%", "30.0%", "80.0%"],
+        ["cat", "2", "100.0%", "100.0%", "60.0%", "100.0%"],
+    ]
+    (said,) = [text for text in texts(browser, "h2 + p") if text.startswith("Each label")]
+    assert said.endswith("Labels that no image has, and that count in no mean: 1.")
 
 
 def test_a_thousand_classes_fit_on_a_phone(tmp_path, browser):

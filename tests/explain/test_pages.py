@@ -73,6 +73,21 @@ def test_the_page_holds_the_attention_that_was_computed(written):
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+def test_registers_are_not_called_the_class_token(written, network, browser, tmp_path):
+    vit, page = network("gap", num_registers=2), tmp_path / "page.html"
+    assert vit.model.num_prefix_tokens == 2
+    explained = list(explain.explanations(vit, written[1][:1]))
+    page.write_bytes(explain.page_html(vit, explained))
+    opened(browser, page)
+    said = browser.run("return document.querySelector('[role=status]').innerText")
+    attention = explain.attention_maps(vit, written[1][:1])[0, -1].mean(axis=0)
+    assert re.match(r"The patch in row \d+, column \d+ attends to row ", said)
+    shares = {f"{100 * row[:2].sum():.{1 if row[:2].sum() < 0.0995 else 0}f}%" for row in attention}
+    assert re.search(r"; all registers together \((.*?)\)\.$", said)[1] in shares
+    assert "class token" not in said
+    assert browser.run("return document.querySelector('.viewer button').hidden")
+
+
 def test_the_page_stands_alone_and_can_be_used_by_all(written, browser):
     path = written[2]
     browser.check(path)

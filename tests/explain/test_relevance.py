@@ -143,13 +143,16 @@ def test_of_lit_weights_texts_are_explained(network):
 def test_classes_go_by_index_label_or_a_word_of_it(network):
     labels = ("ape, Affe", "3", "cat", "crane", "crane, Kran")
     vit = dataclasses.replace(network("token"), labels=labels)
-    found = [class_index(vit, name) for name in ("ape", "affe", 3, "3", "0", "crane")]
-    assert found == [0, 0, 3, 1, 0, 3]
+    found = [class_index(vit, name) for name in ("ape", "affe", 3, "3", "crane")]
+    assert found == [0, 0, 3, 1, 3]
+    with pytest.raises(UserError, match=r"no class '0': give a name$"):
+        class_index(vit, "0")  # Where one is called "3", that is no index.
     with pytest.raises(UserError, match=r"no class 'caat': did you mean 'cat'\?"):
         class_index(vit, "caat")
     with pytest.raises(UserError, match=r"no class 5: give a name or an index, 0 to 4"):
         class_index(vit, 5)
     vit = dataclasses.replace(vit, labels=("a, crane", "b, crane", "c", "d", "e"))
+    assert class_index(vit, "4") == 4
     with pytest.raises(UserError, match=r"several classes are called 'crane': .* \[0, 1\]"):
         class_index(vit, "crane")
 

@@ -21,13 +21,13 @@ from vit_jax import data, load
 from vit_jax.checkpoints import open_arrays
 from vit_jax.errors import UserError
 from vit_jax.evaluation.images import evaluate_images
-from vit_jax.training import TrainState, default_config, make_optimizer, run
+from vit_jax.training import TrainState, default_config, make_optimizer, outputs, run
 from vit_jax.training.checkpoints import Checkpoints
 from vit_jax.training.distributed import StopSignal
 from vit_jax.training.inputs import DevicePrefetcher, RunData
 from vit_jax.training.optimizer import schedule_of
 from vit_jax.training.outputs import evaluate_workdir
-from vit_jax.training.workdir import read_metrics, write_config
+from vit_jax.training.workdir import open_workdir, read_metrics, write_config
 
 pytestmark = pytest.mark.usefixtures("no_image")
 
@@ -125,14 +125,31 @@ def test_other_storage_is_no_workdir(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "checkpoints", "weights.npz", "weights_best.npz", "report.png"]
+    "name", ["metrics.jsonl", "checkpoints", "weights.npz", "0.jpg", "cat/0.png", "main.py"]
 )
-def test_a_folder_with_results_but_no_configuration_is_refused(name, tiny, tmp_path):
+def test_a_folder_with_anything_but_a_run_is_refused(name, tiny, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
-    with pytest.raises(UserError, match=f"holds {name} but no config.json, and a run would overwr"):
+    entry = name.split("/")[0]
+    with pytest.raises(UserError, match=f"holds {entry} but no config.json, so it is no run's"):
         run(tiny(), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert [p.name for p in tmp_path.iterdir()] == [entry]
     assert (tmp_path / name).read_text() == "precious"
+
+
+def test_of_many_things_in_a_folder_that_is_refused_a_few_are_named(tiny, tmp_path):
+    for name in "abcde":
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"holds a, b, c and 2 more but no config\.json"):
+        run(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run.log", "slurm-7.out", ".gitkeep", "lost+found", "data.json"])
+def test_logs_and_what_is_hidden_may_lie_in_the_folder_before(name, tiny, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with open_workdir(tmp_path, tiny()) as folder:
+        assert folder == epath.Path(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "\xff"])
@@ -254,6 +271,144 @@ def test_a_stop_during_an_evaluation_loses_nothing(
     assert outcome(tmp_path) == outcome(whole)
 
 
+def test_a_stop_during_an_evaluation_that_has_read_nothing_yet_is_a_stop(
+    tiny, tmp_path, monkeypatch
+):
+    read = RunData.eval_batches
+
+    def interrupting(self):
+        for i, batch in enumerate(read(self)):
+            if i == 1:
+                signal.raise_signal(signal.SIGINT)
+            yield batch | {"mask": np.zeros_like(batch["mask"])}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunData, "eval_batches", interrupting)
+        result = run(tiny("total_steps=4", "eval_every=2"), tmp_path)
+    assert (result.step, result.finished) == (2, False)
+
+
+# What fails after the last step loses nothing.
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("no font\nat all")
+
+
+def test_a_report_that_fails_is_said_and_made_by_the_next_start(
+    whole, tiny, tmp_path, outcome, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "_make_report", broken)
+        result = run(tiny(), tmp_path)
+    assert result.finished
+    assert result.summary.endswith(
+        f"{tmp_path} holds weights.npz, but its report can't be made (RuntimeError: no font): mend "
+        "the cause, then start the same command again"
+    )
+    assert outcome(tmp_path) == outcome(whole)
+    assert run(tiny(), tmp_path).summary.endswith("and the TensorBoard events")
+    assert "has finished, but it lacks report.html, report.png: this is made again" in caplog.text
+    assert outcome(tmp_path) == outcome(whole)
+    assert "nothing to do" in run(tiny(), tmp_path).summary
+
+
+def test_an_evaluation_that_fails_after_the_last_step_loses_no_step(
+    whole, tiny, tmp_path, outcome, monkeypatch, saved_steps
+):
+    def failing(*args):
+        raise UserError("photos/3.jpg can't be read")
+
+    fields = ("eval_every=0", "checkpoint_every=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "evaluate", failing)
+        with pytest.raises(UserError, match=r"3\.jpg can't be read"):
+            run(tiny(*fields), tmp_path)
+    assert outcome(tmp_path)[0] == outcome(whole)[0]
+    assert saved_steps(tmp_path) == [40]
+    monkeypatch.setattr(run_module, "make_step_from_config", lambda *args: broken)
+    assert run(tiny(*fields), tmp_path).finished
+    assert outcome(tmp_path)[0] == outcome(whole)[0]
+
+
+@pytest.mark.parametrize(
+    "lost", ["half of weights.npz", "a bit of weights.npz", "weights.json", "report.html"]
+)
+def test_what_a_finished_run_has_lost_is_made_again_from_its_checkpoint(
+    lost, whole, tiny, tmp_path, outcome, caplog, monkeypatch
+):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    weights, file = workdir / "weights.npz", workdir / lost
+    if lost.startswith("half"):
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif lost.startswith("a bit"):
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+    else:
+        file.unlink()
+    monkeypatch.setattr(run_module, "make_step_from_config", lambda *args: broken)
+    result = run(tiny(), workdir)
+    assert result.finished
+    assert "finished 40 steps" in result.summary
+    assert lost.split()[-1] in caplog.text
+    assert outcome(workdir) == outcome(whole)
+    assert load(workdir).labels == load(whole).labels
+
+
+@pytest.mark.parametrize("lost", ["half of weights.npz", "report.png"])
+def test_what_a_finished_run_has_lost_with_its_checkpoints_is_told(lost, whole, tiny, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    weights = workdir / "weights.npz"
+    if lost.startswith("half"):
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    else:
+        (workdir / lost).unlink()
+    shutil.rmtree(workdir / "checkpoints")
+    before = times(workdir)
+    with pytest.raises(UserError, match=f"{lost.split()[-1]}.*no checkpoint of step 40 to make"):
+        run(tiny(), workdir)
+    assert times(workdir) == before
+
+
+def test_lines_of_metrics_that_are_lost_are_told_and_the_best_weights_so_far_are_kept(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    fields = ("keep_best", "eval_every=10", "total_steps=30")
+    with monkeypatch.context() as patch:
+        _Interrupted.in_step(patch, 25)
+        run(tiny(*fields), tmp_path)
+    assert "lost" not in capsys.readouterr().err
+    metrics, best = tmp_path / "metrics.jsonl", tmp_path / "weights_best.npz"
+    lines, kept = metrics.read_bytes().splitlines(keepends=True), best.read_bytes()
+    metrics.write_bytes(b"".join(lines[:2]))  # Steps 5 and 10, no evaluation.
+    assert run(tiny(*fields), tmp_path).finished
+    assert (
+        "; metrics.jsonl has lost lines of steps 10 to 25, and with them how good "
+        "weights_best.npz is: kept as weights_best_1.npz\n"
+    ) in capsys.readouterr().err
+    assert (tmp_path / "weights_best_1.npz").read_bytes() == kept
+    assert load(tmp_path / "weights_best_1.npz").labels == tuple("0123456789")
+    assert best.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("keep", range(9))
+def test_however_many_lines_are_lost_it_is_told(keep, tiny, tmp_path, capsys, monkeypatch):
+    fields = ("eval_every=10", "total_steps=30", "checkpoint_every=0")
+    with monkeypatch.context() as patch:
+        _Interrupted.in_step(patch, 26)
+        run(tiny(*fields), tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 7  # Five of training, two of evaluation.
+    metrics.write_bytes(b"".join(lines[:keep]))
+    capsys.readouterr()
+    run(tiny(*fields), tmp_path)
+    assert ("metrics.jsonl has lost lines" in capsys.readouterr().err) == (keep < 7)
+
+
 def test_a_kill_before_the_weights_are_written_costs_only_an_evaluation(
     whole, tiny, tmp_path, outcome, monkeypatch
 ):
@@ -261,7 +416,7 @@ def test_a_kill_before_the_weights_are_written_costs_only_an_evaluation(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_outputs", killed)
+        patch.setattr(run_module, "write_weights", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tiny(), tmp_path)
     assert run(tiny(), tmp_path).finished

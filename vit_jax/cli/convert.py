@@ -39,9 +39,8 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts and says what was written."""
-    import json
-
     from vit_jax.checkpoints.convert import convert
+    from vit_jax.escape import printable, to_json
 
     done = convert(args.source, args.target, style=args.style, dtype=args.dtype, force=args.force)
     if args.json:
@@ -51,9 +50,9 @@ def run(args: argparse.Namespace) -> None:
             "arrays": done.arrays,
             "files": [str(path) for path in done.files],
         }
-        print(json.dumps(facts, indent=1))
+        print(to_json(facts, indent=1))
         return
     name = done.spec.name or "a network without an official name"
     print(f"{name}, {done.spec.num_parameters:,} parameters in {done.arrays} arrays")
     for path in done.files:
-        print(f"wrote {path}")
+        print(printable(f"wrote {path}"))

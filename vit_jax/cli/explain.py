@@ -26,9 +26,8 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the page and says what the network saw."""
-    import json
-
     from vit_jax import explain, page
+    from vit_jax.escape import printable, to_json
     from vit_jax.files import atomic_write
     from vit_jax.pretrained import load
 
@@ -42,12 +41,12 @@ def run(args: argparse.Namespace) -> None:
     with atomic_write(args.out) as out:
         out.write(content)
     if args.json:
-        print(json.dumps([_record(e) for e in explained], ensure_ascii=False))
+        print(to_json([_record(e) for e in explained]))
         return
     for e in explained:
         answer = f": {e.classes[0][0]} ({e.classes[0][1]:.1%})" if e.classes else ""
-        print(f"{e.name}{answer}")
-    print(f"page written to {args.out}")
+        print(printable(f"{e.name}{answer}"))
+    print(printable(f"page written to {args.out}"))
 
 
 def _record(e) -> dict:

@@ -1,7 +1,6 @@
 """`vit-jax info FILE`: what a file of weights is."""
 
 import argparse
-import json
 
 
 def add_parser(subparsers) -> None:
@@ -20,6 +19,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints what the arrays and the notes beside them tell."""
     from vit_jax.checkpoints import NONFINITE, nonfinite, open_arrays, read_layout
+    from vit_jax.escape import printable, to_json
     from vit_jax.models.shapes import listing
     from vit_jax.pretrained import class_labels, find_weights, preprocess_for, read_weights
 
@@ -46,13 +46,16 @@ def run(args: argparse.Namespace) -> None:
             "bytes": size,
             "nonfinite": bad,
             "labels": labels,
+            "loss": notes.loss if notes else None,
             "preprocess": preprocess,
         }
-        print(json.dumps(facts, indent=1))
+        print(to_json(facts, indent=1))
         return
     head = "none" if spec.num_classes is None else f"{spec.num_classes:,} classes"
     if labels:
         head += f": {'; '.join(labels[:5])}{'; ...' if len(labels) > 5 else ''}"
+    if notes and notes.loss == "sigmoid":
+        head += " (each for itself, by a sigmoid)"
     lines = {
         "file": path,
         **spec.summary(),
@@ -63,4 +66,4 @@ def run(args: argparse.Namespace) -> None:
         "size": f"{size / 2**20:,.1f} MiB",
     }
     for title, text in lines.items():
-        print(f"{title:<14} {text}")
+        print(f"{title:<14} {printable(str(text))}")

@@ -22,11 +22,11 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the most probable classes of each image that can be read, and names the others."""
     import functools
-    import json
     import sys
 
     from vit_jax.cli import EXIT_USER_ERROR
     from vit_jax.errors import UserError
+    from vit_jax.escape import printable, to_json
     from vit_jax.evaluation.zero_shot import classify
     from vit_jax.pretrained import load
 
@@ -49,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
             {"picture": p, "classes": [{"label": n, "probability": q} for n, q in a]}
             for p, a in answers
         ]
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print(to_json(rows, indent=1))
     else:
         for image, answer in answers:
-            print(image)
+            print(printable(image))
             for label, probability in answer:
-                print(f"  {probability:6.1%}  {label}")
+                print(f"  {probability:6.1%}  {printable(label)}")
     for mistake in mistakes:
         print(f"vit-jax: {mistake}", file=sys.stderr)
     return EXIT_USER_ERROR if mistakes else 0

@@ -20,9 +20,8 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the report, and prints what it says in short."""
-    import json
-
     from vit_jax.errors import UserError
+    from vit_jax.escape import printable, to_json
     from vit_jax.evaluation.report import write_report
     from vit_jax.files import as_path, is_bucket
     from vit_jax.page import kind_of
@@ -39,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
         write_report(report, path)
     scores, files = report.scores, [str(path) for path in paths]
     if not args.json:
-        print("\n".join(filter(None, (report.title, report.note, f"see {' and '.join(files)}"))))
+        for line in filter(None, (report.title, report.note, f"see {' and '.join(files)}")):
+            print(printable(line))
         return
     answer: dict[str, Any] = {"title": report.title, "note": report.note, "files": files}
     if scores:
@@ -48,12 +48,7 @@ def run(args: argparse.Namespace) -> None:
         counts = scores.confusion.sum(axis=1)
         columns = {"count": counts, "recall": scores.per_class, "precision": scores.precision}
         values = zip(report.labels, *(column.tolist() for column in columns.values()), strict=True)
-        answer["per_class"] = [
-            _finite(dict(zip(("label", *columns), row, strict=True))) for row in values
-        ]
-    print(json.dumps(_finite(answer), indent=1))
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """With None for NaN, which JSON doesn't know."""
-    return {k: None if v != v else v for k, v in values.items()}
+        answer["per_class"] = [dict(zip(("label", *columns), row, strict=True)) for row in values]
+        if scores.by_label:
+            answer |= scores.by_label.to_dict(report.labels)
+    print(to_json(answer, indent=1))

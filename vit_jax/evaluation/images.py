@@ -2,19 +2,24 @@
 
 import csv
 import io
+import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from vit_jax import data
-from vit_jax.checkpoints.labels import find_classes
+from vit_jax.checkpoints.labels import find_classes, index_of
 from vit_jax.errors import UserError
+from vit_jax.escape import cell, printable
 from vit_jax.evaluation.metrics import Scores, evaluate, make_eval_step
 from vit_jax.files import atomic_write
 from vit_jax.pretrained import Pretrained
 from vit_jax.sharding import divisible, make_mesh, replicated
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate_images(
@@ -23,7 +28,7 @@ def evaluate_images(
     *,
     batch_size: int = 64,
     corrupt: str = "error",
-    loss: str = "softmax",
+    loss: str | None = None,
 ) -> Scores:
     """Scores of a network on labelled images, preprocessed as the weights' notes say.
 
@@ -34,7 +39,8 @@ def evaluate_images(
       source: see `data.open_source`.
       batch_size: images at once, over all devices; rounded up to a multiple of their number.
       corrupt: "error" stops at an image that can't be read, "skip" warns and leaves it out.
-      loss: "softmax" or "sigmoid"; always "sigmoid" where an image may have several labels.
+      loss: "softmax" or "sigmoid", None for the one that the network was trained with; always
+        "sigmoid" where an image may have several labels.
 
     Raises UserError if the classes don't fit.
     """
@@ -43,6 +49,13 @@ def evaluate_images(
     if colours is None:
         raise UserError(f"these weights take {vit.spec.channels} channels, which no image has")
     assert vit.spec.num_classes is not None  # class_indices has seen to it.
+    loss = loss or vit.loss
+    if source.multi_label and loss != "sigmoid":
+        _log.warning(
+            "these weights were trained for one class an image, and images of %s may have several: "
+            "each class is taken for itself, by a sigmoid",
+            source.name,
+        )
     return score(
         vit.model_on(jax.devices()),
         vit.params,
@@ -85,7 +98,8 @@ def score(
         if labels.ndim == 1:
             return classes[labels]
         columns = np.zeros((len(labels), num_classes), np.float32)
-        columns[:, classes] = labels
+        # Two of the source's classes may be one of the network's.
+        np.maximum.at(columns.T, classes, labels.T)
         return columns
 
     mesh = make_mesh()
@@ -100,25 +114,25 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     """int32 (classes of the source,): the index in the network's head of each class of the
     source.
 
-    A class is known by its name as in `checkpoints.labels.find_classes`, or, if all of the source's
-    are numbers, by its index. Without names and numbers classes are matched by position, if there
-    are as many.
+    A class is known by its name as in `checkpoints.labels.find_classes`. If all of the source's are
+    numbers, and none of the network's is called by one, they are indices. Without names and numbers
+    classes are matched by position, if there are as many. What is not matched by name is said.
 
     Raises UserError naming those that can't be matched.
     """
-    if vit.spec.num_classes is None:
+    count = vit.spec.num_classes
+    if count is None:
         raise UserError("these weights have no head, so there is nothing to evaluate")
-    numbers = [int(label) for label in source.labels if label.isdecimal()]
-    by_number = len(numbers) == len(source.labels) and max(numbers) < vit.spec.num_classes
-    if by_number and not set(source.labels) <= set(vit.labels or ()):
-        return np.array(numbers, np.int32)
+    numbers = [index_of(label, vit.labels or (), count) for label in source.labels]
+    if None not in numbers:
+        return _said(vit, source, numbers, "by number")
     if vit.labels is None:
-        if len(source.labels) != vit.spec.num_classes:
+        if len(source.labels) != count:
             raise UserError(
-                f"{source.name} has {len(source.labels)} classes and the head "
-                f"{vit.spec.num_classes}, and the weights don't name theirs: they can't be matched"
+                f"{source.name} has {len(source.labels)} classes and the head {count}, and the "
+                "weights don't name theirs: they can't be matched"
             )
-        return np.arange(len(source.labels), dtype=np.int32)
+        return _said(vit, source, range(count), "by position, as the weights don't name theirs")
     found = dict(zip(source.labels, find_classes(vit.labels, source.labels), strict=True))
     unknown = [label for label, indices in found.items() if not indices]
     if unknown:
@@ -136,19 +150,39 @@ def class_indices(vit: Pretrained, source: data.Source) -> np.ndarray:
     return np.array([index for (index,) in found.values()], np.int32)
 
 
+def _said(vit: Pretrained, source: data.Source, indices: Sequence[Any], how: str) -> np.ndarray:
+    """The indices, after telling how they were found."""
+    classes = [vit.label(i) if vit.labels else f"class {i}" for i in indices[:5]]
+    pairs = [f"{name} is {it}" for name, it in zip(source.labels[:5], classes, strict=True)]
+    some = ", ".join([*pairs, *(["..."] if len(indices) > 5 else [])])
+    _log.warning("%s", printable(f"the classes of {source.name} are matched {how}: {some}"))
+    return np.array(indices, np.int32)
+
+
 def write_predictions(
     path: str | os.PathLike, source: data.Source, vit: Pretrained, scores: Scores
 ) -> None:
-    """Writes a CSV file with one row an image: picture, label, prediction, probability,
-    correct."""
+    """Writes a CSV file with one row an image: picture, label, prediction, probability, correct;
+    where an image may have several labels also all of them, divided by ";", and the probability of
+    each label that the network knows.
+
+    Text is escaped for spreadsheets, see `escape.cell`.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["picture", "label", "prediction", "probability", "correct"])
-    rows = zip(scores.index, scores.truth, scores.prediction, scores.probability, strict=True)
-    for index, truth, prediction, probability in rows:
-        label = vit.label(truth) if truth >= 0 else ""
-        name, said = source.describe(int(index)), vit.label(prediction)
-        writer.writerow([name, label, said, f"{probability:.6f}", int(truth == prediction)])
+    columns = ["picture", "label", "prediction", "probability", "correct"]
+    names = [vit.label(i) for i in range(len(scores.confusion))]
+    likely, true = scores.probabilities, scores.labels
+    if likely is not None:
+        columns += ["labels", *(f"probability of {name}" for name in names)]
+    writer.writerow(map(cell, columns))
+    for i, truth in enumerate(scores.truth):
+        label, said = names[truth] if truth >= 0 else "", names[scores.prediction[i]]
+        row = [source.describe(int(scores.index[i])), label, said]
+        row += [f"{scores.probability[i]:.6f}", str(int(truth == scores.prediction[i]))]
+        if likely is not None and true is not None:
+            row.append(";".join(names[j] for j in np.flatnonzero(true[i])))
+            row += [f"{p:.6f}" for p in likely[i]]
+        writer.writerow(map(cell, row))
     with atomic_write(path) as file:
-        # A file name need not be text: what Python can't decode it can write back.
-        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+        file.write(text.getvalue().encode())

@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from vit_jax.checkpoints.labels import check_loss, probabilities
 from vit_jax.errors import UserError
 from vit_jax.sharding import batch_sharding, replicated
 
 BINS = 15  # of `calibrate`, as in most of the literature; the error depends on it.
+THRESHOLD_RULE = "the best F1 on these same images, so that it is higher than on others"
 
 if TYPE_CHECKING:
     from vit_jax.data import Normalize
@@ -37,8 +40,7 @@ def example_losses(
 
     Raises UserError for another loss.
     """
-    if loss not in ("softmax", "sigmoid"):
-        raise UserError(f"loss is {loss!r}, expected softmax or sigmoid")
+    check_loss(loss)
     classes = logits.shape[-1]
     if labels.ndim == 1:
         labels = jax.nn.one_hot(labels, classes)
@@ -89,6 +91,77 @@ def calibrate(probability: np.ndarray, right: np.ndarray, bins: int = BINS) -> C
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelScores:
+    """How well each label is found, where an image may have several; nan of a label that no image
+    has.
+
+    Attributes:
+      count: int64 (labels,), images that have it.
+      average_precision: float64 (labels,), the area under precision over recall as the sum over n
+        of (R_n - R_(n-1)) P_n: recall R and precision P if the images of at least the n-th highest
+        probability are said to have the label. Equal probabilities are one n; nothing is
+        interpolated.
+      f1: float64 (labels,), 2 TP / (2 TP + FP + FN), if those of at least 0.5 are.
+      threshold: float64 (labels,), the probability to take in place of 0.5 for the highest F1 on
+        these images; of several the highest.
+      best_f1: float64 (labels,), F1 with this threshold, which flatters: it was chosen on the same
+        images.
+    """
+
+    count: np.ndarray
+    average_precision: np.ndarray
+    f1: np.ndarray
+    threshold: np.ndarray
+    best_f1: np.ndarray
+
+    def mean(self, name: str) -> float:
+        """The mean of a column over the labels that an image has, each counting the same; of
+        "average_precision" the mAP, of "f1" the macro F1. nan if there are none."""
+        values = getattr(self, name)[self.count > 0]
+        return float(values.mean()) if len(values) else float("nan")
+
+    def to_dict(self, labels: Sequence[str]) -> dict[str, Any]:
+        """All of it for JSON, with the names of the labels."""
+        columns = {f.name: getattr(self, f.name).tolist() for f in dataclasses.fields(self)}
+        rows = zip(labels, *columns.values(), strict=True)
+        return {
+            "mean_average_precision": self.mean("average_precision"),
+            "mean_f1": self.mean("f1"),
+            "mean_best_f1": self.mean("best_f1"),
+            "threshold_rule": THRESHOLD_RULE,
+            "per_label": [dict(zip(("label", *columns), row, strict=True)) for row in rows],
+        }
+
+
+def score_labels(probability: np.ndarray, labels: np.ndarray) -> LabelScores:
+    """Scores of probabilities, float (n, labels), by the true labels, bool (n, labels). An image of
+    which the network says nan is never said to have the label."""
+    rows = [_score_label(p, true) for p, true in zip(probability.T, labels.T, strict=True)]
+    columns = np.array(rows, np.float64).reshape(-1, 4).T
+    return LabelScores(labels.sum(axis=0, dtype=np.int64), *columns)
+
+
+def _score_label(p: np.ndarray, true: np.ndarray) -> tuple[float, float, float, float]:
+    """Average precision, F1 from 0.5 on, the best threshold and its F1 of one label."""
+    count = np.count_nonzero(true)
+    if not count:
+        return (float("nan"),) * 4
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(-p[known], kind="stable")]
+    p, found = p[order], np.cumsum(true[order])  # Those that have it, of so many most probable.
+    if not len(p):
+        return 0.0, 0.0, float("nan"), 0.0
+    ends = np.flatnonzero(np.append(p[1:] != p[:-1], True))  # Where another threshold follows.
+    precision, recall = found[ends] / (ends + 1), found[ends] / count
+    f1 = 2 * found[ends] / (ends + 1 + count)  # TP + FP are said to have it, TP + FN have it.
+    best = int(f1.argmax())
+    half = np.count_nonzero(p >= 0.5)
+    half_f1 = 2 * found[half - 1] / (half + count) if half else 0.0
+    area = np.sum(np.diff(recall, prepend=0) * precision)
+    return float(area), float(half_f1), float(p[ends[best]]), float(f1[best])
+
+
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """How good a network is on a set of images.
 
@@ -104,6 +177,8 @@ class Scores:
         a class has truth -1, is never right and isn't in the confusion matrix.
       probability: float (count,), of the predicted class: of the softmax, or with the loss
         "sigmoid" that of this class for itself.
+      probabilities, labels: float and bool (count, classes), the probability of each class and
+        whether it is true, where an image may have several; else None.
     """
 
     count: int
@@ -116,6 +191,15 @@ class Scores:
     truth: np.ndarray
     prediction: np.ndarray
     probability: np.ndarray
+    probabilities: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    @functools.cached_property
+    def by_label(self) -> LabelScores | None:
+        """The figures of each label, where an image may have several; else None."""
+        if self.probabilities is None or self.labels is None:
+            return None
+        return score_labels(self.probabilities, self.labels)
 
     @property
     def per_class(self) -> np.ndarray:
@@ -150,8 +234,9 @@ def make_eval_step(
     Returns:
       step(params, batch) -> {"loss", "rank", "truth", "prediction", "probability"}, each (n,): the
       rank is the number of classes that come before the true one. The batch holds "image", and
-      "label" int32 (n,) or, of several classes an example, float32 (n, classes) of 0 and 1. What
-      else it holds is passed through. The parameters may be sharded.
+      "label" int32 (n,) or, of several classes an example, float32 (n, classes) of 0 and 1; then
+      the figures have "probabilities" and "labels", see `Scores`. What else it holds is passed
+      through. The parameters may be sharded.
     """
 
     def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -169,13 +254,15 @@ def make_eval_step(
         before = (logits > own) | ((logits == own) & (jnp.arange(classes) < truth[:, None]))
         # NaN says nothing, so it is never right: its rank is last, its prediction a wrong class.
         nan = jnp.isnan(logits).any(axis=-1)
-        probabilities = jax.nn.softmax(logits) if loss == "softmax" else jax.nn.sigmoid(logits)
+        likely = probabilities(logits, loss)
+        if labels.ndim == 2:
+            rest |= {"probabilities": likely, "labels": labels > 0}
         return rest | {
             "loss": example_losses(logits, labels, loss),
             "rank": jnp.where(nan | unknown, jnp.iinfo(jnp.int32).max, before.sum(axis=-1)),
             "truth": jnp.where(unknown, -1, truth),
             "prediction": jnp.where(nan, (truth + 1) % classes, jnp.argmax(logits, axis=-1)),
-            "probability": probabilities.max(axis=-1),
+            "probability": likely.max(axis=-1),
         }
 
     return jax.jit(step, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
@@ -219,6 +306,7 @@ def evaluate(
         top5=int((rows["rank"] < 5).sum()) / count,
         confusion=confusion,
         **{name: rows[name] for name in ("index", "truth", "prediction", "probability")},
+        **{name: rows[name] for name in ("probabilities", "labels") if name in rows},
     )
 
 

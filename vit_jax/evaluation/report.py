@@ -14,7 +14,8 @@ import numpy as np
 
 from vit_jax import __version__, page
 from vit_jax.data import Source
-from vit_jax.evaluation.metrics import BINS, Calibration, Scores
+from vit_jax.escape import printable
+from vit_jax.evaluation.metrics import BINS, THRESHOLD_RULE, Calibration, Scores
 from vit_jax.files import atomic_write
 from vit_jax.page import BLUE, GREY, ORANGE, elide, new_figure, styled
 from vit_jax.sharding import device_kinds
@@ -180,12 +181,24 @@ def _page(report: Report) -> bytes:
             (labels[r], labels[c], int(counts[r, c]), float(share[r, c])) for r, c in pairs
         ],
         classes=[(labels[i], *(column[i].item() for column in columns)) for i in there],
+        by_label=_label_rows(scores, labels),
+        threshold_rule=THRESHOLD_RULE,
         calibration=calibration,
         bins=[(end, *(b[i].item() for b in bins)) for i, end in enumerate(ends) if bins[0][i]],
         reliability=reliability,
         mistakes=[e for e in report.examples if not e.right],
         total=int(((scores.truth != scores.prediction) & (scores.truth >= 0)).sum()),
     )
+
+
+def _label_rows(scores: Scores, labels: Sequence[str]) -> list[tuple[Any, ...]]:
+    """A row for each label that an image has, where it may have several."""
+    found = scores.by_label
+    if found is None:
+        return []
+    columns = (found.count, found.average_precision, found.f1, found.threshold, found.best_f1)
+    there = np.flatnonzero(found.count).tolist()
+    return [(labels[i], *(column[i].item() for column in columns)) for i in there]
 
 
 def _matrix(labels: Sequence[str], counts: np.ndarray, there: Sequence[int]) -> dict[str, Any]:
@@ -208,14 +221,14 @@ def _row_shares(counts: np.ndarray) -> np.ndarray:
 def draw_report(report: Report) -> "Figure":
     """The report as one figure: curves and confusion matrix; calibration, classes and settings;
     some images."""
-    names = [" ".join(str(label).split()) for label in report.labels]
+    names = [printable(" ".join(label.split())) for label in report.labels]
     wrong = [e for e in report.examples if not e.right][: MAX_IMAGES // 2]
     examples = [*wrong, *(e for e in report.examples if e.right)][:MAX_IMAGES]
     rows = math.ceil(len(examples) / COLUMNS)
     heights = [7.0, 4.2, *([2.5 * rows] if rows else [])]
     figure = new_figure(14, sum(heights) + 0.7)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
-    headline = textwrap.shorten(report.title, 110, placeholder=" ...")
+    headline = printable(textwrap.shorten(report.title, 110, placeholder=" ..."))
     figure.suptitle(headline, fontsize=15, fontweight="bold")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     curves, settings = parts[0], parts[1]
@@ -407,9 +420,8 @@ def _write_settings(ax: "Axes", report: Report) -> None:
     if len(lines) > room:
         lines = [*lines[: room - 1], f"... {len(lines) - room + 1} more"]
     lines += ["", *(f"{k} {v}" for k, v in report.environment.items())]
-    shown = ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
     note = textwrap.wrap(report.note, SETTINGS_CHARS)[:3]
-    text = "\n".join([*(elide(line, SETTINGS_CHARS) for line in shown), "", *note])
+    text = "\n".join([*(elide(line, SETTINGS_CHARS) for line in lines), "", *note])
     ax.axis("off")
     ax.set_title("Configuration, where not by default")
     drawn = ax.text(0, 1, text, transform=ax.transAxes, family="monospace", fontsize=7.5, va="top")
@@ -432,7 +444,8 @@ def _draw_images(axes: Sequence["Axes"], examples: Sequence[Example]) -> None:
 
 def _caption(example: Example) -> str:
     """What the model says of an image, in one line or, where the names are long, two."""
-    said, truth = (" ".join(name.split()) for name in (example.prediction, example.truth))
+    names = (example.prediction, example.truth)
+    said, truth = (printable(" ".join(name.split())) for name in names)
     sure = f" ({example.probability:.0%})"
     line = f"{said}{sure}" if example.right else f"{said}{sure}, not {truth}"
     if len(line) <= CAPTION_CHARS:

@@ -47,7 +47,8 @@ class Explanation(NamedTuple):
       name: the file's.
       view: the image, no larger than it is drawn.
       attention: see `attention_data`.
-      classes: (label, probability), the most probable first; empty if the network gives none.
+      classes: (label, probability), the most probable first; empty if the network gives none. With
+        the loss "sigmoid" each probability is that of the class for itself.
       rollout: see `explain.rollout`, (rows, columns).
       relevance: see `explain.relevance`, of the two most probable classes or those asked for.
       heads: what the token that the head reads attends to in each head of the last block, then
@@ -97,7 +98,7 @@ def explanations(
             cosine = embeddings @ (seen.answer / np.linalg.norm(seen.answer))
             answers = ranked(np.exp(np.asarray(vit.params["t"])) * cosine, list(map(str, classes)))
         elif not vit.classifies_by_text and gives_classes(vit):
-            answers = ranked(seen.answer, range(len(seen.answer)))
+            answers = ranked(seen.answer, range(len(seen.answer)), loss=vit.loss)
         shown = classes or [c for c, _ in answers[:2]]
         targets = class_targets(vit, shown) if shown else []
         block = f"block {tower.spec.num_layers}"
@@ -106,7 +107,7 @@ def explanations(
             pooled = on_grid(tower, seen.pooling)
             heads += [(f"pooling, head {i + 1}", m) for i, m in enumerate(pooled)]
         yield Explanation(
-            os.fsencode(name).decode(errors="backslashreplace"),  # It need not be text.
+            os.fspath(name),
             view.thumbnail(),
             attention_data(seen.attention, MAX_BYTES // len(images)),
             [(vit.label(c) if isinstance(c, int) else c, p) for c, p in answers[:top]],
@@ -209,6 +210,7 @@ def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
     sections = []
     for e in explained:
         place = {"grid": tower.spec.grid_size, "first": tower.first_patch, "box": e.view.box}
+        place["class_token"] = tower.model.has_class_token
         sections.append(
             {
                 "name": Path(e.name).name,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.checkpoints.labels import find_classes
+from vit_jax.checkpoints.labels import find_classes, index_of
 from vit_jax.errors import UserError
 from vit_jax.explain.figures import Images, plot_maps, views
 from vit_jax.explain.network import Tower, observe, on_grid, open_tower
@@ -90,22 +90,24 @@ def class_targets(vit: Pretrained, classes: Sequence[int | str]) -> list[tuple[s
 
 
 def class_index(vit: Pretrained, name: int | str) -> int:
-    """The index of a class given as such or by its name, see `find_classes`.
+    """The index of a class given as such or by its name, see `find_classes` and `index_of`.
 
     Raises UserError if there is none, or more than one.
     """
     labels, count = vit.labels or (), vit.spec.num_classes
     assert count is not None  # See `gives_classes`.
-    found = [] if isinstance(name, int | np.integer) else find_classes(labels, [name])[0]
-    if not found and str(name).isdecimal() and int(name) < count:
-        return int(name)
+    named = () if isinstance(name, int | np.integer) else labels
+    found = find_classes(named, [str(name)])[0]
+    if not found and (index := index_of(str(name), named, count)) is not None:
+        return index
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"several classes are called {name!r}: give one of the indices {found}")
     words = {word for label in labels for word in (label, *label.split(", "))}
     near = difflib.get_close_matches(str(name), sorted(words), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"give a name or an index, 0 to {count - 1}"
+    or_index = index_of("0", named, count) is not None and f" or an index, 0 to {count - 1}"
+    hint = f"did you mean {near[0]!r}?" if near else f"give a name{or_index or ''}"
     raise UserError(f"the weights know no class {name!r}: {hint}")
 
 

@@ -11,7 +11,10 @@ for (const viewer of document.querySelectorAll(".viewer")) {
   const [top, left, height, width] = known.box;
   const blocks = [...new Set(known.layers.map(([block]) => block))];
   const headsOf = block => known.layers.filter(([b, head]) => b === block && head !== null).length;
-  let query = known.first ? 0 : Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+  // Before the patches stand a class token and registers, or one of both, or neither.
+  const registers = known.first - known.class_token;
+  let query = known.class_token ? 0
+    : known.first + Math.floor(rows / 2) * columns + Math.floor(columns / 2);
 
   const percent = x => (100 * x).toFixed(x < .0995 ? 1 : 0) + "%";
   const place = patch => `row ${Math.floor(patch / columns) + 1}, column ${patch % columns + 1}`;
@@ -55,7 +58,9 @@ for (const viewer of document.querySelectorAll(".viewer")) {
     const best = patches.map((weight, patch) => [weight, patch]).sort(([a], [b]) => b - a).slice(0, 3);
     const share = weight => percent(weight / 255 * scale);
     const looks = best.map(([weight, patch]) => `${place(patch)} (${share(weight)})`);
-    if (known.first) looks.push(`the class token (${share(row[0])})`);
+    if (known.class_token) looks.push(`the class token (${share(row[0])})`);
+    const inRegisters = row.subarray(known.first - registers, known.first).reduce((a, b) => a + b, 0);
+    if (registers) looks.push(`all registers together (${share(inRegisters)})`);
     said.textContent = `${subject} attends to ${looks.join("; ")}.`;
   }
 
@@ -80,7 +85,7 @@ for (const viewer of document.querySelectorAll(".viewer")) {
     show();
   };
   const button = viewer.querySelector("button");
-  button.hidden = !known.first;
+  button.hidden = !known.class_token;
   button.onclick = () => { query = 0; show(); };
   for (const slider of [blockSlider, headSlider]) {
     slider.min = slider.value = 0;

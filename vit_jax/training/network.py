@@ -50,7 +50,7 @@ def make_network(
             params = jax.tree.map(np.asarray, jax.device_get(params))
         architecture = type(model)(**model.architecture())
         spec = Spec(architecture, (height, width), channels)
-        return Pretrained(model, params, spec, labels, preprocess)
+        return Pretrained(model, params, spec, labels, preprocess, loss=config.loss)
     weightless = weightless_fields()
     vit = load(
         path,
@@ -77,7 +77,7 @@ def make_network(
             f"the weights in {path} take images of {vit.spec.channels} channels, these have "
             f"{channels}: add {operation} to config.pp.train and config.pp.eval"
         )
-    return dataclasses.replace(vit, labels=labels, preprocess=preprocess)
+    return dataclasses.replace(vit, labels=labels, preprocess=preprocess, loss=config.loss)
 
 
 def named_model(config: ConfigDict, num_classes: int) -> Any:

@@ -1,6 +1,7 @@
 """What a run leaves behind, and what can be said of a workdir: weights, scores and a report."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 
@@ -11,6 +12,8 @@ from ml_collections import ConfigDict
 from vit_jax import data
 from vit_jax.buckets import local_copy
 from vit_jax.checkpoints import open_arrays, read_spec, to_tree
+from vit_jax.errors import UserError, first_line
+from vit_jax.escape import printable
 from vit_jax.evaluation.images import evaluate_images
 from vit_jax.evaluation.metrics import Scores
 from vit_jax.evaluation.report import Report, choose_examples, environment, write_report
@@ -31,12 +34,15 @@ from vit_jax.training.workdir import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    NOTES,
     PAGE,
     REPORT,
     check_named,
     read_config,
     read_metrics,
 )
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +51,9 @@ class Result:
 
     Attributes:
       step: updates done. finished: whether these are all; if not, the same call goes on from here.
-      summary: what to tell a person.
-      test: the last figures on the test images, {"test/loss", "test/top1", "test/top5"}; empty if
-        there were none.
+      summary: what to tell a person, in lines that can be printed.
+      test: the last figures on the test images, {"test/loss", "test/top1", "test/top5"}, where
+        they may have several labels also "test/map" and "test/f1"; empty if there were none.
     """
 
     step: int
@@ -57,33 +63,65 @@ class Result:
 
 
 def load_result(workdir: epath.Path, total_steps: int) -> Result | None:
-    """The result of a run that has left everything it has to leave; else None."""
-    if not all((workdir / name).exists() for name in (CONFIG, WEIGHTS, REPORT)):
+    """The result of a run that has left everything it has to leave; else None.
+
+    Raises UserError if that lacks something, and there is no state to make it from.
+    """
+    if not all((workdir / name).exists() for name in (CONFIG, WEIGHTS)):
         return None
+    lacking = [name for name in (NOTES, PAGE, REPORT) if not (workdir / name).exists()]
+    problem = f"it lacks {', '.join(lacking)}" if lacking else ""
+    try:
+        load(workdir)
+    except UserError as e:
+        problem = str(e)
+    if problem:
+        problem = f"the run in {workdir} has finished, but {problem}"
+        if total_steps in saved_steps(workdir / CHECKPOINTS):
+            _log.warning("%s: this is made again from the last checkpoint", problem)
+            return None
+        raise UserError(
+            f"{problem}, and there is no checkpoint of step {total_steps:,} to make this again "
+            "from: vit-jax report makes reports of whole weights; to train anew choose another "
+            "workdir"
+        )
     test = last_test(workdir)
     accuracy = f", test accuracy {test['test/top1']:.1%}" if test else ""
     return Result(
         total_steps,
         True,
-        f"the run in {workdir} has finished its {total_steps:,} steps{accuracy}: nothing to do. "
-        "For a new run choose another workdir",
+        f"the run in {printable(str(workdir))} has finished its {total_steps:,} steps{accuracy}: "
+        "nothing to do. For a new run choose another workdir",
         test,
     )
 
 
-def write_outputs(
-    workdir: epath.Path, config: ConfigDict, vit: Pretrained, scores: Scores, test: data.Source
-) -> Result:
-    """Writes weights and report of a run that has done all its steps."""
+def write_weights(workdir: epath.Path, vit: Pretrained) -> None:
+    """Writes what a run is for, before anything else that may fail after its last step."""
     (workdir / REPORT).unlink(missing_ok=True)  # One of the run on its way says nothing of its end.
     vit.save(workdir / WEIGHTS)
-    report = _make_report(workdir, config, vit.spec.description, scores, test)
-    for name in (PAGE, REPORT):
-        write_report(report, workdir / name)
-    summary = (
-        f"finished {config.total_steps:,} steps: {score_text(scores)}\n"
-        f"{workdir} holds {WEIGHTS}, {PAGE}, {REPORT}, {METRICS} and the TensorBoard events"
-    )
+
+
+def write_outputs(
+    workdir: epath.Path, config: ConfigDict, network: str, scores: Scores, test: data.Source
+) -> Result:
+    """Writes the report of a run that has done all its steps, of a network of that name.
+
+    Whatever goes wrong with it is said: the run has finished, and its weights are there.
+    """
+    place = printable(str(workdir))
+    holds = f"{place} holds {WEIGHTS}, {PAGE}, {REPORT}, {METRICS} and the TensorBoard events"
+    try:
+        report = _make_report(workdir, config, network, scores, test)
+        for name in (PAGE, REPORT):
+            write_report(report, workdir / name)
+    except Exception as e:  # Fonts, images that have gone meanwhile, a full disk.
+        reason = printable(f"{type(e).__name__}: {first_line(e)}")
+        holds = (
+            f"{place} holds {WEIGHTS}, but its report can't be made ({reason}): mend the cause, "
+            "then start the same command again"
+        )
+    summary = f"finished {config.total_steps:,} steps: {score_text(scores)}\n{holds}"
     return Result(config.total_steps, True, summary, score_figures(scores))
 
 
@@ -95,7 +133,10 @@ def last_test(workdir: epath.Path) -> dict[str, float]:
 
 def score_figures(scores: Scores) -> dict[str, float]:
     """Scores as they stand in the metrics."""
-    return {"test/loss": scores.loss, "test/top1": scores.top1, "test/top5": scores.top5}
+    figures = {"test/loss": scores.loss, "test/top1": scores.top1, "test/top5": scores.top5}
+    if found := scores.by_label:
+        figures |= {"test/map": found.mean("average_precision"), "test/f1": found.mean("f1")}
+    return figures
 
 
 def score_text(scores: Scores) -> str:
@@ -104,6 +145,8 @@ def score_text(scores: Scores) -> str:
     text = (
         f"test accuracy {scores.top1:.1%} ({right:,} of {scores.count:,}), loss {scores.loss:.4f}"
     )
+    if found := scores.by_label:
+        text += f", mAP {found.mean('average_precision'):.1%}, F1 {found.mean('f1'):.1%}"
     return text + (f", {scores.skipped:,} unreadable left out" if scores.skipped else "")
 
 
@@ -153,7 +196,8 @@ def _load_checkpoint(folder: epath.Path, config: ConfigDict, labels: tuple[str, 
             where=str(folder),
         )
         arrays = {k: np.asarray(array) for k, array in params.items()}
-    return Pretrained(spec.model(), to_tree(arrays), spec, labels, preprocess)
+    model = spec.model()
+    return Pretrained(model, to_tree(arrays), spec, labels, preprocess, loss=config.loss)
 
 
 def _make_report(

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import closing
 from typing import Self, TextIO
 
@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vit_jax.escape import printable
 from vit_jax.training.distributed import (
     broadcast_from_main,
     is_main_process,
@@ -25,7 +26,13 @@ from vit_jax.training.distributed import (
 from vit_jax.training.hardware import Usage
 from vit_jax.training.inputs import Clock
 from vit_jax.training.state import new_guard
-from vit_jax.training.workdir import METRICS, MetricsWriter, read_metrics
+from vit_jax.training.workdir import (
+    BEST_WEIGHTS,
+    METRICS,
+    MetricsWriter,
+    read_metrics,
+    set_best_aside,
+)
 
 HIDDEN = new_guard().keys() - {"bad_steps"}  # What a step remembers, and nobody wants to see.
 
@@ -50,17 +57,23 @@ class RunLog:
       folder: the workdir. step: that of the restored state; what metrics.jsonl holds of later ones
         is removed.
       usage: of the devices.
+      bad_steps: how many there have been; a run that goes back doesn't write them down.
 
     Attributes:
+      gap: what to tell of lines that metrics.jsonl has lost, if it has. Then nobody knows how good
+        the best weights were, and they get another name, so that no worse ones replace them.
       accuracies: {step: "test/top1"} of the evaluations in metrics.jsonl.
       say: prints a line. write, sync: see `MetricsWriter`.
     """
 
-    def __init__(self, folder: epath.Path, config: ConfigDict, step: int, usage: Usage):
+    def __init__(
+        self, folder: epath.Path, config: ConfigDict, step: int, usage: Usage, bad_steps: int = 0
+    ):
         self.folder, self._config, self._usage = folder, config, usage
         self._stack = contextlib.ExitStack()
         self.write: Callable[..., None] = lambda *_: None
         self.sync: Callable[[], None] = lambda: None
+        self.gap = ""
         accuracies: list[tuple[int, float]] = []
         with raise_on_all_processes():
             if is_main_process():
@@ -68,6 +81,16 @@ class RunLog:
                 self.write, self.sync = writer.write, writer.sync
                 lines = read_metrics(folder / METRICS)
                 accuracies = [(x["step"], x["test/top1"]) for x in lines if "test/top1" in x]
+                told = {x["step"] for x in lines if "train/loss" in x}
+                lost = _lacking(told, config.progress_every, step + 1)
+                lost = lost if len(lost) > bad_steps else []
+                # That of the restored state itself is made now, if need be.
+                lost_tests = _lacking(dict(accuracies), config.eval_every, step)
+                if gap := sorted({*lost, *lost_tests}):
+                    self.gap = f"; {METRICS} has lost lines of steps {gap[0]:,} to {gap[-1]:,}"
+                if lost_tests and (folder / BEST_WEIGHTS).exists():
+                    name = set_best_aside(folder)
+                    self.gap += f", and with them how good {BEST_WEIGHTS} is: kept as {name}"
         self.accuracies: dict[int, float] = dict(broadcast_from_main(accuracies))
         nowhere = self._stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
         stream = None if is_main_process() else nowhere
@@ -108,6 +131,11 @@ class RunLog:
         if steps:
             times["time/data_wait"] = wait_share
         self.write(step, {f"train/{key}": value for key, value in values.items()} | times)
+
+
+def _lacking(found: Container[int], every: int, end: int) -> list[int]:
+    """The multiples of a number of steps (0 for none), below `end`, that aren't found."""
+    return [step for step in range(every, end, every) if step not in found] if every else []
 
 
 class Progress:
@@ -177,6 +205,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Prints a line that stays: above the bar, or between the plain lines."""
+        text = printable(text)
         if self._live is None:
             self._print(text)
         else:

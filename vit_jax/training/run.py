@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.data import Source
 from vit_jax.errors import UserError, full_disk_explained
+from vit_jax.escape import printable
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
 from vit_jax.files import as_path, bucket_errors, keep_compiled
 from vit_jax.models.kernels import Kernels, choose_kernels
@@ -56,6 +57,7 @@ from vit_jax.training.outputs import (
     score_figures,
     score_text,
     write_outputs,
+    write_weights,
 )
 from vit_jax.training.progress import RunLog
 from vit_jax.training.state import TrainState
@@ -112,15 +114,15 @@ def run(
             return result
         assert_equal_across_processes({"in the workdir a lock of process": lock_holder(folder)})
 
-        context, state, scores, signal = train(config, folder, sources, own_stop)
+        context, step, scores, signal = train(config, folder, sources, own_stop)
 
-        step = int(state.step)
-        vit = context.with_weights(state) if scores else None
         with raise_on_all_processes():
-            if is_main_process() and scores and vit:
-                result = write_outputs(folder, config, vit, scores, context.data.test)
+            if is_main_process() and scores:
+                network = context.vit.spec.description
+                result = write_outputs(folder, config, network, scores, context.data.test)
             elif is_main_process():
-                saved = f"saved in {folder / CHECKPOINTS}" if step else "nothing to save yet"
+                place = printable(str(folder / CHECKPOINTS))
+                saved = f"saved in {place}" if step else "nothing to save yet"
                 summary = (
                     f"stopped by {signal} at step {step:,} of {config.total_steps:,}, {saved}: "
                     "start the same command again to go on"
@@ -141,11 +143,13 @@ def train(
     folder: epath.Path,
     sources: tuple[Source, Source] | None,
     own_stop: StopSignal,
-) -> tuple["RunContext", TrainState, Scores | None, str | None]:
+) -> tuple["RunContext", int, Scores | None, str | None]:
     """Trains to the last step or to a signal, the name of which is given; the state is then saved.
 
     In an order that a kill at any moment does not disturb: metrics are written before the state is
-    saved, and on resuming those after the saved state go. Scores are given if all is done.
+    saved, and on resuming those after the saved state go. What may fail by other causes than the
+    state, an evaluation, comes after it and the weights. The step and, if all is done, scores are
+    given.
     """
     context, state = prepare(config, folder, sources)
     rolls_back, total = config.on_bad_step == "rollback", config.total_steps
@@ -160,7 +164,8 @@ def train(
         state, damaged = checkpoints.restore(state)
         step = start = int(state.step)
         usage = Usage(context.vit.model, context.data.image_shape)
-        log = stack.enter_context(RunLog(folder, config, step, usage))
+        bad_steps = int(state.guard["bad_steps"])
+        log = stack.enter_context(RunLog(folder, config, step, usage, bad_steps))
         batches = stack.enter_context(open_batches(context, step))
         unread: deque[UnreadStep] = deque()
         profile = stack.enter_context(Profile(config.profile, trace_folder(folder)))
@@ -171,7 +176,7 @@ def train(
         if damaged:
             log.say(damaged)
         if step:
-            log.say(f"going on from step {step}, saved in {checkpoints.folder}")
+            log.say(f"going on from step {step}, saved in {checkpoints.folder}{log.gap}")
         log.restart_clock(batches.clock)
 
         while True:
@@ -190,17 +195,26 @@ def train(
                 continue
             if told := profile.at(step, functools.partial(wait_for, unread)):
                 log.say(f"step {step}: {told}")
+            unsaved = (step or rolls_back) and checkpoints.latest != step
+            if unsaved and (saves or stopping):
+                log.sync()
+                checkpoints.save(step, state)
+            if last:
+                vit = context.with_weights(state)
+                with raise_on_all_processes():
+                    if is_main_process():
+                        write_weights(folder, vit)
             scores = None
             if evaluates and not stopping and (last or step not in log.accuracies):
                 scores = evaluate_and_log(context, state, step, stop, log)
                 stopping = stop.check()
-            if (saves or stopping) and (step or rolls_back) and checkpoints.latest != step:
-                log.sync()
-                checkpoints.save(step, state)
+                if unsaved and stopping and not saves:
+                    log.sync()
+                    checkpoints.save(step, state)
             if all_read or stopping:
                 log.restart_clock(batches.restart_clock())
             if last or stopping:
-                return context, state, scores if last else None, stop.signal_name
+                return context, step, scores if last else None, stop.signal_name
 
             state, metrics = context.train_step(state, next(batches))
             step += 1
@@ -354,8 +368,13 @@ def evaluate_and_log(
             yield to_device(batch, place)
 
     classes = len(context.data.labels)
-    scores = evaluate(context.eval_step, state.averaged, until_stopped(), classes)
-    if stopped:
+    scores = None
+    try:
+        scores = evaluate(context.eval_step, state.averaged, until_stopped(), classes)
+    except UserError:
+        if not stopped:  # Else nothing was readable so far.
+            raise
+    if stopped or scores is None:
         return None
     if step not in log.accuracies:
         if context.config.keep_best and scores.top1 > max(log.accuracies.values(), default=-1.0):

@@ -19,6 +19,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -27,8 +28,14 @@ from ml_collections import ConfigDict
 from vit_jax.buckets import Claim, GrowingFiles, check_claim
 from vit_jax.checkpoints.hub import needs_credentials
 from vit_jax.errors import UserError
-from vit_jax.files import as_path, atomic_write, bucket_errors, is_bucket, open_file
-from vit_jax.pretrained import WEIGHTS
+from vit_jax.files import (
+    as_path,
+    atomic_write,
+    bucket_errors,
+    is_bucket,
+    list_folder,
+    open_file,
+)
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
 CONFIG = "config.json"  # What makes a folder a run's.
@@ -40,6 +47,9 @@ CHECKPOINTS = "checkpoints"
 BEST_WEIGHTS = "weights_best.npz"
 REPORT = "report.png"
 PAGE = "report.html"
+NOTES = "weights.json"
+# What may lie in a folder before the run of which it becomes one: where its output goes.
+LOGS = (".log", ".out", ".err", ".txt")
 FLUSH_SECONDS = 5  # After which TensorBoard sees what was written,
 UPLOAD_SECONDS = 60  # and whoever looks into a bucket.
 
@@ -52,8 +62,9 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[epath.
 
     If the block ends before `write_config`, nothing of this is left.
 
-    Raises UserError if it is no folder, can't be made or written, another process trains in it, or
-    it holds what another run left: then the fields that differ are named and nothing is changed.
+    Raises UserError if it is no folder, can't be made or written, another process trains in it, it
+    holds anything that is no run's, or what a run of another configuration left: then the fields
+    that differ are named. Nothing is changed.
     """
     workdir = as_path(path)
     if is_bucket(workdir):
@@ -134,11 +145,13 @@ def _check(workdir: epath.Path, config: ConfigDict) -> None:
                 "choose another workdir, or the same fields as then"
             )
         return
-    results = (METRICS, CHECKPOINTS, WEIGHTS, BEST_WEIGHTS, REPORT, PAGE)
-    if found := [name for name in results if (workdir / name).exists()]:
+    own = (LOCK, DATA_FINGERPRINT, "lost+found")
+    names = (name for name in list_folder(workdir) if not name.startswith("."))
+    if found := sorted(name for name in names if name not in own and not name.endswith(LOGS)):
+        some = ", ".join(found[:3]) + (f" and {len(found) - 3:,} more" if len(found) > 3 else "")
         raise UserError(
-            f"{workdir} holds {', '.join(found)} but no {CONFIG}, and a run would overwrite that: "
-            "choose another workdir"
+            f"{workdir} holds {some} but no {CONFIG}, so it is no run's: choose another workdir, "
+            "a new or an empty one"
         )
 
 
@@ -217,6 +230,17 @@ def set_aside(folder: epath.Path) -> None:
     """Renames what is damaged to NAME.damaged, NAME.damaged1, ..."""
     names = (folder.with_name(f"{folder.name}.damaged{n or ''}") for n in itertools.count())
     folder.rename(next(name for name in names if not name.exists()))
+
+
+def set_best_aside(workdir: epath.Path) -> str:
+    """Gives the best weights so far another name, weights_best_1.npz, ..., which is returned."""
+    stems = (f"{Path(BEST_WEIGHTS).stem}_{n}" for n in itertools.count(1))
+    best = workdir / BEST_WEIGHTS
+    free = next(s for s in stems if not (workdir / f"{s}.npz").exists())
+    for file in (best, best.with_suffix(".json")):
+        if file.exists():
+            file.rename(file.with_name(free + file.suffix))
+    return f"{free}.npz"
 
 
 class MetricsWriter:
