@@ -53,7 +53,7 @@ def real_step(config):
     mesh = make_mesh(config)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
-    kernels, _ = choose_kernels_from_config(config, model, task.image_shape[:2], mesh)
+    kernels = choose_kernels_from_config(config, model, task.image_shape[:2], mesh).kernels
     model = model.clone(kernels=kernels)
     state = TrainState.create(params=params, tx=tx, mesh=mesh, ema=config.ema_decay > 0)
     batches = task.train_batches(0)

@@ -69,8 +69,8 @@ def plan(
     else:
         spec = eval_spec(config)
         model = make_network(config, image_shape=shape, labels=task.labels, preprocess=spec).model
-    kernels, _ = choose_kernels(model, shape[:2], jax.devices(), config.attention)
-    model = model.clone(kernels=kernels)
+    chosen = choose_kernels(model, shape[:2], jax.devices(), config.attention)
+    model = model.clone(kernels=chosen.kernels)
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
