@@ -75,7 +75,9 @@ def parts() -> list[str]:
 def test_imports_point_one_way(part):
     for file in (PACKAGE / f"{part}.py", *(PACKAGE / part).rglob("*.py")):
         if file.exists():
-            assert imported_parts(file) <= ALLOWED[part] | {part, "errors", "files", "signals"}, file
+            assert imported_parts(file) <= ALLOWED[part] | {part, "errors", "files", "signals"}, (
+                file
+            )
 
 
 def imported_files(path: Path) -> set[Path]:

@@ -23,6 +23,15 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
+def expand_user(path: str | os.PathLike) -> str:
+    """A path with what ~ and ~USER stand for. Raises UserError if there is no such home folder."""
+    text = os.path.expanduser(os.fspath(path))
+    if text.startswith("~") and not os.path.lexists(text):
+        user = text.partition(os.sep)[0]
+        raise UserError(f"{path}: {user} is nobody's home folder here: give the path without it")
+    return text
+
+
 def as_path(path: str | os.PathLike) -> "epath.Path":
     """A path here or in a bucket (gs://BUCKET/...), to be used like one of pathlib.
 
@@ -31,7 +40,7 @@ def as_path(path: str | os.PathLike) -> "epath.Path":
     """
     from etils import epath
 
-    text = os.fspath(path)
+    text = expand_user(path)
     if is_bucket(text):
         if not re.match(r"gs://[^/]", text):
             raise UserError(f"{text} names no bucket: expected gs://BUCKET/FOLDER")
@@ -47,7 +56,7 @@ def as_path(path: str | os.PathLike) -> "epath.Path":
             f"{text} can't be used: expected a folder or gs://BUCKET/FOLDER; mount other kinds of "
             "storage and name the folder"
         )
-    return epath.Path(path)
+    return epath.Path(text)
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
@@ -79,10 +88,10 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     ~/.cache/vit_jax.
     """
     if cache_dir or (cache_dir := os.environ.get("VIT_JAX_CACHE")):
-        return Path(cache_dir).expanduser()
+        return Path(expand_user(cache_dir))
     base = os.environ.get("XDG_CACHE_HOME")
     # As XDG has it, a relative path is to be ignored.
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "vit_jax"
+    return Path(base if base and os.path.isabs(base) else expand_user("~/.cache")) / "vit_jax"
 
 
 def keep_compiled(place: str = "") -> str:
@@ -102,7 +111,7 @@ def keep_compiled(place: str = "") -> str:
         return "compiled programs are not kept"
     settings: Any = jax.config
     own = settings.jax_compilation_cache_dir
-    folder = str(Path(place).expanduser() if place else own or cache_folder() / "compiled")
+    folder = str(expand_user(place) if place else own or cache_folder() / "compiled")
     if folder != own and "://" not in folder:
         try:
             os.makedirs(folder, exist_ok=True)
@@ -114,6 +123,18 @@ def keep_compiled(place: str = "") -> str:
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()  # JAX looks at the setting once.
     return f"compiled programs are in {folder}"
+
+
+def locks() -> Any:
+    """Python's module fcntl. Raises UserError where there is none, as on Windows."""
+    try:
+        import fcntl
+    except ImportError as e:
+        raise UserError(
+            "this system can't lock files, which training and downloads need: use Linux, macOS or, "
+            "on Windows, its Linux (WSL)"
+        ) from e
+    return fcntl
 
 
 def is_bucket(path: str | os.PathLike) -> bool:

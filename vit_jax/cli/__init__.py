@@ -114,8 +114,8 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
 
 
 def _open_streams() -> None:
-    """Whatever is printed gets out: what the console's encoding lacks as \\xe9 or \\u72d7, and where
-    nobody listens nowhere."""
+    """Has everything printed: what the console's encoding lacks as \\xe9 or \\u72d7, and where a
+    stream is closed nowhere."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # Closed by whoever started this.

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     with atomic_write(args.out) as out:
         out.write(content)
     if args.json:
-        print(json.dumps([_record(e) for e in explained], ensure_ascii=False))
+        print(json.dumps([_record(e) for e in explained]))
         return
     for e in explained:
         answer = f": {e.classes[0][0]} ({e.classes[0][1]:.1%})" if e.classes else ""

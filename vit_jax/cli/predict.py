@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             {"picture": p, "classes": [{"label": n, "probability": q} for n, q in a]}
             for p, a in answers
         ]
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print(json.dumps(rows, indent=1))
     else:
         for image, answer in answers:
             print(image)

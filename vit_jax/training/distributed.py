@@ -125,10 +125,10 @@ def _explain_aborts(process_id: int, num_processes: int) -> None:
 
     Python keeps its standard output, which is for the result (Gloo prints there), and error.
     """
-    sys.stdout, sys.stderr = (
-        open(os.dup(n), "w", buffering=1, encoding=stream.encoding, errors="backslashreplace")
-        for n, stream in ((1, sys.stdout), (2, sys.stderr))
-    )
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        encoding = getattr(sys, name).encoding
+        stream = os.fdopen(os.dup(number), "w", 1, encoding, errors="backslashreplace")
+        setattr(sys, name, stream)
     program = Path(__file__).with_name("last_words.py")
     numbers = (process_id, num_processes, INITIALIZATION_S)
     child = subprocess.Popen(
