@@ -83,7 +83,10 @@ def _ask(program: str, *args: str, **environment: str) -> Answer:
         done = subprocess.run(
             [sys.executable, "-c", program, *args],
             env=os.environ | {"JAX_TRACEBACK_FILTERING": "off"} | environment,
-            **dict(capture_output=True, text=True, errors="replace", timeout=PATIENCE),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
         )
     except subprocess.TimeoutExpired:
         return Answer("", "", f"no answer within {PATIENCE} s")

@@ -97,7 +97,8 @@ def plan(
     evaluation = needs("evaluation", batch_eval=batch_eval)
     totals = [total for x in (training, evaluation) if (total := x["total"]) is not None]
     fits = max(totals) <= memory if memory is not None and len(totals) == 2 else None
-    changes, deadline = {} if fits else None, time.monotonic() + SEARCH_S
+    changes: dict[str, Any] | None = {} if fits else None
+    deadline = time.monotonic() + SEARCH_S
     if memory is not None and fits is False:
         try:
             changes = _changes(config, needs, memory)
