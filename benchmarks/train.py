@@ -47,7 +47,7 @@ def ours(name: str, batch_size: int) -> Callable[[int], object]:
     config.batch, config.accum_steps = batch_size, 1
     mesh = training.make_mesh(config)
     model = vit_jax.create_model(name, num_classes=1000)
-    kernels, _ = choose_kernels(model, (224, 224), jax.devices())
+    kernels = choose_kernels(model, (224, 224), jax.devices()).kernels
     levels = np.random.default_rng(0).integers(0, 256, (batch_size, 224, 224, 3), np.uint8)
     images = np.zeros((1, 224, 224, 3), np.float32)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0), images)["params"])

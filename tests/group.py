@@ -38,7 +38,8 @@ class Group:
         self.workdir = workdir
         self.processes: list[subprocess.Popen] = []
         self._texts: list[tuple[TextIO, TextIO]] = []
-        address = f"127.0.0.1:{free_port()}"
+        self.port = free_port()
+        address = f"127.0.0.1:{self.port}"
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",

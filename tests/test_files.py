@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.files import cache_folder
+from vit_jax.files import as_path, cache_folder, expand_user
 
 
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
@@ -76,3 +76,15 @@ def test_jax_s_own_setting_is_kept_unless_a_place_is_named(tmp_path):
     own = {"JAX_COMPILATION_CACHE_DIR": tmp_path / "own"}
     assert kept(**own)[0] == f"compiled programs are in {tmp_path}/own"
     assert kept(tmp_path, **own)[0] == f"compiled programs are in {tmp_path}"
+
+
+def test_a_home_folder_stands_where_it_is_meant(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert expand_user("~/runs") == str(as_path("~/runs")) == f"{tmp_path}/runs"
+    assert cache_folder("~/files") == tmp_path / "files"
+    for make in (expand_user, as_path, cache_folder):
+        with pytest.raises(UserError, match="~nouser is nobody's home folder here"):
+            make("~nouser/runs")
+    (tmp_path / "~draft").mkdir()  # A name like any other, if it is there.
+    assert expand_user("~draft") == "~draft"

@@ -34,9 +34,11 @@ def full_disk_explained(place: str = "a file") -> Iterator[None]:
     except OSError as e:
         if e.errno not in NO_ROOM:
             raise
+        read_only = e.errno == errno.EROFS
+        what = "choose another place" if read_only else "make room, then run the same command again"
         raise UserError(
-            f"{e.filename or place} can't be written ({e.strerror}): make room, then run the same "
-            "command again; what was saved before is kept"
+            f"{e.filename or place} can't be written ({e.strerror}): {what}; what was saved before "
+            "is kept"
         ) from e
 
 

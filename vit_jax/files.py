@@ -148,6 +148,18 @@ def keep_compiled(place: str = "") -> str:
     return f"compiled programs are in {folder}"
 
 
+def locks() -> Any:
+    """Python's module fcntl. Raises UserError where there is none, as on Windows."""
+    try:
+        import fcntl
+    except ImportError as e:
+        raise UserError(
+            "this system can't lock files, which training and downloads need: use Linux, macOS or, "
+            "on Windows, its Linux (WSL)"
+        ) from e
+    return fcntl
+
+
 def is_bucket(path: str | os.PathLike) -> bool:
     """Whether a path is one in a bucket, gs://BUCKET/..."""
     return os.fspath(path).startswith("gs://")

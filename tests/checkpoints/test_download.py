@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -394,12 +395,14 @@ def test_after_a_kill_another_process_goes_on(site, tmp_path):
     assert left_over(tmp_path / "x.npz") == []
 
 
-def test_on_a_terminal_a_bar_shows_how_far_it_is(site, tmp_path):
+@pytest.mark.parametrize("columns", [80, 100])
+def test_on_a_terminal_a_bar_shows_how_far_it_is_in_one_line(site, tmp_path, columns):
     pty = pytest.importorskip("pty")
+    name = f"{'x' * 60}.npz"
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", FETCH, site.url, str(tmp_path / "x.npz")],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"},
+        [sys.executable, "-c", FETCH, site.url, str(tmp_path / name)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": str(columns)},
         stderr=theirs,
     )
     os.close(theirs)
@@ -411,5 +414,9 @@ def test_on_a_terminal_a_bar_shows_how_far_it_is(site, tmp_path):
         pass
     os.close(ours)
     assert process.wait() == 0
-    assert b"x.npz" in shown
-    assert b"KiB" in shown
+    bare = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", bare) if line.strip()]
+    assert max(map(len, lines)) <= columns
+    last = lines[-1]
+    assert last.startswith("x" * 16 + "...xxxxx.npz ")
+    assert re.search(r"━+ \d+[.\d]*/\d+[.\d]* [KM]iB \S+ \S+ \S+$", last)

@@ -1,5 +1,6 @@
 import http.server
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -190,6 +191,22 @@ def test_offline_only_the_cache_is_used(mirror, cache, monkeypatch):
     assert mirror.asked == []
     mirror.content["/vit_models/imagenet21k/ViT-B_16.npz"] = EMPTY_NPZ
     assert resolve("ViT-B_16", offline=False).is_file()
+
+
+def test_without_a_network_the_weights_own_address_is_named_first(monkeypatch):
+    monkeypatch.setenv("VIT_JAX_OFFLINE", "1")
+    for name in ("augreg/Ti_16", "Ti_16"):
+        with pytest.raises(UserError) as caught:
+            resolve(name)
+        first, second = re.findall(r"https://[^ ]+", str(caught.value))
+        assert first == f"{STORE}/vit_models/augreg/{TI}.npz"
+        assert second == f"{STORE}/vit_models/augreg/index.csv"
+    with pytest.raises(UserError) as caught:
+        resolve("lit/LiT-B16B")
+    addresses = re.findall(r"https://[^ ]+", str(caught.value))
+    assert addresses == [f"{STORE}/vit_models/lit/LiT-B16B.{ending}" for ending in ("npz", "txt")]
+    with pytest.raises(UserError, match=r"index\.csv is not in the cache"):
+        resolve("augreg/B_8")  # What is recommended of it, the table alone says.
 
 
 @pytest.mark.parametrize("value", ["", "0", "false"])

@@ -57,7 +57,12 @@ def test_the_examples_work_word_for_word(tmp_path, monkeypatch, capsys, weights)
     # First what makes the runs that the others look at.
     for command in sorted(COMMANDS, key=lambda name: name != "train"):
         for example in examples_of(command, capsys):
-            assert main(shlex.split(example)[1:]) == 0, example
+            argv = shlex.split(example)[1:]
+            if command == "plan":  # Which says how many devices JAX has, before that starts.
+                argv = [sys.executable, "-m", "vit_jax", *argv]
+                assert subprocess.run(argv, stdout=subprocess.DEVNULL).returncode == 0, example
+            else:
+                assert main(argv) == 0, example
 
 
 @pytest.mark.slow
@@ -186,6 +191,16 @@ def test_each_program_shows_its_own_usage_and_version(capsys):
     assert "[--json]" in help_of("train", capsys)
 
 
+@pytest.mark.parametrize("argv", [[], ["data"]])
+def test_who_names_no_command_is_shown_all_of_them(argv, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(argv)
+    assert done.value.code == 2
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: {' '.join(['vit-jax', *argv])} ")
+    assert all(f"\n    {name} " in shown for name in (COMMANDS if not argv else ["check", "show"]))
+
+
 @pytest.mark.parametrize("module", ["vit_jax", "vit_jax.main"])
 def test_modules_can_be_run_and_mistakes_give_status_2_without_a_traceback(module):
     command = [] if module == "vit_jax.main" else ["train"]
@@ -203,8 +218,10 @@ def test_modules_can_be_run_and_mistakes_give_status_2_without_a_traceback(modul
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: COMMAND; see vit-jax --help"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "invalid choice: 'trian' (did you mean train?); see vit-jax --help"),
+        (["data", "chek"], "invalid choice: 'chek' (did you mean check?); see vit-jax data --help"),
+        (["xyz"], "invalid choice: 'xyz' (choose from"),
+        (["--versoin"], "unknown option --versoin (did you mean --version?); see vit-jax --help"),
         (
             ["models", "--jsn"],
             "unknown option --jsn (did you mean --json?); see vit-jax models --help",

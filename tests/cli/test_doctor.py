@@ -93,9 +93,9 @@ def test_the_cause_is_found_among_several(monkeypatch, setting, packages, cause,
         monkeypatch.setenv(name, value)
     log = "INFO:jax:Unable to initialize backend 'cuda': the driver is too old\n"
     gpus = [{"name": "NVIDIA L4", "memory": None, "used": None}]
-    (fault,) = doctor._gpu_faults(
-        gpus, doctor.Answer("", log, ""), {"backend": "cpu"}, {"jax": "0.10.2"} | packages
-    )
+    machine, installed = {"gpus": gpus, "tpu_devices": []}, {"jax": "0.10.2"} | packages
+    answer = doctor.Answer("", log, "")
+    (fault,) = doctor._device_faults(machine, answer, {"backend": "cpu"}, installed)
     assert cause in fault["what"]
     assert fault["mend"].startswith(mend)
 

@@ -504,15 +504,18 @@ def cudnn(gpu, monkeypatch):
 
 
 def test_cpus_get_their_forms_and_nothing_is_tried_or_told():
-    assert choose() == (cpu_kernels(jax.device_count()), "")
+    assert choose() == (cpu_kernels(jax.device_count()), "", "")
+    assert str(choose()) == ""
 
 
 @pytest.mark.parametrize("platform", ["tpu", "METAL"])
 def test_other_accelerators_get_the_stock_forms(monkeypatch, platform):
     monkeypatch.setattr(kernels, "platform_of", lambda devices: platform)
 
-    assert choose() == (Kernels(), "")
-    assert choose(attention="cudnn")[1].startswith("attention by xla: JAX sees no GPU here, but ")
+    assert choose() == (Kernels(), "", "")
+    chosen = choose(attention="cudnn")
+    assert chosen.attention == "xla"
+    assert chosen.why.startswith("JAX sees no GPU here, but ")
 
 
 @pytest.mark.parametrize(
@@ -528,28 +531,28 @@ def test_other_accelerators_get_the_stock_forms(monkeypatch, platform):
     ],
 )
 def test_on_a_gpu_the_reason_for_the_stock_form_is_told(gpu, fields, reason):
-    chosen, why = choose(**fields)
+    chosen = choose(**fields)
 
-    assert chosen == Kernels()
-    assert "\n" not in why
-    assert reason.rstrip(".+") in why
-    assert why.startswith("attention by xla: ")
+    assert chosen[:2] == (Kernels(), "xla")
+    assert "\n" not in chosen.why
+    assert chosen.why.startswith(reason.rstrip(".+"))
+    assert str(chosen) == f"attention by xla ({chosen.why})"
 
 
 def test_a_network_without_attention_has_no_choice(gpu):
-    assert choose(name="Mixer-B_16") == (Kernels(), "")
-    assert choose(name="Mixer-B_16", attention="cudnn")[1].endswith("this network has no attention")
+    assert choose(name="Mixer-B_16") == (Kernels(), "", "")
+    assert choose(name="Mixer-B_16", attention="cudnn").why == "this network has no attention"
 
 
 def test_cudnn_is_tried_with_padded_tokens_there_and_back(cudnn):
-    assert choose() == (CUDNN, "attention by cudnn, 145 tokens padded to 152")
+    assert choose() == (CUDNN, "cudnn", "145 tokens padded to 152")
     # Two images a device, 12 x 12 patches and the class token, 2 heads.
     images = 2 * jax.device_count()
     assert {*cudnn} == {((images, 152, 2, 8), True)}
-    assert choose(classifier="gap") == (CUDNN, "attention by cudnn")
+    assert str(choose(classifier="gap")) == "attention by cudnn"
     assert cudnn[-1] == ((images, 144, 2, 8), False)
     assert choose(attention="cudnn", size=(8, 8))[0] == CUDNN  # Few tokens, but asked for.
-    assert choose(attention="xla") == (Kernels(), "")
+    assert choose(attention="xla") == (Kernels(), "", "")
 
 
 @pytest.mark.parametrize(
@@ -567,7 +570,7 @@ def test_cudnn_is_not_taken_where_its_numbers_are_wrong(gpu, monkeypatch, wrong)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
 
-    assert choose() == (Kernels(), "attention by xla: cuDNN gives other numbers here")
+    assert choose() == (Kernels(), "xla", "cuDNN gives other numbers here")
 
 
 @pytest.mark.slow

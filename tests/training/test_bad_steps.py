@@ -60,7 +60,7 @@ def by_hand(config, steps):
     shape, spec = task.image_shape, task.eval_ops.spec
     vit = make_network(config, image_shape=shape, labels=task.labels, preprocess=spec)
     tx = make_optimizer(config, config.total_steps)
-    kernels, _ = choose_kernels(vit.model, shape[:2], jax.devices())
+    kernels = choose_kernels(vit.model, shape[:2], jax.devices()).kernels
     model = vit.model.clone(kernels=kernels)
     train_step = make_step_from_config(config, model, tx, make_mesh(), task.train_split[1])
     state = TrainState.create(params=vit.params, tx=tx, seed=config.seed, ema=True)

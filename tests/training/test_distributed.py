@@ -3,6 +3,7 @@
 Those that start processes are slow; the promises among them are run by CI.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -395,3 +396,19 @@ def test_what_else_its_c_code_prints_is_passed_on(logs, shown):
     command = [sys.executable, "-I", last_words.__file__, "1", "2", "300"]
     done = subprocess.run(command, input=logs, capture_output=True, text=True, check=True)
     assert done.stdout == shown
+
+
+@pytest.mark.slow
+def test_junk_on_the_coordinators_port_harms_no_run(tmp_path):
+    group, chance, sent = Group(tmp_path / "run", "total_steps=20"), np.random.default_rng(0), 0
+    while any(process.poll() is None for process in group.processes):
+        with contextlib.suppress(OSError), socket.socket() as connection:
+            # Bound: else it might be given the port that it wants to reach, and reach itself.
+            connection.bind(("127.0.0.1", 0))
+            connection.connect(("127.0.0.1", group.port))
+            connection.sendall((b"GET / HTTP/1.1\r\n\r\n", chance.bytes(5000))[sent % 2])
+            sent += 1
+        time.sleep(0.02)
+    assert sent > 20
+    assert [process.returncode for process in group.processes] == [0, 0]
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 20

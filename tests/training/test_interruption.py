@@ -183,7 +183,8 @@ def test_what_stops_a_run_reaches_worker_processes_too_and_they_say_nothing(
     assert not training.wait_until(lambda t: False)
     assert training.end(number)[0] == 75
     log = Path(training.log.name).read_text()
-    assert "read by 2 worker processes" in log.splitlines()[0]
+    assert "read by 2 worker processes" in log
+    assert f"{number.name}: stopping; what is under way is finished and saved first" in log
     assert "Traceback" not in log
     assert are_gone(workers)
 
@@ -291,6 +292,30 @@ def small_disk(folder: Path, size: str):
         yield resize
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_disk_that_is_full_or_read_only_when_a_run_begins_is_one_line_and_nothing_is_left(
+    read_only, tiny, tmp_path, capfd
+):
+    with small_disk(tmp_path / "disk", "64k") as resize:
+        workdir = tmp_path / "disk" / "run"
+        if read_only:
+            resize("64k,ro")
+        else:
+            with contextlib.suppress(OSError), (tmp_path / "disk" / "filler").open("wb") as file:
+                file.write(bytes(2**20))
+        before = sorted((tmp_path / "disk").iterdir())
+        assert main(["train", f"--config={TINY}", f"--workdir={workdir}"]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("vit-jax: ")
+        assert str(workdir) in line
+        assert ("Read-only file system" if read_only else "No space left on device") in line
+        with pytest.raises(UserError, match="choose another place" if read_only else "make room"):
+            run(tiny(), workdir)
+        assert sorted((tmp_path / "disk").iterdir()) == before
 
 
 @pytest.mark.slow

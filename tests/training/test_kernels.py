@@ -36,7 +36,7 @@ def test_a_run_by_cudnn_says_so_and_pads_what_a_class_token_makes_odd(
     config = tiny("dtype=bfloat16", "total_steps=4", "attention=cudnn")
 
     assert run(config, tmp_path / "run").finished
-    assert "attention by cudnn, 5 tokens padded to 8" in capfd.readouterr().err
+    assert "attention by cudnn (5 tokens padded to 8)" in capfd.readouterr().err
     assert tokens == {8}
 
 

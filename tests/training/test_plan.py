@@ -1,5 +1,6 @@
 """What a run will need, told beforehand, is what it needs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from vit_jax.training import plan as plan_module
 from vit_jax.training.inputs import open_data
 from vit_jax.training.network import as_trained, make_network
 from vit_jax.training.options import load_config, override
-from vit_jax.training.plan import plan, plan_for
+from vit_jax.training.plan import plan
 from vit_jax.training.run import choose_kernels_from_config
 from vit_jax.training.step import make_step_from_config
 
@@ -53,7 +54,7 @@ def real_step(config):
     mesh = make_mesh(config)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
-    kernels, _ = choose_kernels_from_config(config, model, task.image_shape[:2], mesh)
+    kernels = choose_kernels_from_config(config, model, task.image_shape[:2], mesh).kernels
     model = model.clone(kernels=kernels)
     state = TrainState.create(params=params, tx=tx, mesh=mesh, ema=config.ema_decay > 0)
     batches = task.train_batches(0)
@@ -82,14 +83,24 @@ def test_memory_is_that_of_the_real_step(name):
     check_memory(name)
 
 
-@pytest.mark.slow
-def test_memory_of_a_split_state_is_that_of_the_real_step():
-    code = "from tests.training.test_plan import check_memory; check_memory('fsdp in a loop')"
+def on(devices, expression):
+    """What an expression of this file is, in another process with so many devices."""
+    code = f"import json; from tests.training.test_plan import *; print(json.dumps({expression}))"
     flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
-    subprocess.run([sys.executable, "-c", code], env=os.environ | flags, check=True)
+    return json.loads(
+        subprocess.run(
+            [sys.executable, "-c", code],
+            **dict(env=os.environ | flags, check=True, stdout=subprocess.PIPE),
+        ).stdout
+    )
+
+
+@pytest.mark.slow
+def test_memory_of_a_split_state_is_that_of_the_real_step():
+    on(8, "check_memory('fsdp in a loop')")
 
 
 def check_memory(name):
@@ -178,8 +189,8 @@ def test_what_would_make_it_fit_does_and_nothing_less_would():
         other = plan(override(config, [f"--config.batch_eval={found['changes']['batch_eval']}"]))
         assert other["evaluation"]["total"] <= middle
 
-    assert plan(config, memory=whole["training"]["total"] * 9).changes == {}
-    assert plan(config, memory=1000).changes is None
+    assert plan(config, memory=whole["training"]["total"] * 9)["changes"] == {}
+    assert plan(config, memory=1000)["changes"] is None
 
 
 @pytest.mark.slow
@@ -200,24 +211,26 @@ def test_what_slices_cannot_save_is_computed_again():
     assert max(other["training"]["total"], other["evaluation"]["total"]) <= memory
 
 
+WIDE = (*DEEP, "batch=8", "batch_eval=8", "model.mlp_dim=4096")
+
+
 @pytest.mark.slow
 def test_a_state_that_is_too_large_for_a_device_is_split():
-    config = config_of(*DEEP, "batch=8", "batch_eval=8", "model.mlp_dim=4096")
-    state = plan(config)["training"]
+    state = plan(config_of(*WIDE))["training"]
     memory = (state["parameters"] + state["optimizer"]) * 1.2
 
-    found = plan_for(config, 8, memory=memory)
+    found = on(8, f"plan(config_of(*WIDE), memory={memory})")
 
     assert found["changes"]["sharding"] == "fsdp"
-    flags = [f"--config.{field}={value}" for field, value in found["changes"].items()]
-    other = plan_for(override(config, flags), 8)
+    flags = [f"{field}={value}" for field, value in found["changes"].items()]
+    other = on(8, f"plan(config_of(*WIDE, *{flags}))")
     assert max(other["training"]["total"], other["evaluation"]["total"]) <= memory
 
 
 @pytest.mark.slow
 def test_on_several_devices_the_batch_is_split_and_the_weights_are_not():
     one = plan(CONFIGS["AdamW in slices"])
-    four = plan_for(CONFIGS["AdamW in slices"], 4)
+    four = on(4, "plan(CONFIGS['AdamW in slices'])")
     assert four["devices"] == 4
     assert four["training"]["parameters"] == one["training"]["parameters"]
     assert four["training"]["optimizer"] == one["training"]["optimizer"]
@@ -226,9 +239,16 @@ def test_on_several_devices_the_batch_is_split_and_the_weights_are_not():
     assert four["flops_per_step"] == one["flops_per_step"]
 
 
-def test_mistakes_come_back_from_the_other_process():
-    with pytest.raises(UserError, match="batch 16 is not divisible by 3 devices x 2 accum_steps"):
-        plan_for(CONFIGS["AdamW in slices"], 3)
+def test_the_search_for_what_fits_ends_and_says_so(monkeypatch):
+    """Two programs are compiled for what was asked for; no more, if that took long."""
+    monkeypatch.setattr(plan_module, "SEARCH_S", -1)
+    told = []
+    found = plan(CONFIGS["AdamW in slices"], memory=1000, say=told.append)
+    assert (found["fits"], found["changes"]) == (False, None)
+    assert [line.split(" with ")[0] for line in told] == [
+        *("compiling the training", "compiling the evaluation"),
+        "after -1 s nothing more is tried",
+    ]
 
 
 def test_a_data_set_that_is_not_there_needs_the_number_of_classes_alone():

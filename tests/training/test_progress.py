@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 
-from vit_jax.training import progress
+from vit_jax.training import progress, run
 from vit_jax.training.progress import Progress
 
 VALUES = {"loss": 0.4312, "lr": 9.2e-3, "images_per_s": 1234.4, "wait_share": 0.03}
@@ -195,3 +195,12 @@ def test_a_dumb_terminal_gets_plain_lines():
     text, _ = on_terminal(80, TERM="dumb")
     assert "\x1b" not in text
     assert "step 300/600  loss" in text
+
+
+def test_one_device_has_no_column_of_its_own(tiny, tmp_path, capfd, no_image):
+    """Its img/s would be those of the run once more."""
+    run(tiny("total_steps=10"), tmp_path / "run")
+    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("step  5/10")]
+    assert re.findall(r"[a-z][a-z/]+", lines[0]) == [
+        *("step", "loss", "lr", "img/s", "data", "wait", "eta", "grad", "update", "weights")
+    ]

@@ -25,6 +25,20 @@ MODELS = (
     *("R_Ti_16", "R26_S_32", "R50_L_32"),
 )
 
+# What the table recommends of them, for those who can't fetch it: what stands behind the model.
+_RECOMMENDED = {
+    "Ti_16": "aug_none-wd_0.03-do_0.0-sd_0.0",
+    "S_16": "aug_light1-wd_0.03-do_0.0-sd_0.0",
+    "S_32": "aug_none-wd_0.1-do_0.0-sd_0.0",
+    "B_16": "aug_medium1-wd_0.1-do_0.0-sd_0.0",
+    "B_32": "aug_light1-wd_0.1-do_0.0-sd_0.0",
+    "L_16": "aug_strong1-wd_0.1-do_0.0-sd_0.0",
+    "R_Ti_16": "aug_none-wd_0.03-do_0.0-sd_0.0",
+    "R26_S_32": "aug_light1-wd_0.1-do_0.0-sd_0.0",
+    "R50_L_32": "aug_medium1-wd_0.1-do_0.1-sd_0.1",
+}
+RECOMMENDED = {model: f"{model}-i21k-300ep-lr_0.001-{end}" for model, end in _RECOMMENDED.items()}
+
 Value = str | int | float | None
 Row = dict[str, Value]
 

@@ -28,7 +28,7 @@ import requests
 from urllib3 import exceptions as broken
 
 from vit_jax.errors import UserError, first_line
-from vit_jax.files import cache_errors
+from vit_jax.files import cache_errors, locks
 
 TIMEOUT = 30.0  # Seconds without a byte after which a connection counts as dead.
 ATTEMPTS = 5  # Fruitless ones in a row, after which we give up.
@@ -95,8 +95,7 @@ def download(
 @contextlib.contextmanager
 def _locked_part(path: Path) -> Iterator[BufferedRandom]:
     """The part, ours alone. It is removed at the end if nothing came, or it is no longer needed."""
-    import fcntl  # Not on Windows, where local files work all the same.
-
+    fcntl = locks()
     name = path.with_name(f".{path.name}.part")
     while True:
         with open(name, "a+b") as part:
@@ -337,10 +336,13 @@ def _progress(title: str) -> Iterator[_Report]:
         return
     from rich import console, markup, progress
 
-    columns = (progress.BarColumn(), progress.DownloadColumn(binary_units=True))
+    # The bar takes what the others leave of the line: of 80 columns 13, beside the longest title.
+    columns = (progress.BarColumn(bar_width=None), progress.DownloadColumn(binary_units=True))
     speed = (progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+    short = title if len(title) <= 28 else f"{title[:16]}...{title[-9:]}"
     screen = console.Console(stderr=True)
-    with progress.Progress("{task.description}", *columns, *speed, console=screen) as bar:
-        short = title if len(title) <= 40 else f"{title[:28]}...{title[-9:]}"
+    with progress.Progress(
+        "{task.description}", *columns, *speed, console=screen, expand=True
+    ) as bar:
         task = bar.add_task(markup.escape(short), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

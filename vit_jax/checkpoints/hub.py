@@ -56,9 +56,14 @@ def resolve(
     if isinstance(name, os.PathLike):
         raise UserError(f"no such file: {path}")
     url = url_for(name, cache_dir=cache_dir, offline=offline)
-    for sidecar in sidecar_files(url):
-        fetch(sidecar, cache_dir=cache_dir, offline=offline)
-    return fetch(url, cache_dir=cache_dir, offline=offline)
+    sidecars = sidecar_files(url)
+    try:
+        path = fetch(url, cache_dir=cache_dir, offline=offline)
+    except UserError as e:
+        raise UserError(f"{e}{''.join(f'; beside it belongs {file}' for file in sidecars)}") from e
+    for file in sidecars:
+        fetch(file, cache_dir=cache_dir, offline=offline)
+    return path
 
 
 def needs_credentials(address: str) -> bool:
@@ -96,7 +101,16 @@ def url_for(
         folder, stem = _default_collection(stem)
     if folder == "augreg" and stem:
         if stem in augreg.MODELS:
-            index = fetch(AUGREG_INDEX, cache_dir=cache_dir, offline=offline)
+            try:
+                index = fetch(AUGREG_INDEX, cache_dir=cache_dir, offline=offline)
+            except UserError as e:
+                if stem not in augreg.RECOMMENDED:
+                    raise
+                place = _store_url(f"vit_models/augreg/{augreg.RECOMMENDED[stem]}.npz")
+                raise UserError(
+                    f"to use {name} without a network, fetch {place} by hand and give its path; "
+                    f"its name is looked up in a table, and {e}"
+                ) from e
             stem = augreg.recommended(augreg.read_index(index), stem)
         if augreg.is_file_name(stem):
             return _store_url(f"vit_models/augreg/{stem}.npz")

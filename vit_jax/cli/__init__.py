@@ -3,13 +3,15 @@
 import argparse
 import difflib
 import importlib
+import itertools
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from vit_jax import __version__
-from vit_jax.errors import UserError, full_disk_explained
+from vit_jax.errors import UserError, first_line, full_disk_explained
+from vit_jax.signals import EXIT_INTERRUPTED, Answered, tell
 
 COMMANDS = (
     *("models", "info", "convert", "train", "evaluate", "report", "predict", "explain"),
@@ -17,31 +19,47 @@ COMMANDS = (
 )
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 75  # "Try again": the run was stopped before its end and has saved its state.
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would exit, and knows what a misspelt option may have meant.
+    """Raises UserError where argparse would exit, and knows what a misspelt word may have meant.
 
-    With the default `takes_fields=True` it leaves "--config.FIELD" alone.
+    With the default `takes_fields=True` it leaves "--config.FIELD" alone. A program of commands
+    that is given none shows its help.
     """
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as e:
+            if near := _did_you_mean(str(value), map(str, action.choices or ())):
+                e.message = f"invalid choice: {value!r}{near}"
+            raise
+
     def parse_known_args(self, args=None, namespace=None):
         """Looks for unknown options first: they say more than what is missing for their sake."""
         args = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is not None and not args:
+            self.print_help()
+            self.exit(EXIT_USER_ERROR)
         fields = ("--config.", "--noconfig.") if self.get_default("takes_fields") else ()
-        for option in args if self._subparsers is None else ():
+        # Behind the name of a command stand the options of its own parser.
+        own = itertools.takewhile(lambda arg: self._subparsers is None or arg[:1] == "-", args)
+        for option in itertools.takewhile(lambda arg: arg != "--", own):
             name = option.partition("=")[0]
-            if name == "--":
-                break
             known = name in self._option_string_actions or name.startswith(fields)
             if name[:2] == "--" and not known:
-                near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-                self.error(f"unknown option {name}{f' (did you mean {near[0]}?)' if near else ''}")
+                near = _did_you_mean(name, self._option_string_actions)
+                self.error(f"unknown option {name}{near}")
         return super().parse_known_args(args, namespace)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,23 +79,61 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Parses, calls `args.run`, and tells mistakes in one line; see `main`."""
+    _open_streams()
     try:
         args, rest = parser.parse_known_args(argv)
         if rest and not getattr(args, "takes_fields", False):
             parser.error(f"unknown argument {rest[0]!r}")
         args.fields = rest
-        with full_disk_explained():
-            return args.run(args) or 0
+        if hasattr(args, "first"):  # Before there is a second thread.
+            args.first()
+        with Answered(), full_disk_explained("what is printed"):
+            status = args.run(args) or 0
+            sys.stdout.flush()  # Else Python does so later, and its complaint is no line.
+            return status
     except UserError as e:
-        print(f"vit-jax: {e}", file=sys.stderr)
+        tell(f"vit-jax: {e}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("vit-jax: interrupted", file=sys.stderr)
-        return 130
+        tell("vit-jax: interrupted")
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader, e.g. `head`, has seen enough; nor must Python's own last flush complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as e:
+        if isinstance(e, OSError) or not (reason := _why_jax_does_not_start()):
+            raise
+        prefixes = ("JAX_", "XLA_", "CUDA_VISIBLE")
+        settings = " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith(prefixes))
+        tell(
+            f"vit-jax: JAX does not start{f' with {settings}' if settings else ''} ({reason}): "
+            "correct or unset that, or see what vit-jax doctor says"
+        )
+        return EXIT_USER_ERROR
+
+
+def _open_streams() -> None:
+    """Has everything printed: what the console's encoding lacks as \\xe9 or \\u72d7, and where a
+    stream is closed nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # Closed by whoever started this.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _why_jax_does_not_start() -> str:
+    """Asked again, JAX says again that it finds none of the devices it was told to use, or does not
+    understand a setting; "" if it starts."""
+    try:
+        import jax
+
+        jax.devices()
+    except Exception as e:
+        return first_line(e)
+    return ""
 
 
 def positive(text: str) -> int:

@@ -15,13 +15,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vit_jax.cli import add_command
+
+# Programs for other processes, and the words for what may be wrong.
 _TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-LOOK_AT_JAX = "\n".join(_TABLES["look_at_jax"])  # The program that says what JAX sees, in JSON.
+LOOK_AT_JAX = "\n".join(_TABLES["look_at_jax"])  # Says what JAX sees, in JSON.
 PATIENCE = 120  # Seconds; a TPU that another program holds can make JAX wait for ever.
 
 
@@ -35,15 +38,8 @@ class Answer(NamedTuple):
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command
-
-    parser = add_command(
-        subparsers,
-        "doctor",
-        run,
-        "say what JAX sees on this machine, and how to mend what is wrong (exit status 1)",
-        "vit-jax doctor",
-    )
+    what = "say what JAX sees on this machine, and how to mend what is wrong (exit status 1)"
+    parser = add_command(subparsers, "doctor", run, what, "vit-jax doctor")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -72,8 +68,7 @@ def examine() -> dict[str, Any]:
     seen = {} if answer.failure else json.loads(answer.out.splitlines()[-1])
     faults = [
         *_jax_faults(answer, seen),
-        *_gpu_faults(machine["gpus"], answer, seen, versions),
-        *_tpu_faults(machine["tpu_devices"], answer, seen, versions),
+        *_device_faults(machine, answer, seen, versions),
         *_import_faults(),
         *_cache_faults(),
     ]
@@ -82,11 +77,11 @@ def examine() -> dict[str, Any]:
     return dict(versions=versions, machine=machine, settings=settings, jax=seen, faults=faults)
 
 
-def _ask(program: str, **environment: str) -> Answer:
+def _ask(program: str, *args: str, **environment: str) -> Answer:
     """Runs a Python program in a process of its own."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program, *args],
             env=os.environ | {"JAX_TRACEBACK_FILTERING": "off"} | environment,
             capture_output=True,
             text=True,
@@ -95,17 +90,14 @@ def _ask(program: str, **environment: str) -> Answer:
         )
     except subprocess.TimeoutExpired:
         return Answer("", "", f"no answer within {PATIENCE} s")
-    if done.returncode == 0:
-        return Answer(done.stdout, done.stderr, "")
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     # A Python error is told by the last line, what the C++ code says before it aborts by the
     # first; the stack that follows either says nothing to a user.
-    if done.returncode > 0:
-        reason = lines[-1] if lines else f"exit status {done.returncode}"
-    else:
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = lines or [f"it said nothing, exit status {done.returncode}"]
+    reason = lines[-1] if done.returncode else ""
+    if done.returncode < 0:
         fatal = [line for line in lines if re.match(r"F\d{4}|.*(Check failed|Unknown flag)", line)]
-        name = signal.Signals(-done.returncode).name
-        reason = f"{name}: {(fatal or lines or ['it said nothing'])[0]}"
+        reason = f"{signal.Signals(-done.returncode).name}: {(fatal or lines)[0]}"
     return Answer(done.stdout, done.stderr, reason[:300])
 
 
@@ -113,19 +105,16 @@ def _gpus() -> list[dict[str, Any]]:
     """The NVIDIA GPUs that the driver knows; memory in MiB, None where only files tell of them."""
     fields = "--query-gpu=name,memory.total,memory.used"
     command = [shutil.which("nvidia-smi") or "", fields, "--format=csv,noheader,nounits"]
-    try:
+    table = ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         table = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        table = ""
     rows = [re.split(r"\s*,\s*", line.strip()) for line in table.splitlines()]
-    found = [row for row in rows if len(row) == 3] or [
-        [Path(folder).name, "", ""] for folder in glob.glob("/proc/driver/nvidia/gpus/*")
+    files = [[Path(folder).name, "", ""] for folder in glob.glob("/proc/driver/nvidia/gpus/*")]
+    return [
+        {"name": name, **{k: int(n) if n.isdecimal() else None for k, n in sizes.items()}}
+        for name, total, used in [row for row in rows if len(row) == 3] or files
+        for sizes in [{"memory": total, "used": used}]
     ]
-
-    def number(text: str) -> int | None:
-        return int(text) if text.isdecimal() else None
-
-    return [{"name": n, "memory": number(total), "used": number(used)} for n, total, used in found]
 
 
 def _fault(key: str, **found: Any) -> dict[str, str]:
@@ -134,7 +123,7 @@ def _fault(key: str, **found: Any) -> dict[str, str]:
     return {"what": what, "mend": mend}
 
 
-def _jax_faults(answer: Answer, seen: dict[str, Any]) -> Iterator[dict[str, str]]:
+def _jax_faults(answer: Answer, seen: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     if answer.failure:
         mends = (v for k, v in _TABLES["mends of jax"].items() if re.search(k, answer.failure))
         hidden = os.environ.get("JAX_PLATFORMS")
@@ -144,24 +133,39 @@ def _jax_faults(answer: Answer, seen: dict[str, Any]) -> Iterator[dict[str, str]
         yield _fault("numbers")
 
 
-def _gpu_faults(
-    gpus: list[dict[str, Any]], answer: Answer, seen: dict[str, Any], installed: dict[str, str]
+def _device_faults(
+    machine: Mapping[str, Any],
+    answer: Answer,
+    seen: Mapping[str, Any],
+    installed: Mapping[str, str],
 ) -> Iterator[dict[str, str]]:
-    if gpus and seen.get("backend") == "cpu":
-        jax = installed.get("jax")
-        plugins = {name: v for name, v in installed.items() if re.match("jax-cuda.*plugin", name)}
-        other = [f"{name} {v}" for name, v in plugins.items() if v != jax]
-        if platforms := os.environ.get("JAX_PLATFORMS"):
-            cause = _fault("jax platforms", value=platforms)
-        elif os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-            cause = _fault("cuda devices")
-        elif not plugins:
-            cause = _fault("no plugin")
-        elif other:
-            cause = _fault("other plugin", plugins=", ".join(other), jax=jax)
-        else:
-            cause = _fault("driver", reason=_unable(answer.log, "cuda"))
-        yield _fault("gpu", names=", ".join(gpu["name"] for gpu in gpus), **cause)
+    """Of accelerators that JAX does not compute on, each with its first cause that holds; and of
+    what takes a GPU's memory."""
+    said, gpus, backend = f"{answer.failure}\n{answer.log}", machine["gpus"], seen.get("backend")
+    platforms, visible = map(os.environ.get, ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"))
+    plugins = {name: v for name, v in installed.items() if re.match("jax-cuda.*plugin", name)}
+    other = [f"{name} {v}" for name, v in plugins.items() if v != installed.get("jax")]
+    holder = re.search(r"TPU is already in use by (?:a )?process with pid (\d+)", said)
+    tpu = machine["tpu_devices"] or holder or "A Google TPU may be present" in said
+    words = {
+        **dict(value=platforms, plugins=", ".join(other), jax=installed.get("jax")),
+        **dict(pid=holder and holder[1], names=", ".join(gpu["name"] for gpu in gpus)),
+    }
+    hidden = {"jax platforms": platforms}
+    causes: dict[str, dict[str, Any]] = {
+        "cuda": hidden
+        | {"cuda devices": visible in ("", "-1"), "no plugin": not plugins}
+        | {"other plugin": other, "driver": True},
+        "tpu": {"tpu held": holder, "tpu locked": re.search("already in use|libtpu_lockfile", said)}
+        | hidden
+        | {"no libtpu": "libtpu" not in installed, "libtpu": True},
+    }
+    for kind, idle in (("cuda", gpus and backend == "cpu"), ("tpu", tpu and backend != "tpu")):
+        if idle:
+            reason = re.search(rf"Unable to initialize backend '{kind}': (.*)", said)
+            words["reason"] = reason[1][:300] if reason else "it does not say why"
+            cause = next(key for key, holds in causes[kind].items() if holds)
+            yield _fault(kind, **words | _fault(cause, **words))
     for number, gpu in enumerate(gpus):
         if gpu["memory"] and gpu["used"] and gpu["used"] > gpu["memory"] / 2:
             yield _fault("gpu memory", number=number, **gpu)
@@ -169,45 +173,14 @@ def _gpu_faults(
         yield _fault("tensorflow", version=installed["tensorflow"])
 
 
-def _tpu_faults(
-    files: list[str], answer: Answer, seen: dict[str, Any], installed: dict[str, str]
-) -> Iterator[dict[str, str]]:
-    said = f"{answer.failure}\n{answer.log}"
-    holder = re.search(r"TPU is already in use by (?:a )?process with pid (\d+)", said)
-    there = files or holder or "A Google TPU may be present" in said
-    if not there or seen.get("backend") == "tpu":
-        return
-    if holder:
-        cause = _fault("tpu held", pid=holder[1])
-    elif "already in use" in said or "libtpu_lockfile" in said:
-        cause = _fault("tpu locked")
-    elif platforms := os.environ.get("JAX_PLATFORMS"):
-        cause = _fault("jax platforms", value=platforms)
-    elif "libtpu" not in installed:
-        cause = _fault("no libtpu")
-    else:
-        cause = _fault("libtpu", reason=_unable(said, "tpu"))
-    yield _fault("tpu", **cause)
-
-
-def _unable(log: str, backend: str) -> str:
-    """Why JAX says it could not start a backend."""
-    found = re.search(rf"Unable to initialize backend '{backend}': (.*)", log)
-    return found[1][:300] if found else "it does not say why"
-
-
 def _import_faults() -> Iterator[dict[str, str]]:
-    checks = "".join(
-        f"try:\n import {module}\nexcept Exception as e:\n"
-        f" print('{module}', type(e).__name__ + ':', *str(e).split())\n"
-        for module in _TABLES["imports"]
-    )
-    answer = _ask(checks, JAX_PLATFORMS="cpu")
-    broken = dict(line.split(" ", 1) for line in answer.out.splitlines() if " " in line)
-    if answer.failure:
-        broken["cv2"] = answer.failure
-    for module, package in _TABLES["imports"].items():
-        if reason := broken.get(module):
+    packages = _TABLES["imports"]
+    answer = _ask("\n".join(_TABLES["try_imports"]), *packages, JAX_PLATFORMS="cpu")
+    reasons = dict(line.split(" ", 1) for line in answer.out.splitlines() if " " in line)
+    if answer.failure:  # Of the one that was begun last.
+        reasons[[*reasons][-1]] = answer.failure
+    for module, package in packages.items():
+        if reason := reasons.get(module):
             name = "opencv" if module == "cv2" and re.search("lib.*[.]so", reason) else "import"
             yield _fault(name, module=module, package=package, reason=reason)
 
@@ -218,13 +191,12 @@ def _cache_faults() -> Iterator[dict[str, str]]:
     compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     places = {str(cache_folder()): "VIT_JAX_CACHE", compiled: "JAX_COMPILATION_CACHE_DIR"}
     for place, setting in places.items():
-        if not place or "://" in place:
-            continue
-        folder = next(path for path in (Path(place), *Path(place).parents) if path.exists())
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as e:
-            yield _fault("cache", place=place, setting=setting, reason=e.strerror)
+        if place and "://" not in place:
+            folder = next(path for path in (Path(place), *Path(place).parents) if path.exists())
+            try:
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as e:
+                yield _fault("cache", place=place, setting=setting, reason=e.strerror)
 
 
 def _text(found: dict[str, Any]) -> str:

@@ -49,14 +49,15 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.sort is not None or args.top is not None:
         raise UserError("--sort and --top are for --augreg: add it")
+    rows = list(_models())
     if args.json:
-        print(json.dumps(list(_models()), indent=1))
+        print(json.dumps(rows, indent=1))
         return
     print(
         f"{'name':<20} {'parameters':>11} {'GFLOPs':>8} {'width':>5} {'layers':>6} {'heads':>5} "
         f"{'tokens':>6}  weights"
     )
-    for row in _models():
+    for row in rows:
         folders = [name.rpartition("/")[0] for name in row["sources"]]
         print(
             f"{row['name']:<20} {row['parameters'] / 1e6:>9.1f} M {row['flops'] / 1e9:>8.1f} "

@@ -5,13 +5,15 @@ import json
 import re
 from typing import Any
 
+from vit_jax.cli import add_command, positive
+from vit_jax.errors import UserError
+from vit_jax.signals import tell
+
 _UNITS = {"": 2**30, "G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
 
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command, positive
-
     parser = add_command(
         subparsers,
         "plan",
@@ -24,26 +26,27 @@ def add_parser(subparsers) -> None:
         "vit-jax plan --config=FILE[:ARG] [--classes=N] [--devices=N] [--chip=NAME] "
         "[--memory=SIZE] [--price=P] [--json] [--config.FIELD=VALUE ...]"
     )
-    parser.add_argument("--config", required=True, help="a configuration, as of vit-jax train")
-    parser.add_argument("--classes", type=positive, help="if the data set is not on this machine")
-    parser.add_argument("--devices", type=positive, default=1, help="their number (default: 1)")
-    parser.add_argument("--chip", help="what they are, e.g. h100, a100, v5e: gives memory and peak")
-    parser.add_argument("--memory", type=_size, help="of each device, e.g. 16GiB")
-    parser.add_argument("--peak-tflops", type=_number, help="of each device, in config.dtype")
-    parser.add_argument(
-        "--mfu", type=_number, default=0.4, help="share of it that is made use of (default: 0.4)"
-    )
-    parser.add_argument("--price", type=_number, help="of a device for an hour, in any currency")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add("--config", required=True, help="a configuration, as of vit-jax train")
+    add("--classes", type=positive, help="if the data set is not on this machine")
+    add("--devices", type=positive, default=1, help="their number (default: 1)")
+    add("--chip", help="what they are, e.g. h100, a100, v5e: gives memory and peak")
+    add("--memory", type=_size, help="of each device, e.g. 16GiB")
+    add("--peak-tflops", type=_number, help="of each device, in config.dtype")
+    share = "share of it that is made use of (default: 0.4)"
+    add("--mfu", type=_number, default=0.4, help=share)
+    add("--price", type=_number, help="of a device for an hour, in any currency")
+    add("--json", action="store_true", help="print JSON")
     parser.set_defaults(takes_fields=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan; 1 if it does not fit."""
-    from vit_jax.errors import UserError
+    """Prints the plan; 1 if it does not fit. Devices are simulated: no accelerator is touched."""
+    import jax
+
     from vit_jax.training.hardware import chip_named
     from vit_jax.training.options import load_config, override
-    from vit_jax.training.plan import plan_for
+    from vit_jax.training.plan import plan
 
     if args.mfu > 1:
         raise UserError(f"--mfu is {args.mfu}, expected a share of at most 1, e.g. 0.4")
@@ -53,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     if args.price and tflops is None:
         raise UserError("--price needs to know how fast a device is: add --chip or --peak-tflops")
     config = override(load_config(args.config), args.fields)
-    found = plan_for(config, args.devices, classes=args.classes, memory=memory)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    found = plan(config, classes=args.classes, memory=memory, say=tell)
     if tflops is not None:
         speed = found["devices"] * tflops * 1e12 * args.mfu
         found["seconds_per_step"] = found["flops_per_step"] / speed
@@ -104,14 +109,15 @@ def _verdict(found: dict[str, Any]) -> str:
         return f"not known, into {size}: see above"
     if found["fits"]:
         return f"yes, into {size}"
-    if found["changes"] is None:
-        state = (found["training"]["parameters"] + found["training"]["optimizer"]) / 2**30
-        return (
-            f"no, not into {size}, whatever the accum_steps, batch_eval, remat and sharding (the "
-            f"state is {state:.1f} GiB): take a smaller model or image, or larger or more devices"
-        )
-    changes = (f"--config.{field}={value}" for field, value in found["changes"].items())
-    return f"no, not into {size}; it would with {' '.join(changes)}"
+    if found["changes"] is not None:
+        changes = (f"--config.{field}={value}" for field, value in found["changes"].items())
+        return f"no, not into {size}; it would with {' '.join(changes)}"
+    state = (found["training"]["parameters"] + found["training"]["optimizer"]) / 2**30
+    return (
+        f"no, not into {size}, with none of the accum_steps, batch_eval, remat and sharding that "
+        f"were tried (the state is {state:.1f} GiB): take a smaller model or image, or larger or "
+        "more devices"
+    )
 
 
 def _size(text: str) -> float:

@@ -2,9 +2,14 @@
 
 import argparse
 import ctypes
+import dataclasses
 import glob
+import json
 import os
 import sys
+
+from vit_jax.errors import UserError
+from vit_jax.signals import EXIT_AGAIN, NothingToSave
 
 # mallopt's parameters, from malloc.h, and values: no block of its own for what is large; nothing
 # is given back; one heap for all threads, or what is freed in one could not be used by another.
@@ -48,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(name, type=kind, help=meaning)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(run=run, takes_fields=True)
+    parser.set_defaults(run=run, first=keep_memory, takes_fields=True)
     examples = parser.epilog
 
     def format_help() -> str:  # The fields are only looked up where help is asked for.
@@ -72,30 +77,25 @@ def _fields_help() -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints how it ended."""
-    keep_memory()
-    import dataclasses
-    import json
+    with NothingToSave():
+        from vit_jax import training
+        from vit_jax.training.distributed import exit_with_others, initialize, is_main_process
+        from vit_jax.training.options import load_config, override
 
-    from vit_jax import training
-    from vit_jax.cli import EXIT_INTERRUPTED
-    from vit_jax.errors import UserError
-    from vit_jax.training.distributed import exit_with_others, initialize, is_main_process
-    from vit_jax.training.options import load_config, override
-
-    if not args.workdir:
-        raise UserError("--workdir is empty: name the folder of this run")
-    recipe = args.config if args.data is None else f"finetune_folder:{args.data}"
-    weights = [f"--config.model_or_filename={args.weights}"] if args.weights else []
-    # Before the others are waited for, whose time-out is one of its fields.
-    config = override(load_config(recipe), [*args.fields, *weights])
-    silence = config.silence_timeout
-    with exit_with_others(silence):
-        place = (args.coordinator, args.num_processes, args.process_id)
-        initialize(*place, heartbeat_timeout_s=silence)
-        result = training.run(config, args.workdir)
-    if is_main_process():
-        print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
-    return 0 if result.finished else EXIT_INTERRUPTED
+        if not args.workdir:
+            raise UserError("--workdir is empty: name the folder of this run")
+        recipe = args.config if args.data is None else f"finetune_folder:{args.data}"
+        weights = [f"--config.model_or_filename={args.weights}"] if args.weights else []
+        # Before the others are waited for, whose time-out is one of its fields.
+        config = override(load_config(recipe), [*args.fields, *weights])
+        silence = config.silence_timeout
+        with exit_with_others(silence):
+            place = (args.coordinator, args.num_processes, args.process_id)
+            initialize(*place, heartbeat_timeout_s=silence)
+            result = training.run(config, args.workdir)
+        if is_main_process():
+            print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
+        return 0 if result.finished else EXIT_AGAIN
 
 
 def keep_memory() -> bool:

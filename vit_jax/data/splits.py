@@ -17,7 +17,7 @@ from vit_jax.buckets import local_copy
 from vit_jax.data import arrays, image_files, tfds
 from vit_jax.data.source import Source, Splits
 from vit_jax.errors import UserError
-from vit_jax.files import as_path, is_bucket, list_folder
+from vit_jax.files import as_path, expand_user, is_bucket, list_folder
 
 # By which the kind of a folder is known.
 SAVED = {"dataset_dict.json", "state.json"}
@@ -66,7 +66,7 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
       data_dir: where TFDS keeps its data sets, by default ~/tensorflow_datasets.
       manual_dir: where TFDS finds what had to be downloaded by hand.
     """
-    path = os.path.expanduser(dataset)
+    path = expand_user(dataset)
     if is_bucket(dataset):
         splits = _bucket_splits(dataset, seed)
     elif is_known(dataset):

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -99,9 +99,26 @@ def platform_of(devices: Sequence[jax.Device]) -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
+class Choice(NamedTuple):
+    """What `choose_kernels` has chosen.
+
+    Attributes:
+      attention: by what it is computed, one of ATTENTION; empty where there is no choice.
+      why: for a person; may be empty.
+    """
+
+    kernels: Kernels
+    attention: str = ""
+    why: str = ""
+
+    def __str__(self) -> str:
+        reason = f" ({self.why})" if self.why else ""
+        return f"attention by {self.attention}{reason}" if self.attention else ""
+
+
 def choose_kernels(
     model: Any, image_size: tuple[int, int], devices: Sequence[jax.Device], attention: str = "auto"
-) -> tuple[Kernels, str]:
+) -> Choice:
     """The kernels that are fastest for a model on the devices that will run it.
 
     cuDNN's attention is tried on the devices of this process: whether it works depends on the GPU,
@@ -112,23 +129,18 @@ def choose_kernels(
       image_size: (height, width) of its images.
       devices: of one kind; a batch is spread over them.
       attention: one of ATTENTION, or "auto".
-
-    Returns:
-      the kernels, and by what attention is computed and why; empty where there is no choice.
     """
     platform = platform_of(devices)
     if platform == "cpu" and attention != "cudnn":
-        return cpu_kernels(len(devices)), ""
+        return Choice(cpu_kernels(len(devices)))
     size = model.attention_size(image_size)
     if attention == "xla" or (attention == "auto" and (platform != "gpu" or size is None)):
-        return Kernels(), ""
-    reason = _why_not_cudnn(model, size, devices, attention)
-    if reason:
-        return Kernels(), f"attention by xla: {reason}"
+        return Choice(Kernels())
+    if reason := _why_not_cudnn(model, size, devices, attention):
+        return Choice(Kernels(), "xla", reason)
     tokens = size[0]
-    if padding := -tokens % CUDNN_TOKEN_MULTIPLE:
-        return CUDNN, f"attention by cudnn, {tokens} tokens padded to {tokens + padding}"
-    return CUDNN, "attention by cudnn"
+    padding = -tokens % CUDNN_TOKEN_MULTIPLE
+    return Choice(CUDNN, "cudnn", f"{tokens} tokens padded to {tokens + padding}" * bool(padding))
 
 
 def _why_not_cudnn(

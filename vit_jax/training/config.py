@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import data
 from vit_jax.errors import UserError
+from vit_jax.files import expand_user
 
 
 class Field(NamedTuple):
@@ -115,8 +116,9 @@ def check_config(config: ConfigDict) -> ConfigDict:
     _merge(full, _with_splits(config.to_dict()), "config")
     for problem in _problems(full):
         raise UserError(problem)
-    if not data.is_known(full.dataset) and os.path.exists(os.path.expanduser(full.dataset)):
-        full.dataset = os.path.abspath(os.path.expanduser(full.dataset))
+    dataset = expand_user(full.dataset)
+    if not data.is_known(dataset) and os.path.exists(dataset):
+        full.dataset = os.path.abspath(dataset)
     for path in _local_weights(full):
         file, tower = split_tower(path)
         if os.path.exists(file):
@@ -314,9 +316,9 @@ def _local_weights(config: ConfigDict) -> list[str]:
     """Where the weights of a configuration may lie."""
     from vit_jax.checkpoints import ENDINGS
 
-    name, folder = config.model_or_filename, Path(config.pretrained_dir or ".").expanduser()
+    name, folder = config.model_or_filename, Path(expand_user(config.pretrained_dir or "."))
     if name:
-        paths = [Path(name).expanduser(), folder / name]
+        paths = [Path(expand_user(name)), folder / name]
         paths += [] if name.endswith(ENDINGS) else [folder / f"{name}.npz"]
     else:
         paths = [folder / f"{config.model.name}.npz"] if config.pretrained_dir else []

@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -30,12 +28,12 @@ from jax.experimental import multihost_utils
 
 from vit_jax import data
 from vit_jax.errors import UserError, error_chain, first_line
+from vit_jax.signals import EXIT_AGAIN, EXIT_INTERRUPTED, StopSignal
 from vit_jax.training.last_words import HOSTS
 
 INITIALIZATION_S = 300  # Until a process that has not come is given up.
 SHUTDOWN_S = 30  # That a process waits at its end for the others.
 GRACE_S = 10  # In which a process ends that fails while the others may go on.
-EXIT_AGAIN = 75  # Exit status: start the same command again.
 
 
 def initialize(
@@ -127,7 +125,10 @@ def _explain_aborts(process_id: int, num_processes: int) -> None:
 
     Python keeps its standard output, which is for the result (Gloo prints there), and error.
     """
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        encoding = getattr(sys, name).encoding
+        stream = os.fdopen(os.dup(number), "w", 1, encoding, errors="backslashreplace")
+        setattr(sys, name, stream)
     program = Path(__file__).with_name("last_words.py")
     numbers = (process_id, num_processes, INITIALIZATION_S)
     child = subprocess.Popen(
@@ -171,7 +172,7 @@ def exit_with_others(heartbeat_timeout_s: float) -> Iterator[None]:
         elif isinstance(error, UserError):
             status, text = 2, f"vit-jax: {error}"
         elif isinstance(error, KeyboardInterrupt):
-            status, text = 130, "vit-jax: interrupted"
+            status, text = EXIT_INTERRUPTED, "vit-jax: interrupted"
         print(text, file=sys.stderr, flush=True)
         end = threading.Timer(GRACE_S, os._exit, [status])
         end.daemon = True
@@ -248,39 +249,6 @@ def assert_equal_across_processes(values: Mapping[str, Any]) -> None:
                     f"has {first.get(key)}: start all processes with the same command, code and "
                     "data, and a workdir that all of them share"
                 )
-
-
-class StopSignal:
-    """A context in which SIGTERM and Ctrl-C don't kill, but are noted in `signal_name`.
-
-    A second Ctrl-C interrupts at once. Of several processes JAX notes SIGTERM, from `initialize`
-    on, and tells the others: see `SharedStop`. Outside the main thread, where Python allows no
-    handlers, signals are left alone.
-    """
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __bool__(self) -> bool:
-        return self.signal_name is not None
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            handled = [signal.SIGINT, *[signal.SIGTERM] * (jax.process_count() == 1)]
-            self._before = {number: signal.signal(number, self._note) for number in handled}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # For JAX.
 
 
 class SharedStop:

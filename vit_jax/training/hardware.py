@@ -82,6 +82,7 @@ class Usage:
 
     def __init__(self, model: Any, image_shape: tuple[int, int, int]):
         height, width, channels = image_shape
+        self.devices = jax.device_count()
         chips = [find_chip(device.device_kind) for device in jax.devices()]
         self._mfu_of_one_image = 0.0  # At one image a second.
         if None not in chips:
@@ -99,7 +100,7 @@ class Usage:
         """
         values = {
             "time/images_per_s": images_per_s,
-            "time/images_per_s_per_device": images_per_s / jax.device_count(),
+            "time/images_per_s_per_device": images_per_s / self.devices,
         }
         if self._mfu_of_one_image:
             values["time/mfu"] = images_per_s * self._mfu_of_one_image

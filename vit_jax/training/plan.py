@@ -1,11 +1,11 @@
 """What a run will need, from the shapes of its arrays and the compiled program alone."""
 
 import bisect
-import concurrent.futures
 import dataclasses
 import functools
-import multiprocessing
+import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +18,10 @@ from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import make_eval_step
 from vit_jax.models.cost import training_flops
-from vit_jax.models.kernels import choose_kernels
+from vit_jax.models.kernels import choose_kernels, platform_of
 from vit_jax.models.stack import REMAT
 from vit_jax.sharding import batch_sharding, divisible, make_mesh, shardings
-from vit_jax.training.config import config_from_json, config_to_json, eval_spec
+from vit_jax.training.config import eval_spec
 from vit_jax.training.inputs import RunData, open_data
 from vit_jax.training.network import as_trained, make_network, named_model
 from vit_jax.training.optimizer import make_optimizer
@@ -39,10 +39,18 @@ SAVINGS: tuple[dict[str, Any], ...] = (
     {"sharding": "fsdp", "scan_layers": True, "remat": "dots"},
     {"sharding": "fsdp", "scan_layers": True, "remat": "full"},
 )
+SEARCH_S = 300  # After which no further program is compiled to find out what would fit.
+# For CPUs, whose compiler lays out the memory before it spends most of its time on what is not
+# looked at here: the instructions.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def plan(
-    config: ConfigDict, *, classes: int | None = None, memory: float | None = None
+    config: ConfigDict,
+    *,
+    classes: int | None = None,
+    memory: float | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Plans a run on all devices of this process, of which only the number matters.
 
@@ -52,6 +60,7 @@ def plan(
       config: see `default_config`.
       classes: number of classes; by default of the data set, which then has to be there.
       memory: bytes of each device, to say what fits.
+      say: is given a line before each program that is compiled.
 
     Returns:
       "parameters", "picture_shape" (h, w, channels), "classes", "devices", "batch", "accum_steps",
@@ -62,73 +71,58 @@ def plan(
     Raises UserError if the configuration makes no run, or the number of classes is not known.
     """
     make_mesh(config)  # Says whether the devices divide the batch.
-    task = _task(config, classes)
+    task = open_data(config, (_source(config, classes),) * 2)
     shape = task.image_shape
     if config.model.name:
         model: Any = named_model(config, len(task.labels))
     else:
         spec = eval_spec(config)
         model = make_network(config, image_shape=shape, labels=task.labels, preprocess=spec).model
-    kernels, _ = choose_kernels(model, shape[:2], jax.devices(), config.attention)
-    model = model.clone(kernels=kernels)
+    chosen = choose_kernels(model, shape[:2], jax.devices(), config.attention)
+    model = model.clone(kernels=chosen.kernels)
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
     @functools.cache
     def needs(phase: str, **fields: Any) -> dict[str, int | None]:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        say(f"compiling the {phase} with {', '.join(f'{k} {v}' for k, v in fields.items())}")
         changed = config.copy_and_resolve_references()
         changed.update(fields)
         return _memory(phase, dataclasses.replace(task, config=changed), model, params)
 
-    batch_eval = divisible(config.batch_eval)
+    deadline, batch_eval = math.inf, divisible(config.batch_eval)
     training = needs("training", accum_steps=config.accum_steps)
     evaluation = needs("evaluation", batch_eval=batch_eval)
     totals = [total for x in (training, evaluation) if (total := x["total"]) is not None]
     fits = max(totals) <= memory if memory is not None and len(totals) == 2 else None
+    changes: dict[str, Any] | None = {} if fits else None
+    deadline = time.monotonic() + SEARCH_S
+    if memory is not None and fits is False:
+        try:
+            changes = _changes(config, needs, memory)
+        except TimeoutError:
+            say(f"after {SEARCH_S} s nothing more is tried")
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "picture_shape": shape,
         "classes": len(task.labels),
         "devices": jax.device_count(),
-        "batch": config.batch,
-        "total_steps": config.total_steps,
+        **{name: config[name] for name in ("batch", "accum_steps", "total_steps")},
+        "batch_eval": batch_eval,
         "flops_per_step": config.batch * training_flops(model, shape[:2], channels=shape[2]),
         "training": training,
         "evaluation": evaluation,
-        "accum_steps": config.accum_steps,
-        "batch_eval": batch_eval,
-        "memory": memory,
-        "fits": fits,
-        "changes": None if memory is None or fits is None else _changes(config, needs, memory),
+        **dict(memory=memory, fits=fits, changes=changes),
     }
-
-
-def plan_for(config: ConfigDict, devices: int, **options: Any) -> dict[str, Any]:
-    """Plans a run on so many CPU devices, simulated by another process; see `plan`.
-
-    Whatever accelerator there is stays untouched.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        try:
-            return pool.submit(_plan_on, devices, config_to_json(config), options).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError(
-                "the process that compiles the step was killed, likely for want of memory: plan "
-                "with fewer --devices, or on a larger machine"
-            ) from None
-
-
-def _plan_on(devices: int, config: str, options: dict[str, Any]) -> dict[str, Any]:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
-    return plan(config_from_json(config), **options)
 
 
 def _changes(
     config: ConfigDict, needs: Callable[..., dict], memory: float
 ) -> dict[str, Any] | None:
-    """Fields with which a run fits; see `plan`."""
+    """Fields with which a run fits; see `plan`. Some twenty programs are compiled at most: two for
+    each of SAVINGS that does not do, and what halving finds in the first that does."""
     now = {**config, "batch_eval": divisible(config.batch_eval)}
     of_device = config.batch // jax.device_count()
     slices = [n for n in range(config.accum_steps, of_device + 1) if of_device % n == 0]
@@ -167,8 +161,8 @@ def _new(config: ConfigDict, saving: Mapping[str, Any]) -> dict[str, Any] | None
     return {field: value for field, value in saving.items() if config[field] != value}
 
 
-def _task(config: ConfigDict, classes: int | None) -> RunData:
-    """The task with the data set if that is at hand, else with a stand-in of RGB images."""
+def _source(config: ConfigDict, classes: int | None) -> data.Source:
+    """The images to train on if they are at hand, else a stand-in of RGB images."""
     name = config.dataset
     if data.is_known(name) or os.path.exists(os.path.expanduser(name)):
         source = data.open_source(name, config.splits.train, seed=config.seed)
@@ -186,9 +180,8 @@ def _task(config: ConfigDict, classes: int | None) -> RunData:
             )
 
         source = data.Source(name, (), 3, range(1), np.zeros(1, np.int32), no_image, str)
-    if classes is not None:
-        source = dataclasses.replace(source, labels=tuple(map(str, range(classes))))
-    return open_data(config, (source, source))
+    labels = source.labels if classes is None else tuple(map(str, range(classes)))
+    return dataclasses.replace(source, labels=labels)
 
 
 def _memory(phase: str, task: RunData, model: Any, params: Any) -> dict[str, int | None]:
@@ -203,21 +196,39 @@ def _memory(phase: str, task: RunData, model: Any, params: Any) -> dict[str, int
     config = task.config.copy_and_resolve_references()
     config.compile = "jit"  # The same program as of pmap, and one that can be looked at.
     mesh, tx = make_mesh(config), make_optimizer(config, config.total_steps)
-    params = jax.eval_shape(lambda params: as_trained(config, model, params)[1], params)
-    model, _ = as_trained(config, model, {})
-    state = _state(config, tx, params, mesh)
-    batch = _batch(task, task.train_split[0], config.batch)
-    batches = _bytes(batch, mesh) * (1 + config.prefetch)
+    trained, _ = as_trained(config, model, {})
+
+    def first_state(params: Any) -> TrainState:
+        _, params = as_trained(config, model, params)
+        ema = params if config.ema_decay else None
+        return TrainState(jnp.int32(0), params, tx.init(params), jnp.uint32(0), new_guard(), ema)
+
+    def batch(ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        blank = np.zeros((8, 8, task.train.channels), np.uint8)
+        image = ((size, *task.image_shape), ops(blank, np.random.default_rng(0)).dtype)
+        several = ((size, len(task.labels)), jnp.float32)
+        label = several if task.train.multi_label else ((size,), jnp.int32)
+        place = batch_sharding(mesh)
+        rows = {"image": image, "label": label}
+        return {k: jax.ShapeDtypeStruct(*v, sharding=place) for k, v in rows.items()}
+
+    state: Any = jax.eval_shape(first_state, params)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        *(state, shardings(state, mesh)),
+    )
+    rows = batch(task.train_split[0], config.batch)
+    batches = _bytes(rows) * (1 + config.prefetch)
     if phase == "training":
-        step: Any = make_step_from_config(config, model, tx, mesh, task.train_split[1])
+        step: Any = make_step_from_config(config, trained, tx, mesh, task.train_split[1])
         # What comes out takes the place of the state that goes in, but for the metrics.
-        temporary = _temporary(step.lower(state, batch).compile())
+        temporary = _temporary(step.lower(state, rows))
         gradients = None if temporary is None else min(_bytes(state.params), temporary)
     else:
-        batch = _batch(task, task.eval_split[0], config.batch_eval)
-        batches += _bytes(batch, mesh) * EVAL_BATCHES
-        step = make_eval_step(model, mesh=mesh, loss=config.loss, normalize=task.eval_split[1])
-        temporary, gradients = _temporary(step.lower(state.params, batch).compile()), 0
+        rows = batch(task.eval_split[0], config.batch_eval)
+        batches += _bytes(rows) * EVAL_BATCHES
+        step = make_eval_step(trained, mesh=mesh, loss=config.loss, normalize=task.eval_split[1])
+        temporary, gradients = _temporary(step.lower(state.params, rows)), 0
     parameters = _bytes((state.params, state.ema))
     needed = {
         "parameters": parameters,
@@ -229,48 +240,19 @@ def _memory(phase: str, task: RunData, model: Any, params: Any) -> dict[str, int
     return needed | {"total": None if temporary is None else sum(filter(None, needed.values()))}
 
 
-def _state(config: ConfigDict, tx: Any, params: Any, mesh: Any) -> TrainState:
-    """The shapes of the state before the first update, with their places."""
-    state = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
-        params=params,
-        opt_state=jax.eval_shape(tx.init, params),
-        seed=jax.ShapeDtypeStruct((), jnp.uint32),  # type: ignore[arg-type]
-        guard=new_guard(),
-        ema=params if config.ema_decay else None,
-    )
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        state,
-        shardings(state, mesh),
-    )
-
-
-def _batch(task: RunData, ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    blank = np.zeros((8, 8, task.train.channels), np.uint8)
-    dtype = ops(blank, np.random.default_rng(0)).dtype
-    several = task.train.multi_label
-    label = ((size, len(task.labels)), jnp.float32) if several else ((size,), jnp.int32)
-    return {
-        "image": jax.ShapeDtypeStruct((size, *task.image_shape), dtype),
-        "label": jax.ShapeDtypeStruct(*label),
-    }
-
-
 def _temporary(program: Any) -> int | None:
-    """Bytes of a compiled program beside what goes in; None if its platform doesn't tell."""
+    """Bytes of a program beside what goes in; None if its platform doesn't tell."""
+    quickly = QUICKLY if platform_of(jax.devices()) == "cpu" else None
+    compiled = program.compile(compiler_options=quickly)
     try:
-        told = program.memory_analysis()
+        told = compiled.memory_analysis()
         needed = told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
     except (AttributeError, RuntimeError):  # None, or a figure is not there; not implemented.
         return None
     return needed if needed > 0 else None  # TPUs have told zeros and -1.
 
 
-def _bytes(tree: Any, mesh: Any = None) -> int:
-    """Of arrays, what lies on each device: as they are placed, or split over a mesh."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        place = leaf.sharding if mesh is None else batch_sharding(mesh)
-        total += int(np.prod(place.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-    return total
+def _bytes(tree: Any) -> int:
+    """Of arrays, what lies on each device."""
+    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shards)

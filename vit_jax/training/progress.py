@@ -70,6 +70,8 @@ class RunLog:
         self, folder: epath.Path, config: ConfigDict, step: int, usage: Usage, bad_steps: int = 0
     ):
         self.folder, self._config, self._usage = folder, config, usage
+        # Of one device it would be the column img/s once more.
+        self._more = {k: v for k, v in MORE.items() if usage.devices > 1 or k != "img/s/device"}
         self._stack = contextlib.ExitStack()
         self.write: Callable[..., None] = lambda *_: None
         self.sync: Callable[[], None] = lambda: None
@@ -124,7 +126,7 @@ class RunLog:
             lr=values["lr"],
             images_per_s=times.get("time/images_per_s", math.nan),
             wait_share=wait_share,
-            more={short: now[name] for short, name in MORE.items() if name in now},
+            more={short: now[name] for short, name in self._more.items() if name in now},
         )
         if self._config.on_bad_step == "stop":
             del values["bad_steps"]

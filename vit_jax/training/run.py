@@ -24,10 +24,11 @@ from vit_jax.errors import UserError, full_disk_explained
 from vit_jax.escape import printable
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
 from vit_jax.files import as_path, bucket_errors, keep_compiled
-from vit_jax.models.kernels import Kernels, choose_kernels
+from vit_jax.models.kernels import Choice, choose_kernels
 from vit_jax.models.stack import unstack_blocks
 from vit_jax.pretrained import Pretrained
 from vit_jax.sharding import batch_sharding, device_kinds, make_mesh, to_host
+from vit_jax.signals import StopSignal
 from vit_jax.training.checkpoints import Checkpoints
 from vit_jax.training.config import (
     FIELDS,
@@ -38,7 +39,6 @@ from vit_jax.training.config import (
 )
 from vit_jax.training.distributed import (
     SharedStop,
-    StopSignal,
     assert_equal_across_processes,
     broadcast_from_main,
     exit_with_others,
@@ -100,7 +100,8 @@ def run(
     or a disk that can't be written. What was saved before stays good.
     """
     folder, disk = as_path(workdir), full_disk_explained(f"the workdir {workdir}")
-    with StopSignal() as own_stop, disk, bucket_errors(folder), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, disk, bucket_errors(folder):
+        own_stop = stack.enter_context(StopSignal(alone=jax.process_count() == 1))
         with raise_on_all_processes():
             config = check_config(config)
             if sources:
@@ -172,6 +173,7 @@ def train(
         stop = SharedStop(own_stop)
         stack.callback(gc.unfreeze)
         stack.enter_context(full_disk_explained(f"the workdir {folder}"))
+        own_stop.say = log.say
         log.say(context.introduction)
         if damaged:
             log.say(damaged)
@@ -275,14 +277,14 @@ def prepare(
             labels=data.labels,
             preprocess=data.eval_ops.spec,
         )
-        kernels, why = choose_kernels_from_config(config, vit.model, data.image_shape[:2], mesh)
+        chosen = choose_kernels_from_config(config, vit.model, data.image_shape[:2], mesh)
         introduction = introduce(config, vit, data)
         fingerprints = data.fingerprints
-    attention = why.partition(":")[0]
-    assert_equal_across_processes(run_signature(config, fingerprints) | {"attention": attention})
+    used = {"attention by": chosen.attention}
+    assert_equal_across_processes(run_signature(config, fingerprints) | used)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
-    model = model.clone(kernels=kernels)
+    model = model.clone(kernels=chosen.kernels)
     ema = config.ema_decay > 0
     state = TrainState.create(params=params, tx=tx, seed=config.seed, mesh=mesh, ema=ema)
     context = RunContext(
@@ -292,7 +294,7 @@ def prepare(
         mesh=mesh,
         train_step=make_step_from_config(config, model, tx, mesh, data.train_split[1]),
         eval_step=make_eval_step(model, mesh=mesh, loss=config.loss, normalize=data.eval_split[1]),
-        introduction="; ".join(filter(None, (introduction, why, untold(), compiled))),
+        introduction="; ".join(filter(None, (introduction, str(chosen), untold(), compiled))),
     )
     with raise_on_all_processes():
         if is_main_process():
@@ -315,16 +317,15 @@ def run_signature(config: ConfigDict, fingerprints: Mapping[str, str]) -> dict[s
 
 def choose_kernels_from_config(
     config: ConfigDict, model: Any, image_size: tuple[int, int], mesh: Mesh
-) -> tuple[Kernels, str]:
-    """The kernels that a configuration asks for, and why: see `choose_kernels`.
+) -> Choice:
+    """The kernels that a configuration asks for, see `choose_kernels`.
 
     Raises UserError if it asks for what doesn't work here.
     """
-    kernels, why = choose_kernels(model, image_size, [*mesh.devices.flat], config.attention)
-    if config.attention == "cudnn" and why.startswith("attention by xla"):
-        reason = why.removeprefix("attention by xla: ")
-        raise UserError(f"config.attention is cudnn, but {reason}: use auto or xla")
-    return kernels, why
+    chosen = choose_kernels(model, image_size, [*mesh.devices.flat], config.attention)
+    if config.attention == "cudnn" and chosen.attention != "cudnn":
+        raise UserError(f"config.attention is cudnn, but {chosen.why}: use auto or xla")
+    return chosen
 
 
 def introduce(config: ConfigDict, vit: Pretrained, data: RunData) -> str:

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
-from vit_jax.models.stack import BlockLoop, in_block
+from vit_jax.models.family import ImageModel
+from vit_jax.models.stack import in_block
 from vit_jax.sharding import batch_sharding, make_mesh, replicated, shardings
 from vit_jax.training.config import mixup as mixup_of
 from vit_jax.training.mixing import mix
@@ -90,13 +91,14 @@ def make_train_step(
             "config.compile pmap is for one process with the weights whole on every device: use "
             "config.compile=jit"
         )
-    loop, has_blocks = getattr(model, "loop", BlockLoop()), hasattr(model, "loop")
+    # Of another network than ours no blocks are known.
+    loop = model.loop if isinstance(model, ImageModel) else None
     gather = functools.partial(_gather, mesh=mesh)
-    if in_parts and has_blocks:  # Inside of them, so that each is gathered when its turn comes.
+    if in_parts and loop:  # Inside of them, so that each is gathered when its turn comes.
         model = model.clone(loop=dataclasses.replace(loop, param_transform=gather))
 
     def gather_outside_blocks(path: Any, x: jax.Array) -> jax.Array:
-        return x if has_blocks and in_block(path) else gather(x)
+        return x if loop and in_block(path) else gather(x)
 
     def logits_of(params: Any, images: jax.Array) -> Any:
         return model.apply({"params": params}, images)
@@ -132,7 +134,7 @@ def make_train_step(
         forward: Callable = loss_fn
         # Gathered weights are not kept until they are used backwards. (Blocks that are computed
         # again do that for themselves; this would keep what they don't.)
-        if in_parts and loop.remat == "none":
+        if in_parts and (loop is None or loop.remat == "none"):
             forward = jax.checkpoint(forward, policy=_all_but_gathered)
         if axis and mesh.size > 1:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))

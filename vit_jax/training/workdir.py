@@ -9,7 +9,6 @@ What a bucket can't do (lock, append, rename) is done by this file alone, see `v
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import logging
@@ -34,6 +33,7 @@ from vit_jax.files import (
     bucket_errors,
     is_bucket,
     list_folder,
+    locks,
     open_file,
 )
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
@@ -95,6 +95,7 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[epath.
 @contextlib.contextmanager
 def _locked(workdir: epath.Path) -> Iterator[None]:
     """Keeps other processes out. The system lets go of the lock however the process ends."""
+    fcntl = locks()
     path = workdir / LOCK
     try:
         file = open(path, "a+")  # noqa: SIM115
@@ -115,12 +116,11 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
             _log.warning("%s can't be locked (%s): start no second run in it", workdir, e.strerror)
         if not os.fstat(file.fileno()).st_nlink:  # Removed below, after it was opened here.
             raise UserError(f"another run in {workdir} has just ended: start again")
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}\n")
-        file.flush()
-        with contextlib.suppress(OSError):  # For `lock_holder` on other hosts; not all systems can.
-            os.fsync(file.fileno())
         try:
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()} on {platform.node()}\n".encode())
+            with contextlib.suppress(OSError):  # For `lock_holder` on other hosts; not all can.
+                os.fsync(file.fileno())
             yield
         finally:
             if not (workdir / CONFIG).exists():
