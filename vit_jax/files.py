@@ -1,12 +1,14 @@
-"""Paths here and in buckets, the cache folder (downloads, listings of large folders, compiled
-programs), and files that are whole or absent."""
+"""Paths here and in buckets, the cache folder (downloads, compiled programs), and files that are
+whole or absent."""
 
 import contextlib
+import errno
 import functools
 import io
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,12 +55,31 @@ def as_path(path: str | os.PathLike) -> "epath.Path":
 def open_file(path: str | os.PathLike) -> BinaryIO:
     """A file here or an object of a bucket, to be read from its beginning.
 
-    Raises OSError, or UserError as `bucket_errors`.
+    Raises OSError, also for what isn't a regular file: devices are without end, and pipes wait.
+    UserError as `bucket_errors`.
     """
     if not is_bucket(path):
-        return open(path, "rb", buffering=0)
+        file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return file
     with bucket_errors(path):
         return io.BytesIO(as_path(path).read_bytes())
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Which Windows hasn't.
+
+
+def printable(text: str) -> str:
+    """Text from outside without control characters and what is no Unicode, which are escaped: so
+    it can be shown on a terminal and written anywhere in UTF-8."""
+    return re.sub(
+        r"[\0-\x1f\x7f-\x9f\ud800-\udfff]",
+        lambda match: match[0].encode("unicode_escape").decode(),
+        text,
+    )
 
 
 def list_folder(path: str | os.PathLike) -> list[str]:

@@ -91,7 +91,7 @@ def test_everything_that_is_wrong_is_found_and_named(dirty):
     assert train.count == 12
     assert train.class_counts.sum() == len(train.sizes) == 10
     assert result.problems == [
-        "2 images of train can't be read",
+        "2 images of train can't be read (1 .png, 1 .jpg)",
         "1 image found in several splits",
         "1 image found under several classes",
     ]
@@ -105,7 +105,7 @@ def test_a_core_that_this_process_was_given_is_a_thread(monkeypatch):
         time.sleep(0.001)
         return np.full((2, 2, 1), key % 251, np.uint8)
 
-    source = Source("mine", ("a",), 1, range(3000), np.zeros(3000, np.int32), read, str)
+    source = Source("mine", ("a", "b"), 1, range(3000), np.zeros(3000, np.int32), read, str)
     monkeypatch.setattr("vit_jax.data.check.own_cores", lambda: 3)
     check({"train": source})
     assert len(seen) == 3
@@ -170,7 +170,7 @@ def test_memory_is_bounded(tmp_path):
         "from vit_jax.data.source import Source\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "read = lambda key: np.full((500, 700, 3), key % 256, np.uint8)\n"
-        "source = Source('s', ('a',), 3, range(400), np.zeros(400, np.int32), read, str)\n"
+        "source = Source('s', ('a', 'b'), 3, range(400), np.zeros(400, np.int32), read, str)\n"
         "before = used()\n"
         "check({'train': source}, threads=4)\n"
         "print(used() - before)\n"
@@ -185,7 +185,7 @@ def test_interrupting_ends_at_once(dirty):
 
     source = Source(
         name="slow",
-        labels=("a",),
+        labels=("a", "b"),
         channels=1,
         keys=range(100_000),
         label_ids=np.zeros(100_000, np.int32),
@@ -227,7 +227,7 @@ def test_the_report_names_all_images_and_is_drawn(dirty, tmp_path, capsys):
         assert name in text
         assert name in printed.out
     image = np.asarray(Image.open(tmp_path / "new" / "out" / "check.png").convert("RGB"))
-    assert image.shape == (800, 1200, 3)
+    assert image.shape == (860, 1200, 3)  # A line for each of the three problems.
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 100
 
 

@@ -158,7 +158,7 @@ def test_mistakes_are_named_with_their_line(photos, tmp_path):
     fails("t.csv line 2: no path", table("path,label", ",x"))
     fails("first line names the columns 'a, b', not path and label", table("a,b", "1,2"))
     fails("no images", table("path,label"))
-    fails("1 class .'x',.*expected two", table("path,label", f"{a},x", f"{b},x"))
+    fails("only one class .'x'.*expected two", table("path,label", f"{a},x", f"{b},x"))
     fails(
         "t.csv line 4: class 'dgo' is not among the training classes.*mean 'dog'",
         split(f"{a},dog,train", f"{b},cat,train", f"{b},dgo,test"),
