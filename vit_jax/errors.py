@@ -4,6 +4,8 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
+from vit_jax.escape import printable
+
 # The system can't write, and it is no mistake of the program's.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -16,8 +18,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        super().__init__("".join(escaped))
+        super().__init__(printable(message))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.escape import printable
 
 if TYPE_CHECKING:
     import jinja2
@@ -77,12 +78,7 @@ def _environment() -> "jinja2.Environment":
 
 def _visible(value: object) -> object:
     """The text with codes for what can't be seen or written: control characters, broken bytes."""
-    if hasattr(value, "__html__"):
-        return value
-    return "".join(
-        c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode()
-        for c in str(value)
-    )
+    return value if hasattr(value, "__html__") else printable(str(value))
 
 
 def _number(value: object) -> object:
@@ -145,7 +141,7 @@ def drawing(figure: "Figure", alt: str) -> "Markup":
     svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # Nothing refers to them, and pages may hold several.
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(_visible(alt))}"', 1))
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(printable(alt))}"', 1))
 
 
 @styled
@@ -159,7 +155,8 @@ def _saved(figure: "Figure", kind: str, **options: Any) -> bytes:
 
 
 def elide(text: str, width: int) -> str:
-    """The text, cut to so many characters."""
+    """The text, printable and cut to so many characters."""
+    text = printable(text)
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
