@@ -72,16 +72,6 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Which Windows hasn't.
 
 
-def printable(text: str) -> str:
-    """Text from outside without control characters and what is no Unicode, which are escaped: so
-    it can be shown on a terminal and written anywhere in UTF-8."""
-    return re.sub(
-        r"[\0-\x1f\x7f-\x9f\ud800-\udfff]",
-        lambda match: match[0].encode("unicode_escape").decode(),
-        text,
-    )
-
-
 def list_folder(path: str | os.PathLike) -> list[str]:
     """The names in a folder here or in a bucket, where nothing there is an empty folder.
 

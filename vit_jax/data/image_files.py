@@ -10,7 +10,8 @@ import numpy as np
 
 from vit_jax.data.source import Source, Splits, held_out_splits, some_of, split_name
 from vit_jax.errors import UserError
-from vit_jax.files import open_file, printable
+from vit_jax.escape import printable
+from vit_jax.files import open_file
 
 # What is called so is taken for an image without opening it: a folder may hold a million, far away.
 ENDINGS = (
@@ -47,7 +48,7 @@ def folder_splits(dataset: str, seed: int) -> Splits:
     for name in top.folders:
         if not (split := split_name(name)):
             continue
-        path, content = _enter(os.path.join(root, name), told, doubts)
+        path, content = _enter(os.path.join(root, name), told, doubts, split)
         if content.folders and split in parts:
             raise UserError(
                 f"{dataset}: both {parts[split]!r} and {name!r} are named like the split "
@@ -83,10 +84,11 @@ def folder_splits(dataset: str, seed: int) -> Splits:
     )
 
 
-def _enter(path: str, notes: list[str], doubts: list[str]) -> tuple[str, Folder]:
-    """A folder, or the one that all of it lies in, if that holds folders and no image."""
+def _enter(path: str, notes: list[str], doubts: list[str], split: str = "") -> tuple[str, Folder]:
+    """A folder, or the one that all of it lies in, if that holds folders and no image, and isn't
+    named like another split."""
     content = list_images(path, links=True)
-    while len(content.folders) == 1 and not split_name(content.folders[0]):
+    while len(content.folders) == 1 and split_name(content.folders[0]) in ("", split):
         below = os.path.join(path, content.folders[0])
         inner = list_images(below, links=True)
         if inner.images or not inner.folders:
@@ -256,7 +258,8 @@ def _tell_left_out(where: str, content: Folder, notes: list[str], doubts: list[s
 
 def _counted(kinds: Counter[str]) -> list[str]:
     """As "12 (.txt)", the most first, a few of them."""
-    told = [f"{count:,} ({printable(kind)})" for kind, count in kinds.most_common(8)]
+    first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:8]
+    told = [f"{count:,} ({printable(kind)})" for kind, count in first]
     return told + [f"{len(kinds) - 8:,} more kinds"] * (len(kinds) > 8)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.files import printable
+from vit_jax.escape import printable
 
 TEST_FRACTION = 0.2  # of each class, where a data set brings no test images of its own
 # Of more classes an image than this, numbers up to the largest are no classes but something else.
