@@ -197,6 +197,31 @@ def test_interrupting_ends_at_once(dirty):
     assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPool")]
 
 
+def test_what_was_left_out_or_guessed_is_told(clean):
+    (clean / "train").rename(clean / "Training")
+    (clean / "Training" / "b").rename(clean / "Training" / "A")
+    (clean / "test" / "b").rename(clean / "test" / "A")
+    (clean / "extra").mkdir()
+    for name in ("x.dcm", "x.txt"):
+        (clean / "Training" / "a" / name).write_text("no image")
+    (clean / "Training" / "a" / "hostile\x1b[31m.heic").write_bytes(b"none")
+    result = checked(clean)
+    where = f"left out in {clean}/Training"
+    assert result.notes == ["Training is the split train", f"{where}: 1 (.txt)"]
+    assert result.problems == [
+        f"left out in {clean}: folders beside the splits, 'extra'",
+        f"{where}, as they are no images that can be read: 1 (.dcm); convert or remove them",
+        "classes 'A' and 'a' are nearly named alike: merge them if they are one",
+        "1 image of train can't be read (1 .heic)",
+    ]
+    told = checking.summary(result) + checking.details(result)
+    assert all(text in told for text in result.notes + result.problems)
+    assert told.replace("\n", "").isprintable()
+    found = checking.as_dict(result)
+    assert (found["notes"], found["problems"]) == (result.notes, result.problems)
+    assert found["splits"]["train"]["unreadable_kinds"] == {".heic": 1}
+
+
 # The command.
 
 

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints top-1, top-5, loss and the accuracy of each class."""
     import dataclasses
     import json
+    import sys
 
     from vit_jax.evaluation.images import evaluate_images, write_predictions
     from vit_jax.evaluation.zero_shot import zero_shot
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
 
     vit = load(args.weights)
     source, loss = _open_source(args)
+    for text in (*source.notes, *source.doubts):
+        print(f"vit-jax: {text}", file=sys.stderr)
     options = {"batch_size": args.batch, "corrupt": args.corrupt}
     if vit.classifies_by_text:
         scores = zero_shot(vit, source, **options)

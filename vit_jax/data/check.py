@@ -304,6 +304,7 @@ def as_dict(result: Check) -> dict[str, Any]:
             name: {
                 "count": split.count,
                 "unreadable": split.unreadable,
+                "unreadable_kinds": split.kinds,
                 "classes": dict(zip(result.labels, split.class_counts.tolist(), strict=True)),
                 "height": _range(split.sizes[:, 0]),
                 "width": _range(split.sizes[:, 1]),

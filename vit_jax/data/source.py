@@ -62,9 +62,10 @@ class Source:
     doubts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        labels = tuple(map(printable, self.labels))
         object.__setattr__(self, "name", printable(self.name))
-        object.__setattr__(self, "labels", labels)
+        for field in ("labels", "notes", "doubts"):
+            object.__setattr__(self, field, tuple(map(printable, getattr(self, field))))
+        labels = self.labels
         if len(labels) < (1 if self.multi_label else 2):
             only = f"only one class ({labels[0]!r})" if labels else "no class"
             raise UserError(f"{self.name}: {only}, expected two or more; add images of others")

@@ -136,9 +136,9 @@ def _splits(dataset: str, builder: Any) -> Splits:
         raise UserError(f"{dataset}: {builder.data_dir} holds no examples; prepare it again")
     image, label = _columns(dataset, info)
     classes = getattr(info.features[label], "feature", info.features[label])  # Of a sequence.
-    names = tuple(
-        classes.names or numbered_classes(dataset, classes.num_classes, sum(lengths.values()))
-    )
+    if classes.int2str(0) == "0":  # It has no names, perhaps, but makes them for any number.
+        numbered_classes(dataset, classes.num_classes, sum(lengths.values()))
+    names = tuple(classes.names)
     numbering = Numbering(dataset, lengths)
     examples = _Examples(builder, numbering, image, label, len(names))
     sizes = [(name, split.shard_lengths, split.num_bytes) for name, split in info.splits.items()]
