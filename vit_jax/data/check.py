@@ -20,6 +20,7 @@ from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.source import Source, similar_labels, some_of
 from vit_jax.data.workers import own_cores
 from vit_jax.errors import UserError
+from vit_jax.escape import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -321,6 +322,7 @@ def as_dict(result: Check) -> dict[str, Any]:
 
 def write_report(result: Check, folder: str | os.PathLike, title: str) -> list[str]:
     """Writes check.txt and check.png, and tells their paths."""
+    title = printable(title)
     text, drawing = (os.path.join(folder, name) for name in ("check.txt", "check.png"))
     try:
         os.makedirs(folder, exist_ok=True)
