@@ -1,5 +1,5 @@
-"""Paths here and in buckets, the cache folder (downloads, listings of large folders, compiled
-programs), and files that are whole or absent."""
+"""Paths here and in buckets, the cache folder (downloads, compiled programs), and files that are
+whole or absent."""
 
 import contextlib
 import errno

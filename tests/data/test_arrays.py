@@ -1,9 +1,12 @@
 """Images in memory and .npz files."""
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 
-from vit_jax.data import data_fingerprint, from_arrays, open_source
+from vit_jax.data import data_fingerprint, from_arrays, open_source, remarks
 from vit_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -79,6 +82,61 @@ def test_mistakes_in_arrays_are_named(tmp_path):
     fails("can't be read", open_source, path, "train")
     (tmp_path / "x.npz").write_bytes(b"no zip")
     fails("can't be read", open_source, path, "train")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        (
+            [0, 1, 10**9],
+            None,
+            "labels count to 1,000,000,000 for 3 images, expected 0 to the number",
+        ),
+        (
+            np.array([0, 1, 2**63], np.uint64),
+            None,
+            "labels count to 9,223,372,036,854,775,808 for 3",
+        ),
+        ([0, 1, 10**6], None, "labels count to 1,000,000 for 3 images"),
+        ([0, 1, 2**63], ["a", "b"], "none of the 2 classes"),
+        ([0, 0, 0], None, "only one class .'0'., expected two or more"),
+        (["cat", "cat", "cat"], None, "only one class .'cat'"),
+        ([0, 0, 0], [], "none of the 0 classes"),
+        ([0, 1, 1], ["cat", "cat"], "2 classes are named 'cat', expected a name for each"),
+        ([0, 0, 0], "cat", "only one class"),
+        (["cat", "dog", np.nan], None, "labels are 'nan', which is none"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, names, message):
+    fails(message, from_arrays, IMAGES[:3], labels, names=names)
+    path = str(tmp_path / "x.npz")
+    np.savez(path, images=IMAGES[:3], labels=labels, **({} if names is None else {"names": names}))
+    fails(message, open_source, path, "train")
+
+
+def test_classes_without_an_image_are_said():
+    source = from_arrays(IMAGES, [0, 4, 4, 4, 4, 1, 1, 1, 1, 1])
+    assert remarks(source) == ["without an image to train on: '2', '3'"]
+    assert len(from_arrays(IMAGES, [0, 999, *[1] * 8]).labels) == 1000
+    named = from_arrays(IMAGES, LABELS, names=list(map(str, range(100_000))))
+    assert remarks(named)[0].endswith("'7' and 99,992 more")
+
+
+def test_names_and_labels_may_be_bytes():
+    source = from_arrays(IMAGES[:2], np.array([b"cat", b"d\xff"]))
+    assert source.labels == ("cat", "d\\xff")
+    assert from_arrays(IMAGES, LABELS, names=np.array([b"a", b"b", b"c"])).labels == ("a", "b", "c")
+
+
+def test_an_npz_compressed_another_way_than_by_numpy_is_refused(tmp_path):
+    """4 kB of bzip2 make gigabytes."""
+    path = tmp_path / "x.npz"
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(path, "w", method) as file:
+            for name, array in {"images": IMAGES, "labels": LABELS}.items():
+                np.save(data := io.BytesIO(), array)
+                file.writestr(f"{name}.npy", data.getvalue())
+        fails("images.npy is compressed another way than by savez", open_source, str(path), "train")
 
 
 def test_damaged_files_and_impossible_shapes_are_one_line(tmp_path):

@@ -91,7 +91,7 @@ def test_everything_that_is_wrong_is_found_and_named(dirty):
     assert train.count == 12
     assert train.class_counts.sum() == len(train.sizes) == 10
     assert result.problems == [
-        "2 images of train can't be read",
+        "2 images of train can't be read (1 .png, 1 .jpg)",
         "1 image found in several splits",
         "1 image found under several classes",
     ]
@@ -105,7 +105,7 @@ def test_a_core_that_this_process_was_given_is_a_thread(monkeypatch):
         time.sleep(0.001)
         return np.full((2, 2, 1), key % 251, np.uint8)
 
-    source = Source("mine", ("a",), 1, range(3000), np.zeros(3000, np.int32), read, str)
+    source = Source("mine", ("a", "b"), 1, range(3000), np.zeros(3000, np.int32), read, str)
     monkeypatch.setattr("vit_jax.data.check.own_cores", lambda: 3)
     check({"train": source})
     assert len(seen) == 3
@@ -170,7 +170,7 @@ def test_memory_is_bounded(tmp_path):
         "from vit_jax.data.source import Source\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "read = lambda key: np.full((500, 700, 3), key % 256, np.uint8)\n"
-        "source = Source('s', ('a',), 3, range(400), np.zeros(400, np.int32), read, str)\n"
+        "source = Source('s', ('a', 'b'), 3, range(400), np.zeros(400, np.int32), read, str)\n"
         "before = used()\n"
         "check({'train': source}, threads=4)\n"
         "print(used() - before)\n"
@@ -185,7 +185,7 @@ def test_interrupting_ends_at_once(dirty):
 
     source = Source(
         name="slow",
-        labels=("a",),
+        labels=("a", "b"),
         channels=1,
         keys=range(100_000),
         label_ids=np.zeros(100_000, np.int32),
@@ -195,6 +195,31 @@ def test_interrupting_ends_at_once(dirty):
     with pytest.raises(KeyboardInterrupt):
         check({"train": source}, progress=stop)
     assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPool")]
+
+
+def test_what_was_left_out_or_guessed_is_told(clean):
+    (clean / "train").rename(clean / "Training")
+    (clean / "Training" / "b").rename(clean / "Training" / "A")
+    (clean / "test" / "b").rename(clean / "test" / "A")
+    (clean / "extra").mkdir()
+    for name in ("x.dcm", "x.txt"):
+        (clean / "Training" / "a" / name).write_text("no image")
+    (clean / "Training" / "a" / "hostile\x1b[31m.heic").write_bytes(b"none")
+    result = checked(clean)
+    where = f"left out in {clean}/Training"
+    assert result.notes == ["Training is the split train", f"{where}: 1 (.txt)"]
+    assert result.problems == [
+        f"left out in {clean}: folders beside the splits, 'extra'",
+        f"{where}, as they are no images that can be read: 1 (.dcm); convert or remove them",
+        "classes 'A' and 'a' are nearly named alike: merge them if they are one",
+        "1 image of train can't be read (1 .heic)",
+    ]
+    told = checking.summary(result) + checking.details(result)
+    assert all(text in told for text in result.notes + result.problems)
+    assert told.replace("\n", "").isprintable()
+    found = checking.as_dict(result)
+    assert (found["notes"], found["problems"]) == (result.notes, result.problems)
+    assert found["splits"]["train"]["unreadable_kinds"] == {".heic": 1}
 
 
 # The command.
@@ -227,7 +252,7 @@ def test_the_report_names_all_images_and_is_drawn(dirty, tmp_path, capsys):
         assert name in text
         assert name in printed.out
     image = np.asarray(Image.open(tmp_path / "new" / "out" / "check.png").convert("RGB"))
-    assert image.shape == (800, 1200, 3)
+    assert image.shape == (860, 1200, 3)  # A line for each of the three problems.
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 100
 
 

@@ -67,6 +67,15 @@ def test_images_without_a_label_matter_where_they_are_opened(photos, tmp_path):
             open_source(path, "test")
 
 
+def test_labels_of_no_class_are_refused(photos):
+    found = dataset_of(photos, "test")
+    features = found.features
+    other = found.remove_columns("label").add_column("label", [0, 1, 2, 3, 0, 1])
+    info = datasets.DatasetInfo(features=features)
+    with pytest.raises(UserError, match="labels up to 3, expected those of the 3 classes"):
+        from_huggingface(datasets.Dataset(other.data.table.select(features), info=info))
+
+
 def test_other_columns_are_named(photos):
     with pytest.raises(UserError, match="columns image, label, expected 'photo' of type Image"):
         from_huggingface(dataset_of(photos, "train"), image="photo")

@@ -1,4 +1,4 @@
-"""Large folders are listed once, changes are noticed, and what can't be read is named."""
+"""Folders of images: what counts as one, what is left out and said, and what can't be read."""
 
 import contextlib
 import itertools
@@ -15,35 +15,17 @@ import cv2
 import numpy as np
 import pytest
 
-from vit_jax.data import image_files, open_source, parse, train_batches
+from vit_jax.data import image_files, open_source, parse, remarks, train_batches
 from vit_jax.errors import UserError
 
 PREPROCESS = parse("value_range(-1, 1)")
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache that also small folders are worth, changed a moment ago or not."""
-    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "files"))
-    monkeypatch.setattr(image_files, "CACHED_FROM", 1)
-    monkeypatch.setattr(image_files, "_SETTLED_NS", -1)
-    return tmp_path / "files" / "listings"
-
-
-@pytest.fixture
-def listed(monkeypatch):
-    """The names of the folders whose content the system was asked for."""
-    names = []
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: names.append(Path(path).name) or scandir(path))
-    return names
 
 
 def make(root, classes=("a", "b"), count=3, size=4):
     """Real images, each one of its own."""
     rng = np.random.default_rng(0)
     for name in classes:
-        (root / name).mkdir(parents=True)
+        (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
             cv2.imwrite(str(root / name / f"{i:04}.png"), pixels)
@@ -60,120 +42,186 @@ def fails(message, root, split="train"):
     assert "\n" not in str(error.value)
 
 
-# The cached listing.
+def said(root):
+    """What is said of how the images were found."""
+    return remarks(*(open_source(str(root), split) for split in ("train", "test")))
 
 
-def test_a_folder_is_listed_once(tmp_path, cache, listed):
-    root = make(tmp_path / "data")
-    first = open_source(str(root), "train")
-    assert {"a", "b"} <= set(listed)
-    listed.clear()
-    again = open_source(str(root), "train")
-    assert listed == []
-    assert list(first.keys) == list(again.keys)
-    np.testing.assert_array_equal(first.label_ids, again.label_ids)
-    assert [file.suffix for file in cache.iterdir()] == [".json"]
+# Which folders are splits, and which are classes.
 
 
-def test_train_and_test_parts_have_listings_of_their_own(tmp_path, cache, listed):
-    make(tmp_path / "data" / "train")
-    make(tmp_path / "data" / "test")
-    before = {split: keys(tmp_path / "data", split) for split in ("train", "test")}
-    listed.clear()
-    assert before == {split: keys(tmp_path / "data", split) for split in ("train", "test")}
-    assert not {"a", "b"} & set(listed)
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        *(("Training", "Testing"), ("Train", "Test"), ("TRAIN", "VALID"), ("train", "valid")),
+        *(("training_set", "test_set"), ("Training Data", "dev"), ("train", "holdout")),
+        *(("train-images", "hold-out"), ("trainset", "Evaluation"), ("train", "eval")),
+    ],
+)
+def test_splits_are_known_by_their_usual_names_in_any_case(tmp_path, train, test):
+    make(tmp_path / train, count=4)
+    make(tmp_path / test, count=2)
+    for split, name, count in (("train", train, 8), ("test", test, 4)):
+        source = open_source(str(tmp_path), split)
+        assert source.labels == ("a", "b")
+        assert [Path(source.describe(i)).parts[-3] for i in range(len(source))] == [name] * count
+    for name in {train, test} - {"train"}:
+        assert [text for text in said(tmp_path) if text.startswith(f"{name} is the split ")]
 
 
-def test_only_what_was_changed_is_listed_anew(tmp_path, cache, listed):
-    root = make(tmp_path / "data", classes="abcd")
-    before = keys(root)
-
-    (root / "b" / "0001.png").unlink()
-    (root / "c" / "new.png").touch()
-    listed.clear()
-    after = keys(root)
-    assert set(listed) == {"b", "c"}
-    assert set(before) ^ set(after) == {"b/0001.png", "c/new.png"}
-
-    (root / "d" / "0000.png").rename(root / "d" / "renamed.png")
-    (root / "a" / "deep").mkdir()
-    (root / "a" / "deep" / "x.png").touch()
-    assert set(after) ^ set(keys(root)) == {"d/0000.png", "d/renamed.png", "a/deep/x.png"}
-    (root / "a" / "deep" / "y.png").touch()
-    assert "a/deep/y.png" in keys(root)
-
-    make(root, classes=["e"])
-    assert open_source(str(root), "train").labels == tuple("abcde")
+def test_exact_names_of_splits_need_no_word(tmp_path):
+    for name in ("train", "test", "val", "validation"):
+        make(tmp_path / name)
+    assert said(tmp_path) == []
+    assert len(open_source(str(tmp_path), "train+test+val+validation")) == 24
 
 
-def test_changes_are_noticed_though_the_time_of_change_was_set_back(tmp_path, cache):
-    root = make(tmp_path / "data")
-    before, times = keys(root), (root / "a").stat()
-    (root / "a" / "new.png").touch()
-    os.utime(root / "a", ns=(times.st_atime_ns, times.st_mtime_ns))  # as rsync and tar do
-    assert len(keys(root)) == len(before) + 1
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("seg_train/a", "seg_train/b", "seg_test/a", "seg_test/b"),
+        ("images/train", "images/val", "labels/train", "labels/val"),
+        ("cat/train", "cat/test", "dog/train", "dog/test"),
+        ("train", "test"),
+        ("Training", "Testing", "notes"),
+    ],
+)
+def test_what_may_be_splits_or_classes_is_refused(tmp_path, folders):
+    for folder in folders:
+        make(tmp_path / folder, classes=["."])
+    fails(r"it isn't plain whether the folders '.*' are splits or classes, expected", tmp_path)
 
 
-def test_another_folder_in_the_same_place_is_noticed(tmp_path, cache):
-    root = make(tmp_path / "data", count=3)
-    keys(root)
-    root.rename(tmp_path / "old")
-    make(tmp_path / "data", count=5)
-    assert len(keys(root)) == 10
+def test_one_split_can_not_be_two_folders(tmp_path):
+    for name in ("train", "Train", "test"):
+        make(tmp_path / name)
+    fails("both 'Train' and 'train' are named like the split 'train'; rename one", tmp_path)
 
 
-def test_what_was_changed_a_moment_ago_is_not_trusted(tmp_path, cache, listed, monkeypatch):
-    monkeypatch.setattr(image_files, "_SETTLED_NS", 3_600_000_000_000)
-    root = make(tmp_path / "data")
-    keys(root)
-    listed.clear()
-    keys(root)
-    assert {"a", "b"} <= set(listed)
+def test_classes_may_hold_folders_of_other_names(tmp_path):
+    for folder in ("cat/persian", "cat/siamese", "dog/pug"):
+        make(tmp_path / folder, classes=["."])
+    assert open_source(str(tmp_path), "train").labels == ("cat", "dog")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"a": ["1"', '{"": ["x"], "a": []}'])
-def test_a_damaged_listing_is_made_again(tmp_path, cache, content):
-    root = make(tmp_path / "data")
-    before = keys(root)
-    (file,) = cache.iterdir()
-    file.write_text(content)
-    assert keys(root) == before
-    assert json.loads(file.read_text()).keys() == {"", "a", "b"}
+def test_one_wrapping_folder_is_entered_and_that_is_said(tmp_path):
+    make(tmp_path / "plain", count=5)
+    make(tmp_path / "whole" / "photos" / "all", count=5)
+    (tmp_path / "whole" / "cover.jpg").touch()
+    plain, wrapped = (open_source(str(tmp_path / name), "train") for name in ("plain", "whole"))
+    assert list(wrapped.keys) == list(plain.keys)
+    assert wrapped[0]["image"].shape == (4, 4, 3)
+    photos = tmp_path / "whole" / "photos"
+    assert said(tmp_path / "whole") == [
+        f"{photos} was entered, the only folder there",
+        f"{photos}/all was entered, the only folder there",
+        f"left out in {photos.parent}: 1 images beside the folders; put them in folders of "
+        "classes or remove them",
+    ]
+    make(tmp_path / "nested" / "training_set" / "training_set")
+    make(tmp_path / "nested" / "test_set" / "test_set")
+    assert len(open_source(str(tmp_path / "nested"), "test")) == 6
 
 
-def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path, cache):
-    cache.parent.write_text("a file where the cache's folder should be")
-    assert len(keys(make(tmp_path / "data"))) == 6
+def test_what_lies_beside_splits_and_classes_is_counted(tmp_path):
+    make(tmp_path / "train", count=5)
+    make(tmp_path / "test", count=5)
+    make(tmp_path / "extra")
+    make(tmp_path, classes=["unsorted"])
+    make(tmp_path / "train", classes=["."], count=7)
+    (tmp_path / "README.md").touch()
+    (tmp_path / ".git").mkdir()
+    rest = "images beside the folders; put them in folders of classes or remove them"
+    assert said(tmp_path) == [
+        f"left out in {tmp_path}: 1 (.md), 1 (hidden)",
+        f"left out in {tmp_path}: folders beside the splits, 'extra', 'unsorted'",
+        f"left out in {tmp_path}/train: 7 {rest}",
+    ]
 
 
-def test_small_folders_leave_no_listing(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(image_files, "CACHED_FROM", 10_000)
-    keys(make(tmp_path / "data"))
-    assert not cache.exists()
+def test_classes_of_nearly_the_same_name_are_said(tmp_path):
+    make(tmp_path, classes=["Cat", "cat", "caf\u00e9", "cafe\u0301", "dog", "2", "2.0", "_2"])
+    twos, cats, cafes = said(tmp_path)
+    assert cats == "classes 'Cat' and 'cat' are nearly named alike: merge them if they are one"
+    assert "'cafe\u0301' and 'caf\u00e9'" in cafes
+    assert "'2' and '2.0' and '_2'" in twos
+    assert len(open_source(str(tmp_path), "train").labels) == 8
 
 
-def test_names_that_are_no_unicode_are_read(tmp_path, cache):
+# Which files are images.
+
+
+def test_a_file_is_what_its_content_says(tmp_path):
+    root = make(tmp_path / "data", count=4)
+    for i, ending in enumerate((".jpe", ".jfif", "", ".tmp")):
+        (root / "a" / f"000{i}.png").rename(root / "a" / f"000{i}{ending}")
+    for name in ("scan.dcm", "other.dcm", "LICENSE", "page.html", ".DS_Store", "Thumbs.db"):
+        (root / "b" / name).write_bytes(b"no image")
+    source = open_source(str(root), "train+test")
+    assert len(source) == 8
+    assert all(source[i]["image"].shape == (4, 4, 3) for i in range(8))
+    assert said(root) == [
+        f"left out in {root}: 2 (hidden), 1 (.html)",
+        f"left out in {root}, as they are no images that can be read: 2 (.dcm), 1 (no ending); "
+        "convert or remove them",
+    ]
+
+
+def test_only_files_of_unknown_kinds_are_opened(tmp_path, monkeypatch):
+    root = make(tmp_path / "data", count=9)
+    for i in range(9):
+        (root / "a" / f"{i}.txt").touch()
+    (root / "b" / "unknown.xyz").touch()
+    opened = []
+    opens = image_files.open_file
+    monkeypatch.setattr(image_files, "open_file", lambda path: opened.append(path) or opens(path))
+    open_source(str(root), "train")
+    assert opened == [f"{root}/b/unknown.xyz"]
+
+
+def test_many_kinds_of_files_are_told_in_one_line(tmp_path):
+    root = make(tmp_path / "data", count=9)
+    for i in range(20):
+        (root / "a" / f"x.{i}").touch()
+    (root / "a" / "y.\x1b[31m").touch()
+    (text,) = said(root)
+    assert "more kinds" in text
+    assert text.isprintable()
+    assert len(text) < 300
+
+
+def test_a_class_folder_that_is_no_utf8_has_a_name_that_can_be_written(tmp_path):
+    root = make(tmp_path / "data", count=5)
+    os.rename(root / "a", os.fsencode(root) + b"/caf\xe9\n")
+    source = open_source(str(root), "train+test")
+    assert source.labels == ("b", "caf\\udce9\\n")
+    assert json.loads(json.dumps(source.labels[1]).encode()) == source.labels[1]
+    assert all(source[i]["image"].shape == (4, 4, 3) for i in range(10))
+    assert {source.describe(i).encode().isascii() for i in range(10)} == {True}
+
+
+# Names, links and permissions.
+
+
+def test_names_that_are_no_unicode_are_read(tmp_path):
     root = make(tmp_path / "data")
     odd = os.fsencode(root / "a") + b"/\xff\xfe.png"
     os.rename(root / "a" / "0000.png", odd)
-    for _ in range(2):
-        source = open_source(str(root), "train+test")
-        assert len(source) == 6
-        assert all(source[i]["image"].shape == (4, 4, 3) for i in range(6))
+    source = open_source(str(root), "train+test")
+    assert len(source) == 6
+    assert all(source[i]["image"].shape == (4, 4, 3) for i in range(6))
+    names = [source.describe(i) for i in range(6)]
+    assert [name for name in names if name.encode() and name.endswith("a/\\udcff\\udcfe.png")]
 
 
-# Links and permissions.
-
-
-def test_links_to_classes_and_images_are_followed(tmp_path, cache):
+def test_links_to_classes_and_images_are_followed(tmp_path):
     make(tmp_path / "elsewhere", classes=["x"])
     root = make(tmp_path / "data")
     (root / "c").symlink_to(tmp_path / "elsewhere" / "x")
     (root / "a" / "link.png").symlink_to(root / "b" / "0000.png")
-    for _ in range(2):
-        source = open_source(str(root), "train+test")
-        assert source.labels == ("a", "b", "c")
-        assert len(source) == 10
+    source = open_source(str(root), "train+test")
+    assert source.labels == ("a", "b", "c")
+    assert len(source) == 10
     (tmp_path / "elsewhere" / "x" / "new.png").touch()
     assert len(keys(root)) == 11
 
@@ -186,11 +234,31 @@ def test_links_that_lead_in_a_circle_are_named(tmp_path, target):
     fails("data/(loop|other): a link that leads (in a circle|nowhere)", root)
 
 
-def test_only_files_and_links_to_them_are_images(tmp_path):
-    make(tmp_path / "data", count=5)
-    before = keys(tmp_path / "data")
-    os.mkfifo(tmp_path / "data" / "a" / "pipe.png")  # Opening it would wait for ever.
-    assert keys(tmp_path / "data") == before
+@pytest.mark.timeout(60)
+def test_pipes_and_devices_are_counted_or_refused_and_never_read(tmp_path):
+    root = make(tmp_path / "data", count=5)
+    os.mkfifo(root / "a" / "pipe.png")  # Opening it would wait for ever.
+    os.mkfifo(root / "a" / "pipe")
+    (root / "a" / "null").symlink_to("/dev/null")
+    assert len(open_source(str(root), "train+test")) == 10
+    assert said(root) == [
+        f"left out in {root}, as they are no images that can be read: 3 (pipes or devices); "
+        "convert or remove them"
+    ]
+    os.unlink(root / "a" / "null")
+    (root / "a" / "zero.png").symlink_to("/dev/zero")
+    (root / "b" / "to_pipe.png").symlink_to("../a/pipe")
+    (root / "t.csv").write_text("path,label\na/zero.png,a\nb/to_pipe.png,b\na/pipe.png,a\n")
+    for dataset, count in ((root, 2), (root / "t.csv", 3)):
+        source = open_source(str(dataset), "train+test")
+        refused = []
+        for i in range(len(source)):
+            try:
+                source[i]
+            except UserError as error:
+                refused.append(str(error))
+        assert len(refused) == count
+        assert all("can't be read (not a regular file); expected" in text for text in refused)
 
 
 def test_links_in_a_circle_below_a_class_are_not_followed(tmp_path):
@@ -198,6 +266,7 @@ def test_links_in_a_circle_below_a_class_are_not_followed(tmp_path):
     (root / "a" / "up").symlink_to("..")
     (root / "a" / "self").symlink_to("self")
     assert len(keys(root)) == 6
+    assert "1 (links that lead nowhere), 1 (links to folders)" in said(root)[0]
 
 
 def test_a_class_that_is_a_broken_link_is_named(tmp_path):
@@ -292,16 +361,12 @@ def seconds_to_first_batch(root):
 @pytest.mark.parametrize(
     "count", [10_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
-def test_many_images_open_at_once_and_take_no_memory(tmp_path, monkeypatch, count):
-    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "files"))
-    monkeypatch.setattr(image_files, "_SETTLED_NS", -1)
+def test_many_images_open_at_once_and_take_no_memory(tmp_path, count):
     root = tmp_path / "data"
     tiny_images(root, count)
     seconds_to_first_batch(make(tmp_path / "warm", count=5))  # starts what is started once
-    assert seconds_to_first_batch(root) < 5
     # The best of some: the machine may be busy with other things.
     assert min(seconds_to_first_batch(root) for _ in range(5)) < 1
-    assert list((tmp_path / "files" / "listings").iterdir())
 
     # A process of its own, as memory once used is not given back.
     done = subprocess.run(
@@ -325,7 +390,7 @@ def memory_after_each_epoch(root):
 
 def test_names_take_less_memory_than_a_list():
     names = [f"n{c:08}/n{c:08}_{i:05}.JPEG" for c in range(100) for i in range(1281)]
-    packed = image_files._packed(names)
+    packed = image_files.packed(names)
     memory = packed.nbytes + sum(len(name) + 1 for name in names)
     assert memory < 0.6 * sum(8 + sys.getsizeof(name) for name in names)
     assert packed[100_000] == names[100_000]

@@ -1,6 +1,7 @@
 """CSV and JSONL tables of images."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.images import listed, write_photos
-from vit_jax.data import data_fingerprint, eval_batches, open_source, parse, read, train_batches
+from vit_jax.data import (
+    data_fingerprint,
+    eval_batches,
+    open_source,
+    parse,
+    read,
+    remarks,
+    train_batches,
+)
+from vit_jax.data.source import Source, held_out_splits
 from vit_jax.errors import UserError
 
 
@@ -141,6 +151,174 @@ def test_batches_of_several_labels_are_floats(photos, tmp_path):
     assert sorted(map(tuple, batch["label"])) == sorted(map(tuple, expected))
 
 
+# Tables of other programs.
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "delimiter", "encoding"),
+    [
+        *(("excel.csv", "path;label", ";", "utf-16"), ("tabs.csv", "path\tlabel", "\t", "utf-8")),
+        *(("t.tsv", "label\tpath", "\t", "utf-16-le"), ("big.csv", "path,label", ",", "utf-16")),
+        *(
+            ("keras.csv", "Filename,Label", ",", "utf-8-sig"),
+            ("q.csv", '"path";"label"', ";", "utf-8"),
+        ),
+    ],
+)
+def test_tables_of_other_programs_are_read(photos, name, head, delimiter, encoding):
+    files = [f.relative_to(photos) for f in listed(photos, "train")]
+    plain = write(photos / "plain.csv", "path,label", *lines_of(photos, "train"))
+    columns = [
+        (f.parent.name, f) if head.startswith("label") else (f, f.parent.name) for f in files
+    ]
+    text = "\r\n".join([head, *(f"{a}{delimiter}{b}" for a, b in columns), ""])
+    mark = "\ufeff" if encoding == "utf-16-le" else ""
+    (photos / name).write_bytes((mark + text).encode(encoding))
+    source, expected = (open_source(str(p), "train") for p in (photos / name, plain))
+    assert data_fingerprint(source) == data_fingerprint(expected)
+    assert source.labels == ("bee", "cat", "dog")
+
+
+def test_what_columns_are_taken_for_and_which_are_not_used_is_said(photos):
+    rows = (f"{i},{line},7" for i, line in enumerate(lines_of(photos, "train")))
+    source = open_source(write(photos / "p.csv", ",Image,Class,age", *rows), "train")
+    assert remarks(source) == [
+        "of p.csv the column 'Image' is taken for the path",
+        "of p.csv the column 'Class' is taken for the label",
+        "of p.csv columns are not used: '', 'age'",
+    ]
+
+
+@pytest.mark.parametrize(("one", "zero"), [("1", "0"), ("1.0", "0.0")])
+def test_a_column_for_each_class_is_read_as_labels(photos, one, zero):
+    files = listed(photos, "train")
+    names = ("dog", "bee", "cat", "MEL")
+    rows = [
+        ",".join([str(f), *(one if n == f.parent.name else zero for n in names)]) for f in files
+    ]
+    source = open_source(write(photos / "hot.csv", f"image,{','.join(names)}", *rows), "train+test")
+    assert (source.labels, source.multi_label) == (("bee", "cat", "dog"), False)
+    assert all(
+        source.describe(i).split("/")[-2] == source.labels[source[i]["label"]] for i in range(18)
+    )
+    assert "of hot.csv no image is of 'MEL'" in remarks(source)
+    several = write(
+        photos / "several.csv",
+        "image,a,b,split",
+        f"{files[0]},1,1,train",
+        f"{files[1]},0,1,train",
+        f"{files[2]},,0,train",
+    )
+    source = open_source(several, "train")
+    assert [source[i]["label"].tolist() for i in range(3)] == [[1, 1], [0, 1], [0, 0]]
+    odd = write(photos / "odd.csv", "path,a,age", f"{files[0]},1,34")
+    fails("no column is called label, and 'age' in line 2 is '34', not 0 or 1", odd)
+
+
+def test_images_are_found_by_names_that_are_spelled_another_way(photos, tmp_path):
+    for i, name in enumerate(("0001.jpg", "0002.JPEG", "caf\u00e9.png", "Upper.JPG")):
+        folder = tmp_path / "Br\u00e4u" if i % 2 else tmp_path
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(listed(photos, "train")[i].read_bytes())
+    folder = unicodedata.normalize("NFD", "br\u00e4u")
+    rows = ["0001,a", f"{folder}\\0002,b", "cafe\u0301.png,a", f"{folder}/upper.jpg,b"]
+    source = open_source(write(tmp_path / "t.csv", "id,label", *rows), "train+test")
+    found = ["0001.jpg", "Br\u00e4u/0002.JPEG", "Br\u00e4u/Upper.JPG", "caf\u00e9.png"]
+    assert sorted(source.keys) == found
+    assert all(source[i]["image"].shape[2] == 3 for i in range(4))
+    assert remarks(source)[1] == "4 images have another name than in the table, as 0001.jpg (0001)"
+    (tmp_path / "0001.png").touch()
+    fails(
+        r"t.csv line 2: 0001 may be 0001.jpg or 0001.png; write it in full", str(tmp_path / "t.csv")
+    )
+    numbers = [json.dumps({"image_id": 2, "label": "x"}), json.dumps({"image_id": 3, "label": "y"})]
+    (tmp_path / "2.jpg").touch()
+    (tmp_path / "3.jpg").touch()
+    assert len(open_source(write(tmp_path / "n.jsonl", *numbers), "train+test")) == 2
+
+
+def test_splits_of_tables_are_known_by_their_usual_names(photos, tmp_path):
+    rows = [f"{f},{f.parent.name}" for f in listed(photos, "train")]
+    write(tmp_path / "Training.csv", "path,label", *rows[::2])
+    write(tmp_path / "valid.csv", "path,label", *rows[1::2])
+    assert [len(open_source(str(tmp_path), split)) for split in ("train", "test")] == [9, 9]
+    (tmp_path / "train.jsonl").touch()
+    fails("Training.csv and train.jsonl are both the table of the split 'train'", str(tmp_path))
+    names = ["TRAIN", "Testing"]
+    split = [f"{row},{names[i % 2]}" for i, row in enumerate(rows)]
+    one = write(tmp_path / "one.csv", "path,label,Split", *split)
+    assert [len(open_source(one, split)) for split in ("train", "test")] == [9, 9]
+
+
+# What stays together.
+
+
+def test_rows_of_the_same_image_stay_together(photos):
+    lines = lines_of(photos, "train")
+    rows = [line for i, line in enumerate(lines) for _ in range(1 + 2 * (i % 4 == 0))]
+    rows[1] = f"./train/../{rows[1]}"
+    table = write(photos / "repeated.csv", "path,label", *rows)
+    train, test = (open_source(table, split) for split in ("train", "test"))
+    images = [{p.removeprefix("./train/../") for p in source.keys} for source in (train, test)]
+    assert not images[0] & images[1]
+    assert len(train) + len(test) == len(rows) == 28
+    assert 4 <= len(test) <= 8
+    assert "10 rows name an image again; the rows of one stay together" in remarks(train)
+    other = write(photos / "differ.csv", "path,label", *lines, lines[0].replace(",bee", ",cat"))
+    assert "1 rows name an image again with another label" in " ".join(
+        remarks(open_source(other, "train"))
+    )
+    across = write(
+        photos / "across.csv",
+        "path,label,split",
+        *(f"{x},train" for x in lines),
+        f"{lines[0]},test",
+    )
+    assert f"in several splits are the images or groups '{lines[0][:-4]}'" in remarks(
+        open_source(across, "train")
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), min_size=30, max_size=60),
+    st.integers(0, 99),
+)
+def test_images_of_a_group_stay_together(groups, seed):
+    source = Source(
+        "g",
+        ("a", "b", "c"),
+        3,
+        range(len(groups)),
+        np.array([c for _, c in groups], np.int32),
+        str,
+        str,
+    )
+    splits = held_out_splits(lambda: source, seed, [f"patient {g}" for g, _ in groups])
+    train, test = (splits[name]().keys.tolist() for name in ("train", "test"))
+    assert sorted(train + test) == list(range(len(groups)))
+    assert not {groups[i][0] for i in train} & {groups[i][0] for i in test}
+    assert len(test) <= 0.4 * len(groups) + 2
+    largest = max(sum(g == group for g, _ in groups) for group in range(10))
+    assert len(test) >= 0.2 * len(groups) - largest - 2
+
+
+def test_groups_of_one_image_are_held_out_as_images_are(photos):
+    lines = lines_of(photos, "train")
+    plain = write(photos / "plain.csv", "path,label", *lines)
+    alone = write(
+        photos / "alone.csv", "path,label,group", *(f"{x},{x.split(',')[0]}" for x in lines)
+    )
+    for split in ("train", "test"):
+        one, other = (open_source(table, split, seed=5) for table in (plain, alone))
+        assert data_fingerprint(one) == data_fingerprint(other)
+    patients = [f"{x},{i % 6}" for i, x in enumerate(lines)]
+    table = write(photos / "patients.csv", "path,label,group", *patients)
+    group = {row.split(",")[0]: row[-1] for row in patients}
+    train, test = ({group[key] for key in open_source(table, s).keys} for s in ("train", "test"))
+    assert test
+    assert not train & test
+
+
 def test_mistakes_are_named_with_their_line(photos, tmp_path):
     def table(*lines, name="t.csv"):
         return write(tmp_path / name, *lines)
@@ -158,10 +336,26 @@ def test_mistakes_are_named_with_their_line(photos, tmp_path):
     fails("t.csv line 2: no path", table("path,label", ",x"))
     fails("first line names the columns 'a, b', not path and label", table("a,b", "1,2"))
     fails("no images", table("path,label"))
-    fails("1 class .'x',.*expected two", table("path,label", f"{a},x", f"{b},x"))
+    fails("only one class .'x'.*expected two", table("path,label", f"{a},x", f"{b},x"))
     fails(
         "t.csv line 4: class 'dgo' is not among the training classes.*mean 'dog'",
         split(f"{a},dog,train", f"{b},cat,train", f"{b},dgo,test"),
+    )
+    for missing in ("nan", "NaN", "<NA>"):
+        table_ = table("path,label", f"{a},x", f"{b},{missing}")
+        fails(f"t.csv line 3: the label is '{missing}', as programs write that", table_)
+    fails(
+        "x.jsonl line 1: the label is 'nan'",
+        table(json.dumps({"path": str(a), "label": float("nan")}), name="x.jsonl"),
+    )
+    fails(
+        "x.jsonl line 1: labels are",
+        table(json.dumps({"path": str(a), "label": {}}), name="x.jsonl"),
+    )
+    fails("first line names a column 'label' twice", table("path,label,label", f"{a},x,y"))
+    fails(
+        "line 2 has 3 cells and the first 2: put quotes around what has a ';' in",
+        table("path;label", f"{a};x;y"),
     )
     fails("t.csv line 3: no split", split(f"{a},dog,train", f"{b},cat,"))
     fails("can't be read", table("path,label", '"never ends,x'))

@@ -201,6 +201,22 @@ def test_a_split_without_labels_can_not_be_used(photos, tmp_path):
         open_source("secret", "test", data_dir=str(tmp_path))[2]
 
 
+def test_labels_and_classes_that_can_not_be_are_refused(copy):
+    info = json.loads((copy / "features.json").read_text())
+    label = info["featuresDict"]["features"]["label"]["classLabel"]
+    (copy / "label.labels.txt").unlink()
+    for count, message in ((10**9, "labels count to 999,999,999 for 27 images"), (1, "only one")):
+        label["numClasses"] = str(count)
+        (copy / "features.json").write_text(json.dumps(info))
+        fails(message, str(copy))
+    label["numClasses"] = "2"
+    (copy / "features.json").write_text(json.dumps(info))
+    source = open_source(str(copy), "train")
+    assert source[6]["label"] == 1
+    with pytest.raises(UserError, match=r"train\[17\]: has the label 2, expected less than 2"):
+        source[17]
+
+
 def test_mistakes_are_named(data_dir, tmp_path):
     fails(
         "unknown split 'val': photos has 'train', 'test'",

@@ -4,6 +4,8 @@ import contextlib
 import csv
 import importlib.util
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.training import outputs, run
 from vit_jax.training.inputs import open_data
 from vit_jax.training.options import load_config, override
+from vit_jax.training.run import introduce
 from vit_jax.training.workdir import read_config
 
 FIELDS = (
@@ -124,6 +127,19 @@ def test_losses_and_weights_are_those_of_the_folder(
     weights, lines = outcome(tmp_path / "run")
     assert len([line for line in lines if "train/loss" in line]) == 6
     assert (weights, lines) == outcome(from_folder)
+
+
+def test_the_first_line_says_what_was_left_out_or_guessed(photos, tiny, tmp_path):
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    (root / "train").rename(root / "TRAIN")
+    (root / "TRAIN" / "cat" / "scan.dcm").touch()
+    config = tiny(*FIELDS, f"dataset={root}")
+    network = SimpleNamespace(params={}, spec=SimpleNamespace(description="ViT"))
+    line = introduce(config, network, open_data(config))
+    assert "3 classes, 21 images to train on and 9 to test on" in line
+    assert f"; TRAIN is the split train; left out in {root}/TRAIN, as they are no images" in line
+    assert "1 (.dcm); convert or remove them" in line
 
 
 def test_so_are_those_of_arrays_in_memory(photos, from_folder, tiny, tmp_path, outcome):

@@ -26,6 +26,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints top-1, top-5, loss and the figures of each class or label."""
     import dataclasses
+    import sys
 
     from vit_jax.escape import printable, to_json
     from vit_jax.evaluation.images import evaluate_images, write_predictions
@@ -34,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
 
     vit = load(args.weights)
     source, loss = _open_source(args)
+    for text in (*source.notes, *source.doubts):
+        print(f"vit-jax: {text}", file=sys.stderr)
     options = {"batch_size": args.batch, "corrupt": args.corrupt}
     if vit.classifies_by_text:
         scores = zero_shot(vit, source, **options)

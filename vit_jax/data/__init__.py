@@ -8,6 +8,7 @@ import importlib
 _HOMES = {
     "Source": "source",
     "data_fingerprint": "source",
+    "remarks": "source",
     "open_source": "splits",
     "open_splits": "splits",
     "prepare_tfds": "splits",

@@ -3,16 +3,18 @@
 import hashlib
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from vit_jax.data.source import Numbering, Source, Splits, held_out_splits
+from vit_jax.data.source import Numbering, Source, Splits, held_out_splits, numbered_classes
 from vit_jax.errors import UserError
 
 Images = np.ndarray | Sequence[np.ndarray]
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def from_arrays(
@@ -41,6 +43,9 @@ def array_splits(dataset: str, seed: int) -> Splits:
     """
     try:
         with np.load(os.path.expanduser(dataset), allow_pickle=False) as file:
+            # Others make gigabytes of kilobytes, deflate a thousandfold at most.
+            if odd := [m for m in file.zip.infolist() if m.compress_type not in _COMPRESSIONS]:
+                raise ValueError(f"{odd[0].filename} is compressed another way than by savez")
             arrays = dict(file)
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds for what is damaged.
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
@@ -67,7 +72,7 @@ def array_splits(dataset: str, seed: int) -> Splits:
         _check_lengths(dataset, images[split], labels[split])
     names = arrays.get("names")
     if names is None:  # All splits have the classes of the first.
-        names = _class_names(dataset, next(iter(labels.values())))
+        names = _class_names(dataset, _decoded(next(iter(labels.values()))))
     sources = {split: _source(dataset, images, split, labels[split], names) for split in images}
     if "" in sources:
         return held_out_splits(partial(sources.__getitem__, ""), seed)
@@ -89,7 +94,8 @@ def _check_lengths(name: str, images: Images, labels: Any) -> None:
 def _source(name: str, images: Mapping[str, Images], split: str, labels: Any, names: Any) -> Source:
     """The source of one of several splits, whose examples are numbered through."""
     channels = _channels(name, images[split])
-    names = tuple(str(n) for n in (_class_names(name, labels) if names is None else names))
+    labels = _decoded(labels)
+    names = _class_names(name, labels) if names is None else tuple(map(str, _decoded(names)))
     label_ids = _label_ids(name, labels, names)
     numbering = Numbering(name, {split: len(part) for split, part in images.items()})
     return Source(
@@ -121,18 +127,27 @@ def _channels(name: str, images: Images) -> int:
     return shapes.pop()[0]
 
 
-def _class_names(name: str, labels: Any) -> list[str]:
-    labels = np.asarray(labels)
-    if labels.dtype.kind in "US":
-        return sorted({str(label) for label in labels.ravel()})
+def _decoded(values: Any) -> np.ndarray:
+    """An array, with text that was bytes; of a single name one of it."""
+    values = np.atleast_1d(values)
+    is_bytes = values.dtype.kind == "S"
+    return np.char.decode(values, "utf-8", "backslashreplace") if is_bytes else values
+
+
+def _class_names(name: str, labels: np.ndarray) -> tuple[str, ...]:
+    if labels.dtype.kind == "U":
+        names = sorted(set(labels.ravel().tolist()))
+        if "nan" in names:
+            raise UserError(f"{name}: labels are 'nan', which is none; leave those images out")
+        return tuple(names)
     if labels.dtype.kind not in "iub":
         raise UserError(f"{name}: labels of type {labels.dtype}, expected class numbers or names")
     several = labels.ndim == 2 and labels.shape[1] > 1
-    return list(map(str, range(labels.shape[1] if several else int(labels.max()) + 1)))
+    count = labels.shape[1] if several else int(labels.max()) + 1
+    return numbered_classes(name, count, len(labels))
 
 
-def _label_ids(name: str, labels: Any, names: tuple[str, ...]) -> np.ndarray:
-    labels = np.asarray(labels)
+def _label_ids(name: str, labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
     if labels.ndim == 2 and labels.shape[1] > 1:
         if labels.shape[1] != len(names) or not np.isin(labels, (0, 1)).all():
             raise UserError(
@@ -141,7 +156,7 @@ def _label_ids(name: str, labels: Any, names: tuple[str, ...]) -> np.ndarray:
             )
         return _padded([np.flatnonzero(row) for row in labels], labels.shape[1])
     labels = labels.reshape(len(labels))
-    if labels.dtype.kind in "US":
+    if labels.dtype.kind == "U":
         index = {n: i for i, n in enumerate(names)}
         labels = np.array([index.get(str(label), -1) for label in labels])
     if not (labels.dtype.kind in "iub" and labels.min() >= 0 and labels.max() < len(names)):
@@ -256,6 +271,11 @@ def _labelled(whole: Source, part: range) -> Source:
     missing = int((whole.label_ids[part] < 0).sum())
     if missing and not whole.multi_label:
         raise UserError(f"{whole.name}: {missing:,} images have no label; leave them out")
+    if (whole.label_ids >= len(whole.labels)).any():
+        raise UserError(
+            f"{whole.name}: labels up to {whole.label_ids.max()}, expected those of the "
+            f"{len(whole.labels)} classes that it names; write it again"
+        )
     return whole.take(part)
 
 

@@ -4,6 +4,7 @@ sizes there are, and tells it; `draw_page` shows what a preprocessing makes of s
 import hashlib
 import itertools
 import os
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,9 +17,10 @@ import numpy as np
 
 from vit_jax.data.images import shrink
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.source import Source
+from vit_jax.data.source import Source, similar_labels, some_of
 from vit_jax.data.workers import own_cores
 from vit_jax.errors import UserError
+from vit_jax.escape import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +50,7 @@ class CheckedSplit:
     Attributes:
       count: images, those that can't be read included.
       unreadable: of each, why it can't be read; the text names it.
+      kinds: the endings of their names: how many unreadable images have it.
       class_counts: int64 (classes,), the readable images of each class.
       sizes: int32 (readable, 2), height and width in pixels.
       channels: number of channels: how many images have it.
@@ -56,6 +59,7 @@ class CheckedSplit:
 
     count: int
     unreadable: list[str]
+    kinds: dict[str, int]
     class_counts: np.ndarray
     sizes: np.ndarray
     channels: dict[int, int]
@@ -70,11 +74,15 @@ class Check:
       labels: class names.
       splits: by name.
       identical: groups of images whose pixels, as decoded, are all the same.
+      notes: how images were found, and what was left out, if a person should know.
+      doubts: the same, of what training may suffer from.
     """
 
     labels: tuple[str, ...]
     splits: dict[str, CheckedSplit]
     identical: list[list[Image]]
+    notes: list[str]
+    doubts: list[str]
 
     @cached_property
     def leaks(self) -> list[list[Image]]:
@@ -94,14 +102,17 @@ class Check:
     @property
     def problems(self) -> list[str]:
         """What training would suffer from, a line each."""
-        found = []
+        found = [*self.doubts, *similar_labels(self.labels)]
         for name, split in self.splits.items():
             if split.unreadable:
-                found.append(f"{_count_of(len(split.unreadable))} of {name} can't be read")
+                kinds = ", ".join(f"{count:,} {kind}" for kind, count in split.kinds.items())
+                found.append(
+                    f"{_count_of(len(split.unreadable))} of {name} can't be read"
+                    + f" ({kinds})" * bool(kinds)
+                )
             empty = [self.labels[i] for i in np.flatnonzero(split.class_counts == 0)]
             if empty and name.startswith("train"):
-                more = f" and {len(empty) - 5:,} more classes" if len(empty) > 5 else ""
-                found.append(f"{name} has no image of {', '.join(map(repr, empty[:5]))}{more}")
+                found.append(f"{name} has no image of {some_of(empty)}")
         if self.leaks:
             found.append(f"{_count_of(len(self.leaks))} found in several splits")
         if self.contradictions:
@@ -134,7 +145,8 @@ def check(
     same: dict[tuple[int, ...], tuple[int, ...]] = {}  # Equal labels share their memory.
     for name, source in sources.items():
         blocks = [range(i, min(i + _BLOCK, len(source))) for i in range(0, len(source), _BLOCK)]
-        seen, first, unreadable = [np.empty(0, _FACTS)], len(labels), []
+        seen, first = [np.empty(0, _FACTS)], len(labels)
+        unreadable: list[tuple[str, str]] = []
         pool = ThreadPoolExecutor(threads)
         try:
             for block, found in zip(blocks, pool.map(partial(_look, source), blocks), strict=True):
@@ -148,9 +160,11 @@ def check(
         facts.append(np.concatenate(seen))
         owners += [name] * len(facts[-1])
         ids = np.fromiter(itertools.chain.from_iterable(labels[first:]), np.int64)
+        endings = (os.path.splitext(image)[1].lower() for image, _ in unreadable)
         splits[name] = CheckedSplit(
             count=len(source),
-            unreadable=unreadable,
+            unreadable=[text for _, text in unreadable],
+            kinds=dict(Counter(filter(None, endings)).most_common(8)),
             class_counts=np.bincount(ids, minlength=len(classes)),
             sizes=facts[-1]["size"],
             channels=dict(Counter(facts[-1]["channels"].tolist())),
@@ -163,8 +177,12 @@ def check(
         label = ";".join(classes[id_] for id_ in labels[i]) or "no class"
         return Image(owners[i], name, label)
 
-    groups = _equal(everything["digest"])
-    return Check(classes, splits, [[image(i) for i in group] for group in groups])
+    groups = [[image(i) for i in group] for group in _equal(everything["digest"])]
+    notes, doubts = (
+        list(dict.fromkeys(text for source in sources.values() for text in getattr(source, field)))
+        for field in ("notes", "doubts")
+    )
+    return Check(classes, splits, groups, notes, doubts)
 
 
 _FACTS = np.dtype(
@@ -172,14 +190,14 @@ _FACTS = np.dtype(
 )
 
 
-def _look(source: Source, indices: Iterable[int]) -> tuple[np.ndarray, list, list[str]]:
-    """Facts and labels of the images that can be read, and why others can't."""
+def _look(source: Source, indices: Iterable[int]) -> tuple[np.ndarray, list, list]:
+    """Facts and labels of the images that can be read; names of others, and why they can't."""
     facts, labels, unreadable = [], [], []
     for index in indices:
         try:
             example = source[index]
         except UserError as error:
-            unreadable.append(str(error))
+            unreadable.append((source.describe(index), str(error)))
             continue
         image, label = np.ascontiguousarray(example["image"]), example["label"]
         digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
@@ -233,6 +251,8 @@ def summary(result: Check) -> str:
         facts["duplicates"] = f"{result.duplicates(name) or 'none'}"
         facts["unreadable"] = f"{len(split.unreadable) or 'none'}"
         lines += [f"  {title:<12}{text}" for title, text in facts.items()]
+    if result.notes:
+        lines += ["", "Noticed", *(f"  {note}" for note in result.notes)]
     if not result.problems:
         return "\n".join([*lines, "", "Nothing was found that training would suffer from."])
     return "\n".join([*lines, "", "Problems", *(f"  {problem}" for problem in result.problems)])
@@ -280,10 +300,12 @@ def as_dict(result: Check) -> dict[str, Any]:
     """All of it, for JSON."""
     return {
         "problems": result.problems,
+        "notes": result.notes,
         "splits": {
             name: {
                 "count": split.count,
                 "unreadable": split.unreadable,
+                "unreadable_kinds": split.kinds,
                 "classes": dict(zip(result.labels, split.class_counts.tolist(), strict=True)),
                 "height": _range(split.sizes[:, 0]),
                 "width": _range(split.sizes[:, 1]),
@@ -300,6 +322,7 @@ def as_dict(result: Check) -> dict[str, Any]:
 
 def write_report(result: Check, folder: str | os.PathLike, title: str) -> list[str]:
     """Writes check.txt and check.png, and tells their paths."""
+    title = printable(title)
     text, drawing = (os.path.join(folder, name) for name in ("check.txt", "check.png"))
     try:
         os.makedirs(folder, exist_ok=True)
@@ -337,8 +360,11 @@ def _save(figure: "Figure", path: str | os.PathLike) -> None:
 def _histograms(result: Check, title: str) -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(12, 8)
+    found = [*(f"! {text}" for text in result.problems), *result.notes]
+    told = [line for text in found for line in textwrap.wrap(text, 150, subsequent_indent="   ")]
+    figure = _figure(12, 8 + 0.2 * len(told))
     figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
+    figure.supxlabel("\n".join(told), x=0.02, ha="left", fontsize=9, parse_math=False)
     upper, *lower = figure.subplot_mosaic([["c"] * 3, ["h", "w", "a"]]).values()
     _draw_classes(upper, result)
     sizes = [split.sizes for split in result.splits.values()]

@@ -51,6 +51,11 @@ class Header(NamedTuple):
     frame: int = 0
 
 
+def kind_of(start: bytes) -> str | None:
+    """ "JPEG", "PNG", ... by the first bytes of a file; None if it is no image that can be read."""
+    return next((kind for sign, kind in SIGNATURES.items() if start.startswith(sign)), None)
+
+
 def read_header(data: bytes, name: str = "image") -> Header:
     """Reads the first bytes of an image file.
 
@@ -58,7 +63,7 @@ def read_header(data: bytes, name: str = "image") -> Header:
     """
     if not data:
         raise UserError(f"{name}: empty file, expected an image; replace or remove it")
-    kind = next((k for start, k in SIGNATURES.items() if data.startswith(start)), None)
+    kind = kind_of(data)
     if kind is None:  # Nor are others decoded that OpenCV knows: their size can't be told before.
         raise UserError(
             f"{name}: not an image (starts with {data[:8]!r}), expected JPEG, PNG, WebP, BMP or "

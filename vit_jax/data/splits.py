@@ -5,6 +5,7 @@ call it in `open_splits`.
 """
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -14,15 +15,15 @@ from importlib import resources
 import numpy as np
 
 from vit_jax.buckets import local_copy
-from vit_jax.data import arrays, image_files, tfds
-from vit_jax.data.source import Source, Splits
+from vit_jax.data import arrays, image_files, tables, tfds
+from vit_jax.data.source import Source, Splits, remarks
 from vit_jax.errors import UserError
 from vit_jax.files import as_path, expand_user, is_bucket, list_folder
 
 # By which the kind of a folder is known.
 SAVED = {"dataset_dict.json", "state.json"}
+_log = logging.getLogger(__name__)
 PREPARED = re.compile(r"dataset_info\.json|\d+\.\d+\.\d+")
-TABLES = {"train.csv", "train.jsonl", "test.csv", "test.jsonl"}
 
 
 def open_source(
@@ -45,11 +46,14 @@ def open_source(
     chosen = [_open_part(dataset, part, split, splits, opened) for part in split.split("+")]
     if len(chosen) == 1:
         return chosen[0]
-    keys = [key for source in chosen for key in source.keys]
-    if chosen[0].label_ids is None:
-        return replace(chosen[0], keys=keys)
-    label_ids = np.concatenate([source.label_ids for source in chosen])
-    return replace(chosen[0], keys=keys, label_ids=label_ids)
+    ids = [source.label_ids for source in chosen if source.label_ids is not None]
+    return replace(
+        chosen[0],
+        keys=[key for source in chosen for key in source.keys],
+        label_ids=np.concatenate(ids) if ids else None,
+        notes=tuple(dict.fromkeys(text for source in chosen for text in source.notes)),
+        doubts=tuple(dict.fromkeys(text for source in chosen for text in source.doubts)),
+    )
 
 
 def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str = "") -> Splits:
@@ -58,10 +62,10 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
     "test" is also there where only "validation" or "val" is.
 
     Args:
-      dataset: "digits"; a folder DIR/{train,test}/<class>/* or DIR/<class>/*; a table FILE.csv or
-        FILE.jsonl, or a folder with train.csv and test.csv; a TFDS name such as "cifar10" or
-        "name/config:version", or the folder of a prepared TFDS data set; FILE.npz; a folder that
-        Hugging Face's `save_to_disk` wrote.
+      dataset: "digits"; a folder DIR/{train,test}/<class>/* or DIR/<class>/*; a table FILE.csv,
+        FILE.tsv or FILE.jsonl, or a folder with train.csv and test.csv; a TFDS name such as
+        "cifar10" or "name/config:version", or the folder of a prepared TFDS data set; FILE.npz; a
+        folder that Hugging Face's `save_to_disk` wrote.
       seed: chooses the fifth that becomes the test split of what has no splits of its own.
       data_dir: where TFDS keeps its data sets, by default ~/tensorflow_datasets.
       manual_dir: where TFDS finds what had to be downloaded by hand.
@@ -73,8 +77,8 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
         splits = _digits()
     elif path.lower().endswith(".npz") and os.path.isfile(path):
         splits = arrays.array_splits(dataset, seed)
-    elif path.lower().endswith((".csv", ".jsonl")) and os.path.isfile(path):
-        splits = image_files.table_splits(dataset, seed)
+    elif tables.is_table(path) and os.path.isfile(path):
+        splits = tables.table_splits(dataset, seed)
     elif os.path.isdir(path):
         try:
             names = set(os.listdir(path))
@@ -84,13 +88,14 @@ def open_splits(dataset: str, seed: int = 0, data_dir: str = "", manual_dir: str
             splits = arrays.saved_splits(dataset, seed)
         elif any(PREPARED.fullmatch(name) for name in names):
             splits = tfds.prepared_splits(dataset)
-        elif names & TABLES:
-            splits = image_files.table_splits(dataset, seed)
+        elif tables.split_tables(names):
+            splits = tables.table_splits(dataset, seed)
         else:
             splits = image_files.folder_splits(dataset, seed)
     elif os.path.exists(path):
         raise UserError(
-            f"{dataset}: can't be opened, expected a folder, .csv, .jsonl or .npz; give one of them"
+            f"{dataset}: can't be opened, expected a folder, {', '.join(tables.TABLES)} or .npz; "
+            "give one of them"
         )
     elif re.fullmatch(r"[a-zA-Z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", dataset):
         splits = tfds.named_splits(dataset, data_dir, manual_dir)
@@ -107,8 +112,8 @@ def _bucket_splits(dataset: str, seed: int) -> Splits:
     path, names = as_path(dataset), set()
     with contextlib.suppress(FileNotFoundError):
         names |= set(list_folder(dataset))
-    if path.suffix.lower() in (".csv", ".jsonl") or names & TABLES:
-        return image_files.table_splits(dataset, seed)
+    if tables.is_table(dataset) or tables.split_tables(names):
+        return tables.table_splits(dataset, seed)
     if path.suffix.lower() == ".npz":
         return arrays.array_splits(str(local_copy(dataset)), seed)
     if names & SAVED:
@@ -117,8 +122,8 @@ def _bucket_splits(dataset: str, seed: int) -> Splits:
         return tfds.prepared_splits(dataset)
     found = f"holds {', '.join(sorted(names)[:3])}" if names else "is not there"
     raise UserError(
-        f"{dataset} {found}: of buckets, tables (.csv, .jsonl), .npz files and prepared data sets "
-        "are read; write a table of the images, or prepare them with vit-jax data prepare"
+        f"{dataset} {found}: of buckets, tables (.csv, .tsv, .jsonl), .npz files and prepared data "
+        "sets are read; write a table of the images, or prepare them with vit-jax data prepare"
     )
 
 
@@ -161,7 +166,10 @@ def prepare_tfds(
     """
     if os.path.exists(os.path.expanduser(destination)):
         raise UserError(f"{destination} is there already; remove it or choose another folder")
-    return tfds.write_splits(open_all(dataset, seed, data_dir, manual_dir), destination, corrupt)
+    sources = open_all(dataset, seed, data_dir, manual_dir)
+    for text in remarks(*sources.values()):
+        _log.warning("%s: %s", dataset, text)
+    return tfds.write_splits(sources, destination, corrupt)
 
 
 def is_known(dataset: str) -> bool:

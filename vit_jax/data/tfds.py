@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.buckets import local_copy
-from vit_jax.data.source import Numbering, Source, Splits
+from vit_jax.data.source import Numbering, Source, Splits, numbered_classes
 from vit_jax.errors import UserError
 from vit_jax.files import is_bucket, list_folder
 
@@ -136,15 +136,18 @@ def _splits(dataset: str, builder: Any) -> Splits:
         raise UserError(f"{dataset}: {builder.data_dir} holds no examples; prepare it again")
     image, label = _columns(dataset, info)
     classes = getattr(info.features[label], "feature", info.features[label])  # Of a sequence.
+    if classes.int2str(0) == "0":  # It has no names, perhaps, but makes them for any number.
+        numbered_classes(dataset, classes.num_classes, sum(lengths.values()))
+    names = tuple(classes.names)
     numbering = Numbering(dataset, lengths)
-    examples = _Examples(builder, numbering, image, label)
+    examples = _Examples(builder, numbering, image, label, len(names))
     sizes = [(name, split.shard_lengths, split.num_bytes) for name, split in info.splits.items()]
 
     def open_one(split: str) -> Source:
         _check_files(dataset, info, split)
         return Source(
             name=dataset,
-            labels=tuple(classes.names or map(str, range(classes.num_classes))),
+            labels=names,
             channels=1 if info.features[image].shape[-1] == 1 else 3,
             keys=numbering.keys(split),
             label_ids=None,
@@ -202,11 +205,11 @@ def _check_files(dataset: str, info: Any, split: str) -> None:
 class _Examples:
     """The examples of all splits by their numbers; may be copied to other processes."""
 
-    def __init__(self, builder: Any, numbering: Numbering, image: str, label: str):
+    def __init__(self, builder: Any, numbering: Numbering, image: str, label: str, classes: int):
         import tensorflow_datasets as tfds
 
         self._builder, self._numbering = builder, numbering
-        self._image, self._label = image, label
+        self._image, self._label, self._classes = image, label, classes
         # What else there is, e.g. a mask, isn't parsed.
         self._features = tfds.features.FeaturesDict(
             {name: builder.info.features[name] for name in (image, label)}
@@ -231,6 +234,11 @@ class _Examples:
         label = example[self._label]
         if np.ndim(label) == 0 and label < 0:  # How TFDS marks a test set that keeps its secrets.
             raise UserError(f"{what}: has no label; choose another split")
+        if np.size(label) and np.max(label) >= self._classes:
+            raise UserError(
+                f"{what}: has the label {np.max(label)}, expected less than {self._classes}, the "
+                "number of classes; prepare the data set again"
+            )
         return bytes(example[self._image]), label
 
     def _open_records(self, split: str) -> Any:

@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax.data import Source
+from vit_jax.data import Source, remarks
 from vit_jax.errors import UserError, full_disk_explained
 from vit_jax.escape import printable
 from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_step
@@ -338,6 +338,7 @@ def introduce(config: ConfigDict, vit: Pretrained, data: RunData) -> str:
         f"{len(data.train):,} images to train on and {len(data.test):,} to test on, "
         f"read by {data.readers[0]}, {device_kinds()}"
         + "".join(f"; no effect has {field}" for field in without_effect(config))
+        + "".join(f"; {text}" for text in remarks(data.train, data.test))
     )
 
 
