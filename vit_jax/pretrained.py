@@ -40,6 +40,7 @@ class Pretrained:
       spec: the architecture in numbers.
       labels: names of the classes, or None if nobody noted them.
       preprocess: how images are made ready, e.g. "resize(224)|value_range(-1, 1)".
+      notes: what was done to the stored weights that a person should know.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Pretrained:
     spec: Spec
     labels: tuple[str, ...] | None
     preprocess: str
+    notes: tuple[str, ...] = ()
 
     @property
     def classifies_by_text(self) -> bool:
@@ -117,7 +119,8 @@ class Pretrained:
         """Says what is on images.
 
         Args:
-          images: paths, or uint8 arrays (h, w, channels) of any size.
+          images: paths, or arrays (h, w, channels) of any size, of uint8 or of what `levels` in the
+            recorded preprocessing are for.
           top: how many classes to name.
 
         Returns:
@@ -148,20 +151,17 @@ class Pretrained:
         return answers
 
     def read(self, image: str | os.PathLike | np.ndarray) -> np.ndarray:
-        """An image as `predict` takes it, as uint8 (h, w, channels). Raises UserError if it can't
-        be read or has other channels than the network takes."""
+        """An image as `predict` takes it, (h, w, channels). Raises UserError if it can't be read or
+        has other channels than the network takes."""
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self.spec.channels:
+            fits = image.ndim == 3 and image.shape[2] == self.spec.channels
+            if not fits or image.dtype.kind not in "iuf":
                 raise UserError(
                     f"the image has shape {image.shape} and type {image.dtype}, "
-                    f"expected (h, w, {self.spec.channels}) of uint8"
+                    f"expected (h, w, {self.spec.channels}) of uint8, or of numbers for which the "
+                    "preprocessing has levels"
                 )
             return image
-        if self.spec.channels not in (1, 3):
-            raise UserError(
-                f"these weights take images of {self.spec.channels} channels, which no image "
-                "file has here: give uint8 arrays instead of paths"
-            )
         return data.read(image, channels=self.spec.channels)
 
     def label(self, index: int) -> str:
@@ -301,6 +301,7 @@ def load(
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     pre_logits: bool | None = None,
+    channels: int | None = None,
     **overrides: Any,
 ) -> Pretrained:
     """Loads weights. The architecture is read from the file.
@@ -317,6 +318,8 @@ def load(
         Images are then squeezed to that size, values in the recorded range.
       pre_logits: None keeps the tanh layer before the head with a kept head and drops it with a new
         one (the paper's fine-tuning); True and False say so outright.
+      channels: None keeps the first layer; a number makes it that of images of so many channels, by
+        timm's rule: filters are added up for grey, and repeated and scaled for others.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
         stochastic_depth_rate and dtype, the one that is computed in.
 
@@ -328,6 +331,8 @@ def load(
             raise UserError(f"load takes no {field!r}: of the model only {', '.join(known)}")
     if num_classes is not None and not is_count(num_classes):
         raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
+    if channels is not None and not is_count(channels):
+        raise UserError(f"channels is {channels!r}, expected a whole number of at least 1")
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
     arrays, spec, notes = read_weights(path, tower, likely_size=size)
@@ -336,6 +341,7 @@ def load(
         num_classes=None if num_classes is None else int(num_classes),
         image_size=size,
         pre_logits=pre_logits,
+        channels=None if channels is None else int(channels),
     )
     for field in overrides:
         if field not in new.weightless:
@@ -347,6 +353,11 @@ def load(
         "labels": class_labels(path, notes, new) if num_classes is None else None,
         "preprocess": preprocess_for(notes, spec, new),
     }
+    if (old := spec.channels) != new.channels:
+        how = "added up" if new.channels == 1 else f"repeated and scaled by {old}/{new.channels}"
+        bundle["notes"] = (
+            f"its first layer, of {old} channels, {how} for images of {new.channels}",
+        )
     if not new.classifies_by_text:
         return Pretrained(**bundle)
     # The tokenizer's file, first of the kind that the text tower needs.
@@ -501,7 +512,9 @@ def preprocess_for(notes: Notes | None, stored: Spec, new: Spec) -> str:
         r"(?:uint8\|)?(?:value_range|normalize)\((?:[^()]|\([^()]*\))*\)",
         notes.preprocess if notes else "",
     )
-    return f"{resize}|{recorded[-1] if recorded else new.value_range}"
+    levels = re.match(r"levels\((?:[^()]|\([^()]*\))*\)\|", notes.preprocess if notes else "")
+    first = levels[0] if levels else ""
+    return f"{first}{resize}|{recorded[-1] if recorded else new.value_range}"
 
 
 def class_labels(weights: Path, notes: Notes | None, spec: Spec) -> tuple[str, ...] | None:

@@ -161,7 +161,10 @@ STARTS = [
     *(b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF\xff\0\0\0WEBPVP8 ", b"BM"),
     *(b"II\x2a\0\x08\0\0\0", b"MM\0\x2a\0\0\0\x08", b"II\x2b\0\x08\0\0\0\x10"),
     *(b"\0\0\0\x14ftypavif\0\0\0\0", b"\0\0\0\x14ftypheic\0\0\0\0"),
-    *(b"\x93NUMPY\x01\0v\0", b"\x93NUMPY\x01\0v\0{'descr': '<f4', 'fortran_order': False, 'shape': "),
+    *(
+        b"\x93NUMPY\x01\0v\0",
+        b"\x93NUMPY\x01\0v\0{'descr': '<f4', 'fortran_order': False, 'shape': ",
+    ),
 ]
 
 

@@ -160,10 +160,12 @@ def _other_header(data: bytes, name: str) -> Header:
     kind = kind_of(data)
     if kind is None:  # Nor are others decoded that OpenCV knows: their size can't be told before.
         known = next((k for start, k in _OTHERS.items() if data.startswith(start)), None)
-        what = f"{known}, which is not read" if known else f"not an image (starts with {data[:8]!r})"
+        what = (
+            f"{known}, which is not read" if known else f"not an image (starts with {data[:8]!r})"
+        )
         raise UserError(
-            f"{name}: {what}, expected {', '.join(KINDS[:-1])} or an array (.npy); convert, replace "
-            "or remove it"
+            f"{name}: {what}, expected {', '.join(KINDS[:-1])} or an array (.npy); convert, "
+            "replace or remove it"
         )
     if kind in ("TIFF", "NumPy"):
         try:
@@ -245,12 +247,12 @@ def _tiff_header(data: bytes) -> Header:
         raise UserError("a TIFF file of volumes, expected one image; write it as an image")
     photometric, bits = int(page.photometric or 0), page.bitspersample
     bits = max(bits) if isinstance(bits, tuple) else bits
-    if bits <= 8 and photometric > 2:  # Palettes, CMYK and the like become RGB.
+    if bits <= 8 and photometric in (3, 5, 6):  # A palette, CMYK and YCbCr become RGB.
         channels = 3
     elif photometric > 2:
         raise UserError(
             f"a TIFF file of {bits} bits whose colours are {page.photometric!s:.20}, expected RGB "
-            "or single channels; convert it"
+            "or single channels, or a palette, CMYK or YCbCr of 8 bits; convert it"
         )
     else:  # Of the further samples, 1 and 2 are alpha.
         channels = page.samplesperpixel - sum(int(kind) in (1, 2) for kind in page.extrasamples)
@@ -266,18 +268,22 @@ def _array_header(data: bytes) -> Header:
     file = io.BytesIO(data)
     read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
     shape, _, dtype = read[np.lib.format.read_magic(file)[0]](file)
-    if len(shape) not in (2, 3) or 0 in shape or dtype.kind not in "iuf":
+    if not is_image(shape, dtype):
         raise UserError(
             f"an array of shape {shape} and type {dtype}, expected numbers (height, width) or "
             "(height, width, channels)"
         )
     channels = shape[2] if len(shape) == 3 else 1
-    if shape[0] < channels and shape[0] < min(shape[1:]):
-        raise UserError(
-            f"an array of shape {shape}, which looks like (channels, height, width), expected "
-            "(height, width, channels); turn its axes"
-        )
-    return Header("NumPy", shape[:2], channels=channels, dtype=dtype.newbyteorder("=").name)
+    return Header(
+        "NumPy", (shape[0], shape[1]), channels=channels, dtype=dtype.newbyteorder("=").name
+    )
+
+
+def is_image(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Whether an array is (h, w) or (h, w, channels) of numbers, and not (channels, h, w)."""
+    if len(shape) not in (2, 3) or 0 in shape or dtype.kind not in "iuf":
+        return False
+    return len(shape) == 2 or (shape[2] <= MAX_CHANNELS and not shape[0] <= 16 < min(shape[1:]))
 
 
 def left_out(data: bytes, header: Header) -> list[str]:

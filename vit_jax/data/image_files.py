@@ -26,7 +26,7 @@ from vit_jax.errors import UserError
 from vit_jax.files import cache_folder, list_folder, open_file
 
 SPLITS = ("train", "test", "validation", "val")  # What folders and tables of splits are called.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".npy")
 CACHED_FROM = 10_000  # Images; fewer are listed anew each time.
 # A folder changed so lately may change again without its times telling: FAT counts in 2 seconds.
 _SETTLED_NS = 3_000_000_000
@@ -44,6 +44,24 @@ def _content(root: str, key: str) -> bytes:
     from vit_jax.data import images  # Loads OpenCV.
 
     return images.content(os.path.join(root, key))
+
+
+def _channels(root: str, key: str) -> int:
+    """Of all images, by the first: what an array or a TIFF has, 3 of other kinds and of grey ones.
+
+    It is looked into unless it is named as one that has no more. One that can't be read is told
+    when it is read.
+    """
+    if key.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")):
+        return 3
+    from vit_jax.data.headers import kind_of, read_header
+
+    try:
+        content = _content(root, key)
+        known = kind_of(content) in ("TIFF", "NumPy")
+        return {1: 3}.get(found := read_header(content).channels, found) if known else 3
+    except UserError:
+        return 3
 
 
 # Folders.
@@ -101,7 +119,7 @@ def _folder_source(dataset: str, root: str, split: str, labels: tuple[str, ...])
     return Source(
         name=dataset,
         labels=labels,
-        channels=3,
+        channels=_channels(root, keys[0][0]),
         keys=np.concatenate(keys),
         label_ids=np.repeat(np.array([ids_of[name] for name in folders], np.int32), counts),
         read_key=partial(_content, root),
@@ -258,11 +276,12 @@ def table_splits(dataset: str, seed: int) -> Splits:
             "two or more; add images of others"
         )
     width = max(len(row.labels) for row in rows)
+    channels = _channels(root, first[0].path)
     sources = {
         split: Source(
             name=dataset,
             labels=labels,
-            channels=3,
+            channels=channels,
             keys=_packed([row.path for row in part]),
             label_ids=_label_ids(part, labels, width if multi_label else None),
             read_key=partial(_content, root),

@@ -13,7 +13,6 @@ import simplejpeg
 
 from vit_jax.data.headers import (
     MAX_BYTES,
-    MAX_PIXELS,
     Header,
     damaged,
     left_out,
@@ -142,7 +141,7 @@ def _decode_jpeg(
         # The whole image was decoded, and something was left.
         if remarks is not None:
             remarks.append(f"of which libjpeg says: {str(warning)[:80]}")
-        image = simplejpeg.decode_jpeg(data, colours, strict=False)
+        return _imdecode(data, flag)
     if is_cmyk:
         return _imdecode(data, flag)
     if header.plain:
@@ -204,10 +203,12 @@ def _decode_tiff(data: bytes, header: Header, flag: int, name: str) -> np.ndarra
         page = tiff_page(data)
         parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
         packed = int(page.compression) != 1
-        if not all(0 < size and start + size <= len(data) for start, size in parts):
+        if not all(size > 0 and start + size <= len(data) for start, size in parts):
             return None
         if header.dtype == "uint8" and header.channels in (1, 3):
-            return _imdecode(data, flag)
+            image = _imdecode(data, flag)
+            if image is not None or int(page.photometric) > 2:  # Of some tiles it reads none.
+                return image
         # A packed part may become a thousand times as large.
         if any(packed and size > MAX_BYTES // 1032 for _, size in parts):
             raise UserError(f"{name}: a TIFF of packed parts of MBs; write it in strips of some KB")
@@ -273,8 +274,20 @@ def content(path: str | os.PathLike) -> bytes:
         ) from None
 
 
+def visible(image: np.ndarray) -> np.ndarray:
+    """An image (h, w, c) to be looked at, uint8 of 1 or 3 channels: of more the first three, and of
+    other types what lies between its 1st and 99th percentile."""
+    image = image if image.shape[2] in (1, 3) else image[..., : 3 if image.shape[2] > 3 else 1]
+    if image.dtype == np.uint8:
+        return image
+    low, high = np.nanpercentile(image[::4, ::4].astype(np.float32), (1, 99))
+    levels = (image - np.float32(low)) * np.float32(255 / max(high - low, 1e-30))
+    return np.clip(np.nan_to_num(levels), 0, 255).astype(np.uint8)
+
+
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """The uint8 image (h, w, c) averaged to `side` pixels on its longer side, to be looked at."""
+    """The image (h, w, c) made `visible` and averaged to `side` pixels on its longer side."""
+    image = visible(image)
     scale = side / max(image.shape[:2])
     if scale >= 1:
         return image
@@ -287,7 +300,7 @@ def resize(image: np.ndarray, size: tuple[int, int], *, rounded: bool = False) -
     """Bilinear resizing with half-pixel centres and no antialiasing, as `tf.image.resize`.
 
     Args:
-      image: (h, w, c), uint8 or float32, c at most 4.
+      image: (h, w, c), uint8 or float32, of at most 128 channels.
       size: (height, width) of the result.
       rounded: to uint8.
 

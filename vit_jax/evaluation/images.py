@@ -39,15 +39,18 @@ def evaluate_images(
     Raises UserError if the classes don't fit.
     """
     classes = class_indices(vit, source)
-    colours = {1: "gray", 3: "rgb"}.get(vit.spec.channels)
-    if colours is None:
-        raise UserError(f"these weights take {vit.spec.channels} channels, which no image has")
+    colours = {1: "gray|", 3: "rgb|"}.get(vit.spec.channels, "")
+    if not colours and source.channels != vit.spec.channels:
+        raise UserError(
+            f"these weights take images of {vit.spec.channels} channels, and those of "
+            f"{source.name} have {source.channels}"
+        )
     assert vit.spec.num_classes is not None  # class_indices has seen to it.
     return score(
         vit.model_on(jax.devices()),
         vit.params,
         source,
-        f"{colours}|{vit.preprocess}",
+        f"{colours}{vit.preprocess}",
         classes,
         vit.spec.num_classes,
         batch_size=batch_size,

@@ -247,7 +247,7 @@ def _state(config: ConfigDict, tx: Any, params: Any, mesh: Any) -> TrainState:
 
 
 def _batch(task: RunData, ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    blank = np.zeros((8, 8, task.train.channels), np.uint8)
+    blank = np.zeros((8, 8, task.train.channels), np.float32 if ops.levels else np.uint8)
     dtype = ops(blank, np.random.default_rng(0)).dtype
     several = task.train.multi_label
     label = ((size, len(task.labels)), jnp.float32) if several else ((size,), jnp.int32)

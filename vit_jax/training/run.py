@@ -265,7 +265,8 @@ def prepare(
         introduction = introduce(config, vit, data)
         fingerprints = data.fingerprints
     attention = why.partition(":")[0]
-    assert_equal_across_processes(run_signature(config, fingerprints) | {"attention": attention})
+    found = {"attention": attention, "preprocessing": data.eval_ops.spec}
+    assert_equal_across_processes(run_signature(config, fingerprints) | found)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
     model = model.clone(kernels=kernels)
@@ -322,6 +323,7 @@ def introduce(config: ConfigDict, vit: Pretrained, data: RunData) -> str:
         f"{'from scratch' if weights is None else f'from {weights}'}, {len(data.labels)} classes, "
         f"{len(data.train):,} images to train on and {len(data.test):,} to test on, "
         f"read by {data.readers[0]}, {device_kinds()}"
+        + "".join(f"; {note}" for note in (*vit.notes, *data.notes))
         + "".join(f"; no effect has {field}" for field in without_effect(config))
     )
 
