@@ -7,10 +7,11 @@ import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tifffile
 
 from tests import reference
 from tests.families import vit_spec
-from vit_jax import checkpoints
+from vit_jax import checkpoints, data
 from vit_jax.errors import UserError
 from vit_jax.models.positions import resample
 from vit_jax.pretrained import Pretrained, find_weights, load
@@ -364,7 +365,8 @@ def test_images_that_are_not_ready_are_refused(vit, x, message):
     [
         ("one.jpg", {}, "takes a list of images"),
         (np.zeros((8, 8, 3), np.uint8), {}, "takes a list of images"),
-        ([np.zeros((8, 8, 3))], {}, r"shape \(8, 8, 3\) and type float64, expected \(h, w, 3\)"),
+        ([np.zeros((8, 8, 3))], {}, r"image is of type float64, .* put levels\(lo, hi\) first"),
+        ([np.zeros((8, 8, 3), bool)], {}, r"shape \(8, 8, 3\) and type bool, expected \(h, w, 3\)"),
         ([np.zeros((8, 8), np.uint8)], {}, r"expected \(h, w, 3\) of uint8"),
         (["absent.jpg"], {}, "absent.jpg: can't be read"),
         ([], {"top": 0}, "top is 0, expected at least 1"),
@@ -381,9 +383,45 @@ def test_weights_that_give_no_classes_are_refused_for_prediction():
             make(**changes).predict([np.zeros((8, 8, 3), np.uint8)])
 
 
-def test_files_are_refused_for_weights_of_four_channels():
-    with pytest.raises(UserError, match="images of 4 channels"):
-        make(channels=4).predict(["a.png"])
+def test_a_file_of_other_channels_than_the_weights_is_refused(tmp_path):
+    assert cv2.imwrite(str(tmp_path / "a.png"), np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"a\.png: 3 channels, expected 4"):
+        make(channels=4).predict([tmp_path / "a.png"])
+
+
+def test_a_file_of_twelve_channels_is_predicted_as_its_array(tmp_path):
+    vit = dataclasses.replace(
+        make(channels=12), preprocess="levels(0, 4095)|resize(16)|value_range(-1, 1)"
+    )
+    image = np.random.default_rng(0).integers(0, 4096, (20, 24, 12), np.uint16)
+    np.save(tmp_path / "a.npy", image)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig")
+    expected = vit(data.parse(vit.preprocess)(image)[None])[0]
+    for given in (image, tmp_path / "a.npy", tmp_path / "a.tif"):
+        (answer,) = vit.predict([given], top=1)
+        assert answer[0][0] == vit.labels[expected.argmax()]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5, 12])
+def test_load_makes_the_first_layer_that_of_other_channels_and_notes_it(tmp_path, channels):
+    make().save(tmp_path / "a.npz")
+    vit = load(tmp_path / "a.npz", channels=channels)
+    assert vit(images(2, channels=channels)).shape == (2, 5)
+    how = {1: "added up", 3: None}.get(channels, f"repeated and scaled by 3/{channels}")
+    assert [how in note for note in vit.notes] == [True] * (channels != 3)
+    if channels == 1:
+        grey = images(2, channels=1)
+        np.testing.assert_allclose(vit(grey), make()(np.repeat(grey, 3, axis=3)), atol=1e-5)
+
+
+def test_channels_that_are_no_number_or_for_weights_of_neither_grey_nor_colour_are_refused(
+    tmp_path,
+):
+    make(channels=5).save(tmp_path / "a.npz")
+    with pytest.raises(UserError, match="channels is 0, expected"):
+        load(tmp_path / "a.npz", channels=0)
+    with pytest.raises(UserError, match="take images of 5 channels and can't be made ready for 3"):
+        load(tmp_path / "a.npz", channels=3)
 
 
 def test_sources_that_are_no_weights_are_refused(tmp_path):

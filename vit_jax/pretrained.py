@@ -50,6 +50,7 @@ class Pretrained:
       preprocess: how images are made ready, e.g. "resize(224)|value_range(-1, 1)".
       loss: what the head was trained with, by which logits become probabilities: "softmax", of
         classes that exclude each other, or "sigmoid", where each is for itself.
+      notes: what was done to the stored weights that a person should know.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Pretrained:
     labels: tuple[str, ...] | None
     preprocess: str
     loss: str = "softmax"
+    notes: tuple[str, ...] = ()
 
     @property
     def classifies_by_text(self) -> bool:
@@ -128,7 +130,8 @@ class Pretrained:
         """Says what is on images.
 
         Args:
-          images: paths, or uint8 arrays (h, w, channels) of any size.
+          images: paths, or arrays (h, w, channels) of any size, of uint8 or of what `levels` in the
+            recorded preprocessing are for.
           top: how many classes to name.
 
         Returns:
@@ -159,20 +162,17 @@ class Pretrained:
         return [[(self.label(i), p) for i, p in answer] for answer in answers]
 
     def read(self, image: str | os.PathLike | np.ndarray) -> np.ndarray:
-        """An image as `predict` takes it, as uint8 (h, w, channels). Raises UserError if it can't
-        be read or has other channels than the network takes."""
+        """An image as `predict` takes it, (h, w, channels). Raises UserError if it can't be read or
+        has other channels than the network takes."""
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != self.spec.channels:
+            fits = image.ndim == 3 and image.shape[2] == self.spec.channels
+            if not fits or image.dtype.kind not in "iuf":
                 raise UserError(
                     f"the image has shape {image.shape} and type {image.dtype}, "
-                    f"expected (h, w, {self.spec.channels}) of uint8"
+                    f"expected (h, w, {self.spec.channels}) of uint8, or of numbers for which the "
+                    "preprocessing has levels"
                 )
             return image
-        if self.spec.channels not in (1, 3):
-            raise UserError(
-                f"these weights take images of {self.spec.channels} channels, which no image "
-                "file has here: give uint8 arrays instead of paths"
-            )
         return data.read(image, channels=self.spec.channels)
 
     def label(self, index: int) -> str:
@@ -330,6 +330,7 @@ def load(
     pre_logits: bool | None = None,
     classifier: str | None = None,
     allow_nonfinite: bool = False,
+    channels: int | None = None,
     **overrides: Any,
 ) -> Pretrained:
     """Loads weights. The architecture is read from the file.
@@ -349,6 +350,8 @@ def load(
       classifier: how tokens are pooled, where neither the arrays nor notes beside them tell it or
         they are wrong: "gap", "first" (big_vision's "0"), "unpooled" ("none"), "token_unpooled".
       allow_nonfinite: whether weights that hold NaN or infinity are loaded, to look at them.
+      channels: None keeps the first layer; a number makes it that of images of so many channels, by
+        timm's rule: filters are added up for grey, and repeated and scaled for others.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
         stochastic_depth_rate and dtype, the one that is computed in. And what else no array tells,
         before notes: activation, layer_norm_epsilon, position_resize, layer_scale.
@@ -364,6 +367,8 @@ def load(
     _check_untold(told)
     if num_classes is not None and not is_count(num_classes):
         raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
+    if channels is not None and not is_count(channels):
+        raise UserError(f"channels is {channels!r}, expected a whole number of at least 1")
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
     told |= {"classifier": classifier} if classifier else {}
@@ -375,6 +380,7 @@ def load(
         num_classes=None if num_classes is None else int(num_classes),
         image_size=size,
         pre_logits=pre_logits,
+        channels=None if channels is None else int(channels),
     )
     for field in overrides:
         if field not in new.weightless:
@@ -388,6 +394,11 @@ def load(
         # A new head has not been trained at all.
         "loss": notes.loss if notes and num_classes is None else "softmax",
     }
+    if (old := spec.channels) != new.channels:
+        how = "added up" if new.channels == 1 else f"repeated and scaled by {old}/{new.channels}"
+        bundle["notes"] = (
+            f"its first layer, of {old} channels, {how} for images of {new.channels}",
+        )
     if not new.classifies_by_text:
         return Pretrained(**bundle)
     # The tokenizer's file, first of the kind that the text tower needs.
@@ -572,7 +583,8 @@ def preprocess_for(notes: Notes | None, stored: Spec, new: Spec) -> str:
         r"(?:uint8\|)?(?:value_range|normalize)\((?:[^()]|\([^()]*\))*\)",
         notes.preprocess,
     )
-    return "|".join([resize, *recorded[-1:]])
+    levels = re.match(r"levels\((?:[^()]|\([^()]*\))*\)", notes.preprocess)
+    return "|".join([*([levels[0]] if levels else []), resize, *recorded[-1:]])
 
 
 def class_labels(weights: Path, notes: Notes | None, spec: Spec) -> tuple[str, ...] | None:

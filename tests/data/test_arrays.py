@@ -65,11 +65,19 @@ def test_an_npz_has_splits_or_gets_them(tmp_path):
     assert sorted([*train.keys, *test.keys]) == list(range(10))
 
 
+def test_arrays_of_other_numbers_and_channels_stay_what_they_are():
+    for images in (IMAGES / 255, IMAGES.astype(np.uint16), np.zeros((10, 6, 7, 12), np.float16)):
+        source = from_arrays(images, LABELS)
+        assert source.channels == images.shape[3]
+        assert source[3]["image"].dtype == images.dtype
+        np.testing.assert_array_equal(source[3]["image"], images[3])
+
+
 def test_mistakes_in_arrays_are_named(tmp_path):
     fails("10 images and 9 labels", from_arrays, IMAGES, LABELS[:9])
     fails("0 images and 0 labels", from_arrays, IMAGES[:0], LABELS[:0])
-    fails("type float64.*expected uint8", from_arrays, IMAGES / 255, LABELS)
-    fails("channels 4", from_arrays, np.zeros((2, 3, 3, 4), np.uint8), [0, 1])
+    fails("type complex64.*expected numbers", from_arrays, IMAGES.astype(np.complex64), LABELS)
+    fails("first of shape .3, 32, 32.", from_arrays, np.zeros((2, 3, 32, 32), np.uint8), [0, 1])
     fails("none of the 2 classes", from_arrays, IMAGES, LABELS, names=["a", "b"])
     fails("labels of type float64", from_arrays, IMAGES, LABELS / 2)
     fails("from 0 to 2.*expected .n, 2. of 0 and 1", from_arrays, IMAGES[:2], [[0, 2], [1, 1]])
@@ -147,10 +155,10 @@ def test_damaged_files_and_impossible_shapes_are_one_line(tmp_path):
         (tmp_path / "x.npz").write_bytes(damaged)
         fails(r"x\.npz: can't be read \(.+\), expected an .npz", open_source, path, "train")
     for images, labels, message in (
-        (IMAGES.reshape(10, -1), LABELS, "expected uint8 .n, h, w"),
+        (IMAGES.reshape(10, -1), LABELS, "expected numbers of one type, .n, h, w"),
         (IMAGES[:0], LABELS[:0], "0 images and 0 labels"),
-        (IMAGES[:, :0], LABELS, "expected uint8 .n, h, w"),
-        (IMAGES[..., None], LABELS, "expected uint8 .n, h, w"),
+        (IMAGES[:, :0], LABELS, "expected numbers of one type, .n, h, w"),
+        (IMAGES[..., None], LABELS, "expected numbers of one type, .n, h, w"),
         (IMAGES, np.zeros((10, 2, 2), int), r"labels of shape \(10, 2, 2\), expected"),
         (IMAGES, LABELS[:, None][:, :0], r"labels of shape \(10, 0\), expected"),
         (IMAGES, np.array(3), r"labels of shape \(\), expected"),

@@ -132,7 +132,7 @@ def test_a_class_without_training_images_is_a_problem():
         channels=1,
         keys=range(4),
         label_ids=np.array([0, 0, 2, 2], np.int32),
-        read_key=lambda key: np.full((2, 2, 1), key, np.uint8),
+        read_key=lambda key: np.full((2, 2, 1), 80 * key, np.uint8),
         describe_key="few[{}]".format,
     )
     assert check({split: source}).problems == ["train[:20] has no image of 'b'"]

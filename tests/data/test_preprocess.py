@@ -85,7 +85,7 @@ def test_resize_small_keeps_the_aspect():
 
 def test_resize_small_refuses_what_would_become_huge():
     thin = np.zeros((200_000, 3, 3), np.uint8)
-    with pytest.raises(UserError, match="would become 14,933,333 x 224, expected 178,956,970 at"):
+    with pytest.raises(UserError, match="would become 14,933,333 x 224 of 3 channels, expected"):
         parse("resize_small(224)")(thin)
 
 
@@ -230,7 +230,7 @@ def test_spellings_of_the_same_are_equal(written, canonical):
         ("inception_crop(8, 0)", r"expected inception_crop\(size, area_min=0.05, area_max=1, ant"),
         ("resize(__import__('os'))", "can't read"),
         ("resize(exit())", "not a list of numbers"),
-        ("flip|" * 300, "1500 characters"),
+        ("flip|" * 1000, "5000 characters"),
         ("flip|decode", "decode in 'flip|decode' at position 6: images arrive decoded"),
         ("randaug(2)", r"missing .* 'magnitude'; expected randaug\(layers, magnitude\)"),
         ("randaug(0, 10)", "expected 1 to 16 layers and a magnitude of 0 to 30"),
@@ -248,8 +248,8 @@ def test_spellings_of_the_same_are_equal(written, canonical):
         ("normalize(0, 1)|randaug(2, 9)", "put it before normalize"),
         ("normalize(0.5)", r"missing .* 'std'; expected normalize\(mean, std\)"),
         (
-            "normalize((0.5, 0.5), 1)",
-            r"mean is \(0.5, 0.5\), expected a number, or one a channel: 3",
+            f"normalize(({'0.5, 0.4, ' * 65}), 1)",
+            r"mean is .*, expected a number, or one a channel",
         ),
         ("normalize((1, True, 0), 1)", r"mean is \(1, True, 0\), expected a number"),
         (

@@ -24,7 +24,7 @@ from vit_jax.evaluation.images import evaluate_images
 from vit_jax.training import TrainState, default_config, make_optimizer, outputs, run
 from vit_jax.training.checkpoints import Checkpoints
 from vit_jax.training.distributed import StopSignal
-from vit_jax.training.inputs import DevicePrefetcher, RunData
+from vit_jax.training.inputs import DevicePrefetcher, RunData, open_data
 from vit_jax.training.optimizer import schedule_of
 from vit_jax.training.outputs import evaluate_workdir
 from vit_jax.training.workdir import open_workdir, read_metrics, write_config
@@ -454,12 +454,69 @@ def test_a_run_starts_from_the_weights_of_another(whole, tiny, tmp_path, capsys)
     jax.tree.map(np.testing.assert_array_equal, before["Transformer"], after["Transformer"])
 
 
+def test_weights_of_other_channels_are_made_ready_and_the_first_line_says_how(
+    whole, tiny, tmp_path, capsys
+):
+    weights = f"model_or_filename={whole / 'weights.npz'}"
+    run(tiny(weights, "pp.train=rgb", "pp.eval=rgb", "total_steps=1", "warmup_steps=1"), tmp_path)
+    said = "its first layer, of 1 channels, repeated and scaled by 1/3 for images of 3"
+    assert said in capsys.readouterr().err
+
+
+def images_of_12_bits(classes=2, per_class=12, channels=1):
+    """Arrays of 16 bits, of which 12 are used; each class has its own mean."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(classes * per_class) % classes
+    means = 300 + 2500 * labels[:, None, None, None] / classes
+    noise = rng.normal(0, 80, (len(labels), 8, 8, channels))
+    return np.clip(means + noise, 0, 4095).astype(np.uint16), labels
+
+
+@pytest.mark.parametrize(
+    ("wish", "operation", "told"),
+    [
+        ("", "levels(0, 65535)", "set --config.levels='12 bit' if they have no more bits"),
+        ("12 bit", "levels(0, 4095)", "levels(0, 4095) makes of them 0 to 255"),
+        ("100, 2000", "levels(100, 2000)", "levels(100, 2000) makes of them 0 to 255"),
+        ("percentile", "levels(", "the 0.1th and 99.9th percentiles of 24 images"),
+    ],
+)
+def test_levels_are_recorded_with_the_weights_and_said(
+    wish, operation, told, tiny, tmp_path, capsys
+):
+    images, labels = images_of_12_bits()
+    source = data.from_arrays(images, labels)
+    config = tiny("total_steps=2", "batch=8", f"levels={wish}")
+    run(config, tmp_path, sources=(source, source))
+    assert told in capsys.readouterr().err
+    vit = load(tmp_path)
+    assert vit.preprocess.startswith(operation)
+    batch = next(data.eval_batches(source, data.parse(vit.preprocess), batch_size=24))["image"]
+    lo, hi = (ends[0] for ends in data.parse(vit.preprocess).levels)
+    expected = np.clip((images.astype(float) - lo) / (hi - lo), 0, 1) * 2 - 1
+    np.testing.assert_allclose(batch, expected, atol=1e-5)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    scores = evaluate_images(vit, source)
+    assert scores.loss == pytest.approx(last["test/loss"], rel=1e-5)
+
+
+def test_training_on_more_than_8_bits_is_not_rounded(tiny):
+    images, labels = images_of_12_bits()
+    source = data.from_arrays(images, labels)
+    task = open_data(
+        tiny("batch=8", "levels=12 bit", "pp.train=value_range(-1, 1)"), (source, source)
+    )
+    assert task.train_split[0].dtype == "float32"
+    spec = "levels(0, 9)|value_range(-1, 1)"
+    fields = (f"pp.train={spec}", f"pp.eval={spec}", "levels=full")
+    with pytest.raises(UserError, match="both say what values are black and white"):
+        open_data(tiny("batch=8", *fields), (source, source))
+
+
 def test_weights_that_do_not_fit_the_images_or_the_fields_are_refused(whole, tiny, tmp_path):
     weights = f"model_or_filename={whole / 'weights.npz'}"
     with pytest.raises(UserError, match=r"config\.model\.num_layers is 2, but the weights in .* 1"):
         run(tiny(weights, "model.num_layers=2"), tmp_path / "a")
-    with pytest.raises(UserError, match="take images of 1 channels, these have 3: add gray to"):
-        run(tiny(weights, "pp.train=rgb", "pp.eval=rgb"), tmp_path / "b")
     with pytest.raises(UserError, match=r"no weights at none\.npz: give "):
         run(tiny("model_or_filename=none.npz"), tmp_path / "c")
 

@@ -21,6 +21,7 @@ _HOMES = {
     "Preprocess": "preprocess",
     "parse": "preprocess",
     "OPERATIONS": "preprocess",
+    "find_levels": "levels",
     "AUGREG": "augment",
     "Readers": "workers",
     "choose_readers": "workers",

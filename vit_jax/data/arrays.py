@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data.headers import is_image
 from vit_jax.data.source import Numbering, Source, Splits, held_out_splits, numbered_classes
 from vit_jax.errors import UserError
 
@@ -23,8 +24,8 @@ def from_arrays(
     """A source of images in memory, or in a `np.memmap`; they are not copied.
 
     Args:
-      images: uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3), or a sequence of such images of
-        various sizes.
+      images: (n, h, w) or (n, h, w, channels), or a sequence of such images of various sizes;
+        uint8, or other numbers, of which `config.levels` says what is black and white.
       labels: (n,) class numbers or class names; or (n, classes) of 0 and 1, several an image.
       names: of the classes, by number; by default the sorted names, or "0", "1", ...
       name: what errors call the source.
@@ -113,16 +114,14 @@ def _source(name: str, images: Mapping[str, Images], split: str, labels: Any, na
 
 def _channels(name: str, images: Images) -> int:
     examples = images[:1] if isinstance(images, np.ndarray) else images
-    shapes: set[tuple] = {
-        (image.shape[2:] or (1,)) if image.ndim > 1 and image.size else ("none",)
-        for image in examples
-    }
+    shapes = {image.shape[2:] or (1,) for image in examples}
     kinds = {image.dtype for image in examples}
-    if kinds != {np.dtype(np.uint8)} or len(shapes) != 1 or not shapes <= {(1,), (3,)}:
+    if len(kinds) != 1 or len(shapes) != 1 or not all(is_image(x.shape, x.dtype) for x in examples):
+        shape = np.shape(images[0])
         raise UserError(
-            f"{name}: images of type {', '.join(map(str, kinds)) or 'none'} and channels "
-            f"{', '.join(str(s[-1]) for s in shapes) or 'none'}, expected uint8 (n, h, w), "
-            "(n, h, w, 1) or (n, h, w, 3)"
+            f"{name}: images of type {', '.join(map(str, kinds))} and channels "
+            f"{', '.join(str(s[-1]) for s in shapes)}, the first of shape {shape}, expected "
+            "numbers of one type, (n, h, w) or (n, h, w, channels)"
         )
     return shapes.pop()[0]
 

@@ -1,7 +1,8 @@
 """Operations that change how an image looks: colour jitter, RandAugment, random erasing.
 
-All work on whole grey levels: uint8 (h, w, c) in, uint8 of the same shape out, mostly by tables of
-256 values. What they make of an image is a pure function of the image and of `rng`.
+All work on whole grey levels: (h, w, c) in, of floats rounded to uint8, and uint8 of the same shape
+out, mostly by tables of 256 values. What they make of an image is a pure function of the image and
+of `rng`.
 """
 
 import math
@@ -11,7 +12,7 @@ import cv2
 import numpy as np
 
 from vit_jax.data.images import to_uint8
-from vit_jax.data.ops import Step, op
+from vit_jax.data.ops import Step, check_colours, op
 from vit_jax.errors import UserError
 
 # The settings of "How to train your ViT?" (arXiv:2106.10270), as released with big_vision: the
@@ -44,6 +45,7 @@ def randaug(layers: int, magnitude: float) -> Step:
     distortions, level = tuple(RANDAUG.values()), magnitude / 10
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        check_colours("randaug", image)
         image = to_uint8(image)
         for chosen in rng.integers(len(distortions), size=layers):
             image = distortions[chosen](image, level, rng)
@@ -70,6 +72,7 @@ def color_jitter(brightness: float, contrast: float, saturation: float, hue: flo
     changes = [(change, low, high) for change, low, high in changes if low < high]
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        check_colours("color_jitter", image)
         image = to_uint8(image)
         for i in rng.permutation(len(changes)):
             change, low, high = changes[i]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data import images
+from vit_jax.data import headers, images
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.source import Source
 from vit_jax.data.workers import (
@@ -298,7 +298,7 @@ class _Opened(NamedTuple):
     name: str
     stored: bytes | np.ndarray
     label: Any
-    header: images.Header | None
+    header: headers.Header | None
     box: images.Box | None
 
 
@@ -404,7 +404,7 @@ class Reader:
         try:
             stored, label = self.source.stored(index)
             if isinstance(stored, bytes):
-                header = images.read_header(stored, name)
+                header = headers.read_header(stored, name)
                 if header.plain:
                     box = self._preprocess.crop_box(header.size, rng)
             return _Opened(index, name, stored, self.source.label(label), header, box)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vit_jax.data.images import shrink
+from vit_jax.data.levels import sample, sliver
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.source import Source, similar_labels, some_of
 from vit_jax.data.workers import own_cores
@@ -30,6 +31,8 @@ _BLOCK = 64  # Images that a thread takes at once.
 _MANY_CLASSES = 40  # More can't be named in the drawing.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito
 _TITLE_CHARS = 24  # What fits above an image.
+_DAMAGE = "libjpeg"  # What it says, see `images.decode`.
+_VALUES = 1 << 16  # Of a split, at least, if there are as many.
 _TINY = 96  # Images of fewer pixels a side are magnified as they are, without smoothing.
 
 Mix = Callable[[np.ndarray, int], tuple[np.ndarray, float]]
@@ -55,6 +58,9 @@ class CheckedSplit:
       sizes: int32 (readable, 2), height and width in pixels.
       channels: number of channels: how many images have it.
       grey: how many images of 3 channels have three equal ones.
+      types: type of the values: how many images have it.
+      values: float32, some of the values of every image.
+      remarks: what decoding leaves out, or finds odd: how many images it is true of.
     """
 
     count: int
@@ -64,6 +70,9 @@ class CheckedSplit:
     sizes: np.ndarray
     channels: dict[int, int]
     grey: int
+    types: dict[str, int]
+    values: np.ndarray
+    remarks: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,16 @@ class Check:
         """What training would suffer from, a line each."""
         found = [*self.doubts, *similar_labels(self.labels)]
         for name, split in self.splits.items():
+            found += [
+                f"{_count_of(count)} of {name} may be damaged, {remark}"
+                for remark, count in split.remarks.items()
+                if _DAMAGE in remark
+            ]
+            if len(split.types) > 1:
+                types = " and ".join(f"{n:,} of {dtype}" for dtype, n in split.types.items())
+                found.append(f"{name} has images of several types, {types}")
+            elif split.types and (told := sliver(split.values, next(iter(split.types)))):
+                found.append(f"{name}: {told}")
             if split.unreadable:
                 kinds = ", ".join(f"{count:,} {kind}" for kind, count in split.kinds.items())
                 found.append(
@@ -147,12 +166,19 @@ def check(
         blocks = [range(i, min(i + _BLOCK, len(source))) for i in range(0, len(source), _BLOCK)]
         seen, first = [np.empty(0, _FACTS)], len(labels)
         unreadable: list[tuple[str, str]] = []
+        look = partial(_look, source, max(_VALUES // max(len(source), 1), 4))
+        values = [np.empty(0, np.float32)]
+        types: Counter[str] = Counter()
+        remarks: Counter[str] = Counter()
         pool = ThreadPoolExecutor(threads)
         try:
-            for block, found in zip(blocks, pool.map(partial(_look, source), blocks), strict=True):
+            for block, found in zip(blocks, pool.map(look, blocks), strict=True):
                 seen.append(found[0])
                 labels += [same.setdefault(ids, ids) for ids in found[1]]
                 unreadable += found[2]
+                values += found[3]
+                types.update(found[4])
+                remarks.update(found[5])
                 done += len(block)
                 progress(done, total)
         finally:
@@ -169,6 +195,9 @@ def check(
             sizes=facts[-1]["size"],
             channels=dict(Counter(facts[-1]["channels"].tolist())),
             grey=int(facts[-1]["grey"].sum()),
+            types=dict(sorted(types.items())),
+            values=np.concatenate(values),
+            remarks=dict(sorted(remarks.items())),
         )
     everything = np.concatenate(facts)
 
@@ -190,17 +219,27 @@ _FACTS = np.dtype(
 )
 
 
-def _look(source: Source, indices: Iterable[int]) -> tuple[np.ndarray, list, list]:
-    """Facts and labels of the images that can be read; names of others, and why they can't."""
-    facts, labels, unreadable = [], [], []
+def _look(
+    source: Source, count: int, indices: Iterable[int]
+) -> tuple[np.ndarray, list, list, list, list, list]:
+    """Facts and labels of the images that can be read; names of others, and why they can't; `count`
+    values of each, and types and remarks."""
+    facts, labels, unreadable, values, types, remarks = [], [], [], [], [], []
     for index in indices:
         try:
-            example = source[index]
+            said: list[str] = []
+            stored, label = source.stored(index)
+            image = np.ascontiguousarray(source.decode(stored, index, said))
+            label = source.label(label)
+            if image.dtype.kind == "f" and not np.isfinite(image).all():
+                raise UserError(f"{source.describe(index)}: holds NaN or infinite values")
         except UserError as error:
             unreadable.append((source.describe(index), str(error)))
             continue
-        image, label = np.ascontiguousarray(example["image"]), example["label"]
-        digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
+        remarks += said
+        types.append(image.dtype.name)
+        values.append(sample(image, count).ravel()[: 2 * count].astype(np.float32))
+        digest = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
         digest.update(image.data)
         # A few pixels tell of most images that they are coloured.
         grey = image.shape[2] == 3 and all(
@@ -208,7 +247,7 @@ def _look(source: Source, indices: Iterable[int]) -> tuple[np.ndarray, list, lis
         )
         facts.append((index, digest.digest(), image.shape[:2], image.shape[2], grey))
         labels.append((label,) if np.ndim(label) == 0 else tuple(np.flatnonzero(label).tolist()))
-    return np.array(facts, _FACTS), labels, unreadable
+    return np.array(facts, _FACTS), labels, unreadable, values, types, remarks
 
 
 def _equal(values: np.ndarray) -> list[np.ndarray]:
@@ -248,9 +287,11 @@ def summary(result: Check) -> str:
             facts["channels"] = " or ".join(map(str, sorted(split.channels)))
             if split.grey:
                 facts["channels"] += f"; {_count_of(split.grey)} without colour"
+            facts["values"] = _told(split.values, ",.6g", "") + f", {' or '.join(split.types)}"
         facts["duplicates"] = f"{result.duplicates(name) or 'none'}"
         facts["unreadable"] = f"{len(split.unreadable) or 'none'}"
         lines += [f"  {title:<12}{text}" for title, text in facts.items()]
+        lines += [f"  {_count_of(count)} {remark}" for remark, count in split.remarks.items()]
     if result.notes:
         lines += ["", "Noticed", *(f"  {note}" for note in result.notes)]
     if not result.problems:
@@ -312,6 +353,9 @@ def as_dict(result: Check) -> dict[str, Any]:
                 "aspect": _range(split.sizes[:, 1] / split.sizes[:, 0]),
                 "channels": {str(number): count for number, count in split.channels.items()},
                 "grey": split.grey,
+                "types": split.types,
+                "values": _range(split.values),
+                "remarks": split.remarks,
                 "duplicates": result.duplicates(name),
             }
             for name, split in result.splits.items()
@@ -365,19 +409,20 @@ def _histograms(result: Check, title: str) -> "Figure":
     figure = _figure(12, 8 + 0.2 * len(told))
     figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
     figure.supxlabel("\n".join(told), x=0.02, ha="left", fontsize=9, parse_math=False)
-    upper, *lower = figure.subplot_mosaic([["c"] * 3, ["h", "w", "a"]]).values()
+    upper, *lower = figure.subplot_mosaic([["c"] * 4, ["h", "w", "a", "v"]]).values()
     _draw_classes(upper, result)
     sizes = [split.sizes for split in result.splits.values()]
     values = {
         "height in pixels": [size[:, 0] for size in sizes],
         "width in pixels": [size[:, 1] for size in sizes],
         "aspect (width / height)": [size[:, 1] / size[:, 0] for size in sizes],
+        "values of pixels": [split.values for split in result.splits.values()],
     }
     for ax, (name, found) in zip(lower, values.items(), strict=True):
         everything = np.concatenate(found)
         if not len(everything):
             continue
-        log = everything.max() > 20 * everything.min()
+        log = everything.max() > 20 * everything.min() and name != "values of pixels"
         edges = np.histogram_bin_edges(np.log(everything) if log else everything, 40)
         edges = np.exp(edges) if log else edges
         for i, one in enumerate(found):  # The first filled, so that none hides another.
@@ -386,7 +431,7 @@ def _histograms(result: Check, title: str) -> "Figure":
         if log:
             ax.set_xscale("log")
         ax.set_xlabel(name)
-        ax.set_ylabel("images")
+        ax.set_ylabel("values looked at" if name == "values of pixels" else "images")
     for ax in (upper, *lower):
         ax.spines[["top", "right"]].set_visible(False)
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))

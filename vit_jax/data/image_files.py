@@ -140,7 +140,7 @@ def _open_split(
     return Source(
         name=dataset,
         labels=tuple(names),
-        channels=3,
+        channels=channels_of(root, keys[0][0]),
         keys=np.concatenate(keys),
         label_ids=np.repeat(np.array([ids_of[name] for name in top.folders], np.int32), counts),
         read_key=partial(content_below, root),
@@ -230,11 +230,11 @@ def _refuse_circle(path: str) -> None:
 
 
 def _is_image(path: str) -> bool:
-    from vit_jax.data import images  # Loads OpenCV.
+    from vit_jax.data.headers import kind_of
 
     try:
         with open_file(path) as file:
-            return bool(images.kind_of(file.read(64)))
+            return bool(kind_of(file.read(64)))
     except OSError:
         return True  # It may be one: reading it says what is the matter.
 
@@ -279,3 +279,21 @@ def content_below(root: str, key: str) -> bytes:
     from vit_jax.data import images  # Loads OpenCV.
 
     return images.content(os.path.join(root, key))
+
+
+def channels_of(root: str, key: str) -> int:
+    """Of all images, by the first: what an array or a TIFF has, 3 of other kinds and of grey ones.
+
+    It is looked into unless it is named as one that has no more. One that can't be read is told
+    when it is read.
+    """
+    if key.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")):
+        return 3
+    from vit_jax.data.headers import kind_of, read_header
+
+    try:
+        content = content_below(root, key)
+        known = kind_of(content) in ("TIFF", "NumPy")
+        return {1: 3}.get(found := read_header(content).channels, found) if known else 3
+    except UserError:
+        return 3

@@ -4,13 +4,22 @@ Importing this module loads OpenCV and turns its own threads off: images are dec
 threads at once, and nested threads only slow each other down.
 """
 
+import io
 import os
-import zlib
-from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
+import simplejpeg
 
+from vit_jax.data.headers import (
+    MAX_BYTES,
+    Header,
+    damaged,
+    left_out,
+    plain_png,
+    read_header,
+    tiff_page,
+)
 from vit_jax.errors import UserError
 from vit_jax.files import open_file
 
@@ -18,65 +27,7 @@ cv2.setNumThreads(0)
 # A broken image is reported once, by us.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-# What an image may decode to, as in PIL: 0.5 GB. A file of some KB may well announce 50 GB.
-MAX_PIXELS = 178_956_970
-SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF8": "GIF",
-    b"RIFF": "WebP",
-    b"BM": "BMP",
-}
-_JPEG_END = b"\xff\xd9"
-
 Box = tuple[int, int, int, int]  # (top, left, height, width)
-
-
-class Header(NamedTuple):
-    """What is known of an image file before it is decoded.
-
-    Attributes:
-      kind: "JPEG", "PNG", ...
-      size: (height, width) as announced, (0, 0) if the file tells none. EXIF may turn it.
-      plain: whether it is a JPEG of one baseline scan without restarts and EXIF: its size is that
-        of the decoded image, and `decode` can stop at the end of a box.
-      complete: whether an end marker follows a JPEG's first scan; thumbnails have their own.
-      frame: where the segment of a JPEG starts that holds the size.
-    """
-
-    kind: str
-    size: tuple[int, int]
-    plain: bool = False
-    complete: bool = True
-    frame: int = 0
-
-
-def kind_of(start: bytes) -> str | None:
-    """ "JPEG", "PNG", ... by the first bytes of a file; None if it is no image that can be read."""
-    return next((kind for sign, kind in SIGNATURES.items() if start.startswith(sign)), None)
-
-
-def read_header(data: bytes, name: str = "image") -> Header:
-    """Reads the first bytes of an image file.
-
-    Raises UserError if it is empty, no image, or one of more than MAX_PIXELS.
-    """
-    if not data:
-        raise UserError(f"{name}: empty file, expected an image; replace or remove it")
-    kind = kind_of(data)
-    if kind is None:  # Nor are others decoded that OpenCV knows: their size can't be told before.
-        raise UserError(
-            f"{name}: not an image (starts with {data[:8]!r}), expected JPEG, PNG, WebP, BMP or "
-            "GIF; replace or remove it"
-        )
-    header = _jpeg_header(data) if kind == "JPEG" else Header(kind, _announced_size(data, kind))
-    height, width = header.size
-    if height * width > MAX_PIXELS:
-        raise UserError(
-            f"{name}: a {kind} image of {width:,} x {height:,} pixels, expected {MAX_PIXELS:,} "
-            "at most; make it smaller or remove it"
-        )
-    return header
 
 
 def decode(
@@ -86,45 +37,69 @@ def decode(
     name: str = "image",
     box: Box | None = None,
     header: Header | None = None,
+    remarks: list[str] | None = None,
 ) -> np.ndarray:
-    """Decodes a JPEG, PNG, WebP, BMP or GIF file.
+    """Decodes the content of an image file, of one of `headers.KINDS`.
 
-    The EXIF orientation is applied. Of an animation, the first frame counts. Alpha is dropped, as
-    PIL's `convert("RGB")` and TensorFlow's `decode_image` do (only GIF's transparent pixels take
-    the background colour). 16-bit values keep their high byte, CMYK becomes RGB, and with one
-    channel colours become luma.
+    The EXIF orientation is applied. Of an animation or of several pages, the first counts. Alpha is
+    dropped, as PIL's `convert("RGB")` and TensorFlow's `decode_image` do (only GIF's transparent
+    pixels take the background colour). CMYK becomes RGB, and with one channel colours become luma.
 
     Args:
       data: the content of the file.
-      channels: 3 for RGB, 1 for grey.
+      channels: 3 for RGB, 1 for grey; of a TIFF or an array also the number that it has.
       name: what errors call the image, usually its path.
       box: (top, left, height, width) of the pixels that are wanted; by default all. A `plain` JPEG
         is decoded no further down.
       header: what `read_header` gave, if it was called already.
+      remarks: to which what was left out, or is odd, is added in words for a person.
 
     Returns:
-      uint8 array (h, w, channels), of a box perhaps a view of more.
+      array (h, w, channels), of a box perhaps a view of more. uint8, but for PNG, TIFF and arrays
+      of other types, which keep theirs.
 
     Raises:
-      UserError: the data is empty, damaged, truncated, no image, or one of more than MAX_PIXELS,
-        which is told from its header.
+      UserError: the data is empty, damaged, truncated, no image, one of other channels, or one of
+        more than MAX_PIXELS, which is told from its header.
     """
     header = header or read_header(data, name)
-    flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB}[channels]
-    if header.kind == "PNG":
-        data = _plain_png(data)
-    elif not header.complete:  # Zeros in place of the second half are, to a decoder, an image.
-        data = b""
-    image = None
-    if box and header.plain and data:
-        image = _imdecode(_upper_rows(data, header, box[0] + box[2]), flag)
+    if header.channels != channels and not {header.channels, channels} <= {1, 3}:
+        raise UserError(
+            f"{name}: {header.channels} channels, expected {channels} as in the other images; "
+            "convert or remove it"
+        )
+    flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB}.get(channels, cv2.IMREAD_UNCHANGED)
+    if header.kind == "JPEG":
+        image = _decode_jpeg(data, header, channels, flag, box, remarks)
+    elif header.kind == "HEIC":
+        image = _decode_heic(data, name)
+    elif header.kind == "NumPy":
+        image = _load_array(data)
+    elif header.kind == "TIFF":
+        image = _decode_tiff(data, header, flag, name)
+    else:
+        data = plain_png(data) if header.kind == "PNG" else data
+        image = _imdecode(data, flag | (cv2.IMREAD_ANYDEPTH if header.dtype != "uint8" else 0))
     if image is None:
-        image = _imdecode(data, flag)
-    if image is None:
-        raise UserError(f"{name}: truncated or damaged {header.kind} file; replace or remove it")
-    if channels == 1:
-        image = image[..., None]
+        raise damaged(name, header.kind)
+    if remarks is not None:
+        remarks += left_out(data, header)
+    image = _with_channels(image, header.channels, channels)
     return cut(image, box) if box else image
+
+
+def _with_channels(image: np.ndarray, stored: int, channels: int) -> np.ndarray:
+    """(h, w, channels) of what a decoder gave, with or without alpha, perhaps in grey."""
+    image = image[..., None] if image.ndim == 2 else image
+    if image.shape[2] == channels:
+        return image
+    image = image[..., : min(stored, image.shape[2] - (image.shape[2] in (2, 4)))]
+    if image.shape[2] == channels:
+        return np.ascontiguousarray(image)
+    if channels == 3:
+        return np.repeat(image, 3, axis=2)
+    luma = image @ np.array([[0.299], [0.587], [0.114]], np.float32)
+    return (np.rint(luma) if image.dtype.kind in "iu" else luma).astype(image.dtype)
 
 
 def cut(image: np.ndarray, box: Box) -> np.ndarray:
@@ -140,33 +115,126 @@ def _imdecode(data: bytes | bytearray, flag: int) -> np.ndarray | None:
         return None
 
 
-def _jpeg_header(data: bytes) -> Header:
-    """Reads the segments up to the first scan."""
-    position, frame, scan, kind, special = 2, 0, 0, 0, False
-    # Between two images nothing of Python is in the processor's cache: few operations count.
-    while position + 3 < len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:  # Padding.
-            position += 1
-            continue
-        if marker == 0xDA:
-            scan = position
-            break
-        if 0xC0 <= marker <= 0xCF and not kind and marker not in (0xC4, 0xC8, 0xCC):
-            kind, frame = marker, position
-        elif marker == 0xDD or marker == 0xE1:  # Restarts, EXIF.
-            special = True
-        position += 2 + (data[position + 2] << 8 | data[position + 3])
-    height, width = (
-        int.from_bytes(data[frame + 5 : frame + 7]),
-        int.from_bytes(data[frame + 7 : frame + 9]),
-    )
-    size = (height, width) if kind else (0, 0)
-    complete = data.rfind(_JPEG_END) >= scan  # Found at once at the end of a whole file.
-    # Whether the scan has all of the frame's components.
-    whole = data[scan + 4 : scan + 5] == data[frame + 9 : frame + 10]
-    plain = kind == 0xC0 and scan > 0 and not special and whole
-    return Header("JPEG", size, plain, complete, frame)
+def _decode_jpeg(
+    data: bytes,
+    header: Header,
+    channels: int,
+    flag: int,
+    box: Box | None,
+    remarks: list[str] | None,
+) -> np.ndarray | None:
+    """The image, its rows down to the end of a box at least; None if libjpeg warns of damage."""
+    if not header.complete:  # Zeros in place of the second half are, to a decoder, an image.
+        return None
+    if box and header.plain:
+        image = _imdecode(_upper_rows(data, header, box[0] + box[2]), flag)
+        # Where the data ends too early, what follows is this grey.
+        if image is not None and not (image[-1, -1] == 128).all():
+            return image
+    is_cmyk = data[header.frame + 9] == 4
+    colours = "CMYK" if is_cmyk else "GRAY" if channels == 1 else "RGB"
+    try:
+        image = simplejpeg.decode_jpeg(data, colours)
+    except ValueError as warning:
+        if "extraneous bytes" not in str(warning):
+            return None
+        # The whole image was decoded, and something was left.
+        if remarks is not None:
+            remarks.append(f"of which libjpeg says: {str(warning)[:80]}")
+        return _imdecode(data, flag)
+    if is_cmyk:
+        return _imdecode(data, flag)
+    if header.plain:
+        return image
+    exif = data.find(b"Exif\0\0", 0, header.frame)
+    return image if exif < 0 else _turned(image, _orientation(data[exif + 6 : header.frame]))
+
+
+def _orientation(exif: bytes) -> int:
+    """1 to 8; 1 if it isn't told."""
+
+    def number(at: int, size: int = 2) -> int:
+        return int.from_bytes(exif[at : at + size], "little" if exif[:2] == b"II" else "big")
+
+    first = number(4, 4)
+    for at in range(first + 2, min(first + 2 + 12 * number(first), len(exif)), 12):
+        if number(at) == 0x112:
+            return number(at + 8)
+    return 1
+
+
+def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
+    """The image as its EXIF orientation says that it is to be seen."""
+    if not 2 <= orientation <= 8:
+        return image
+    image = image if orientation < 5 else image.swapaxes(0, 1)
+    rows, columns = ((1, 1), (1, -1), (-1, -1), (-1, 1))[(orientation - 1) % 4]
+    return np.ascontiguousarray(image[::rows, ::columns])
+
+
+def _decode_heic(data: bytes, name: str) -> np.ndarray | None:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise UserError(
+            f"{name}: a HEIC image; to read it run pip install 'vit_jax[heic]', or convert it"
+        ) from None
+    try:
+        return np.asarray(pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=True))
+    except Exception:  # Its library raises some kinds.
+        return None
+
+
+def _load_array(data: bytes) -> np.ndarray | None:
+    try:
+        image = np.load(io.BytesIO(data), allow_pickle=False)
+    except ValueError:
+        return None
+    return image.astype(image.dtype.newbyteorder("="), copy=False)
+
+
+def _decode_tiff(data: bytes, header: Header, flag: int, name: str) -> np.ndarray | None:
+    """The samples as they are stored; of those of 8 bits, as colours.
+
+    OpenCV reads no more than 4 channels, and mixes up planes of more than 8 bits that lie behind
+    each other; tifffile lacks codecs.
+    """
+    try:
+        page = tiff_page(data)
+        parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+        packed = int(page.compression) != 1
+        if not all(size > 0 and start + size <= len(data) for start, size in parts):
+            return None
+        if header.dtype == "uint8" and header.channels in (1, 3):
+            image = _imdecode(data, flag)
+            if image is not None or int(page.photometric) > 2:  # Of some tiles it reads none.
+                return image
+        # A packed part may become a thousand times as large.
+        if any(packed and size > MAX_BYTES // 1032 for _, size in parts):
+            raise UserError(f"{name}: a TIFF of packed parts of MBs; write it in strips of some KB")
+        if not packed and sum(size for _, size in parts) < page.nbytes:
+            return None
+        image = page.asarray(maxworkers=1)
+        if page.planarconfig == 2 and image.ndim == 3:
+            image = np.moveaxis(image, 0, -1)
+    except UserError:
+        raise
+    except Exception as error:
+        codec = "imagecodecs" in str(error)
+        if not codec:
+            return None
+        if page.planarconfig == 2 or page.samplesperpixel not in (1, 3, 4):
+            raise UserError(
+                f"{name}: {page.samplesperpixel} channels packed by {page.compression.name}, which "
+                "isn't read; pip install imagecodecs, or write it unpacked or by deflate"
+            ) from None
+        image = _imdecode(data, cv2.IMREAD_UNCHANGED)
+        if image is None or image.dtype.name != header.dtype:
+            return None
+        image = image[..., [2, 1, 0, 3][: image.shape[2]]] if image.ndim == 3 else image
+    if int(page.photometric or 0) == 0 and image.dtype.kind == "u":  # White is zero.
+        image = np.iinfo(image.dtype).max - image
+    return _turned(image.astype(header.dtype, copy=False), int(page.tags.valueof(274, 1)))
 
 
 def _upper_rows(data: bytes, header: Header, bottom: int) -> bytes | bytearray:
@@ -181,51 +249,8 @@ def _upper_rows(data: bytes, header: Header, bottom: int) -> bytes | bytearray:
         return data
     rows = bytearray(data)  # The one copy.
     rows[header.frame + 5 : header.frame + 7] = height.to_bytes(2)
-    rows[data.rfind(_JPEG_END) :] = bytes(16)  # Some bytes are read ahead.
+    rows[data.rfind(b"\xff\xd9") :] = bytes(16)  # Some bytes are read ahead.
     return rows
-
-
-def _announced_size(data: bytes, kind: str) -> tuple[int, int]:
-    """(height, width) that the header of a file other than JPEG tells."""
-
-    def number(start: int, count: int = 2, order: Literal["little", "big"] = "little") -> int:
-        return int.from_bytes(data[start : start + count], order)
-
-    if kind == "PNG":
-        return number(20, 4, "big"), number(16, 4, "big")
-    if kind == "GIF":
-        return number(8), number(6)
-    if kind == "BMP" and number(14, 4) == 12:
-        return number(20), number(18)
-    if kind == "BMP":  # A negative height counts from the top.
-        return min(number(22, 4), 2**32 - number(22, 4)), number(18, 4)
-    if data[12:16] == b"VP8X":
-        return number(27, 3) + 1, number(24, 3) + 1
-    if data[12:16] == b"VP8L":
-        return (number(21, 4) >> 14 & 0x3FFF) + 1, (number(21, 4) & 0x3FFF) + 1
-    return number(28) & 0x3FFF, number(26) & 0x3FFF
-
-
-def _plain_png(data: bytes) -> bytes:
-    """A PNG file without what says nothing of its pixels; empty if it is damaged.
-
-    About colour profiles, dates and damage libpng complains on stderr, past OpenCV's log level.
-    """
-    kept, position = [data[:8]], 8
-    while position < len(data) and data[12:16] == b"IHDR":  # Which has the announced size.
-        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
-        chunk = data[position:end]
-        name, check = chunk[4:8], int.from_bytes(data[end - 4 : end], "big")
-        whole = end <= len(data) and zlib.crc32(chunk[4:-4]) == check
-        needed = name[:1].isupper()  # As the format has it.
-        if needed and not whole:
-            break
-        if needed or (whole and name in (b"tRNS", b"eXIf")):  # Palette's alpha, orientation.
-            kept.append(chunk)
-        if name == b"IEND":
-            return b"".join(kept)
-        position = end
-    return b""
 
 
 def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
@@ -249,8 +274,20 @@ def content(path: str | os.PathLike) -> bytes:
         ) from None
 
 
+def visible(image: np.ndarray) -> np.ndarray:
+    """An image (h, w, c) to be looked at, uint8 of 1 or 3 channels: of more the first three, and of
+    other types what lies between its 1st and 99th percentile."""
+    image = image if image.shape[2] in (1, 3) else image[..., : 3 if image.shape[2] > 3 else 1]
+    if image.dtype == np.uint8:
+        return image
+    low, high = np.nanpercentile(image[::4, ::4].astype(np.float32), (1, 99))
+    levels = (image - np.float32(low)) * np.float32(255 / max(high - low, 1e-30))
+    return np.clip(np.nan_to_num(levels), 0, 255).astype(np.uint8)
+
+
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """The uint8 image (h, w, c) averaged to `side` pixels on its longer side, to be looked at."""
+    """The image (h, w, c) made `visible` and averaged to `side` pixels on its longer side."""
+    image = visible(image)
     scale = side / max(image.shape[:2])
     if scale >= 1:
         return image
@@ -263,7 +300,7 @@ def resize(image: np.ndarray, size: tuple[int, int], *, rounded: bool = False) -
     """Bilinear resizing with half-pixel centres and no antialiasing, as `tf.image.resize`.
 
     Args:
-      image: (h, w, c), uint8 or float32, c at most 4.
+      image: (h, w, c), uint8 or float32, of at most 128 channels.
       size: (height, width) of the result.
       rounded: to uint8.
 

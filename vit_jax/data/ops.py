@@ -6,6 +6,7 @@ bool), and it returns a `Step`.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import cv2
 import numpy as np
 
 from vit_jax.data import images
+from vit_jax.data.headers import MAX_BYTES
 from vit_jax.data.images import Box
 from vit_jax.errors import UserError
 
@@ -25,7 +27,12 @@ Size = tuple[int, int]  # (height, width); written 224 or (224, 192)
 Pixels = NewType("Pixels", int)
 PerChannel = tuple[float, ...]  # One for each channel, or one for all; written 0.5 or (0.5, 0.4)
 
+# Of what an operation makes of an image: as much, in floats, as an image file may decode to.
+MAX_AREA = MAX_BYTES // 12
+
 SAME_SIZE: Size = (-1, -1)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class Step:
       is_geometric: whether it moves pixels, no more.
       can_round: whether `apply` takes rounded=True, for a result of uint8.
       normalize: what it does, if it normalises.
+      levels: the values that become 0 and 255, if it is `levels`.
     """
 
     apply: Callable[..., np.ndarray]
@@ -104,9 +112,20 @@ class Step:
     is_geometric: bool = False
     can_round: bool = False
     normalize: Normalize | None = None
+    levels: tuple[PerChannel, PerChannel] | None = None
 
 
 OPS: dict[str, Callable[..., Step]] = {}
+
+
+def spelled(value: Any) -> str:
+    """A number, or several, as they are written in a preprocessing text."""
+    if isinstance(value, tuple):
+        same = len(set(value)) == 1
+        return spelled(value[0]) if same else f"({', '.join(map(spelled, value))})"
+    if isinstance(value, bool) or value != int(value):
+        return repr(value)
+    return str(int(value))
 
 
 def op(function: Callable[..., Step]) -> Callable[..., Step]:
@@ -119,6 +138,72 @@ def op(function: Callable[..., Step]) -> Callable[..., Step]:
 def decode() -> Step:
     """Does nothing, for images arrive decoded; may stand first, as other libraries want it."""
     return Step(lambda image, _: image)
+
+
+@op
+def levels(lo: PerChannel, hi: PerChannel) -> Step:
+    """Maps lo..hi to 0..255, which all other operations work on, in floats and cut off there.
+
+    For images of other values than 0 to 255: 12 bits are `levels(0, 4095)`. It stands before all
+    but `gray` and `rgb`.
+    """
+    count = max(len(lo), len(hi))
+    if len({len(lo), len(hi), 1}) > 2 or not np.less(lo, hi).all():
+        raise UserError("expected lo < hi, and as many of both")
+    low, high = (np.broadcast_to(np.asarray(ends, np.float64), count) for ends in (lo, hi))
+
+    def apply(image: np.ndarray, _: Any) -> np.ndarray:
+        if count not in (1, image.shape[2]):
+            raise UserError(f"levels: {count} channels, and the image has {image.shape[2]}")
+        if image.dtype.kind in "iu" and high.max() > np.iinfo(image.dtype).max:
+            raise UserError(
+                f"levels: the image is of type {image.dtype}, whose values end at "
+                f"{np.iinfo(image.dtype).max:,}, expected values of up to {high.max():,g}"
+            )
+        return _to_levels(image, low, high)
+
+    return Step(apply, levels=(lo, hi))
+
+
+def _to_levels(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """float32 (h, w, c), lo..hi as 0..255. Raises UserError for what is no number."""
+    pixels = image.astype(np.float32)
+    pixels -= _float32(low)
+    pixels *= _float32(255 / (high - low))
+    sample = pixels[::8, ::8]
+    if (sample > 255).mean() > 0.5:
+        _warn_once(
+            f"most values of an image lie above {high.max():g}, where levels({low.min():g}, "
+            f"{high.max():g}) cuts them off: is it of another range?"
+        )
+    if image.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise UserError("the image holds NaN or infinite values; replace them")
+    return np.clip(pixels, 0, 255, out=pixels)
+
+
+@functools.lru_cache
+def _warn_once(text: str) -> None:
+    _log.warning("%s", text)
+
+
+def whole_range(image: np.ndarray) -> np.ndarray:
+    """The image with values of 0 to 255: uint8 as it is, of 16 bits its whole range as float32.
+
+    Raises UserError for other types, of which the range isn't told by the type.
+    """
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype != np.uint16:
+        raise UserError(
+            f"the image is of type {image.dtype}, which doesn't tell what is black and what white: "
+            "say it with config.levels, or put levels(lo, hi) first"
+        )
+    if 0 < np.percentile(image[::8, ::8], 99.9) < 65535 / 4:
+        _warn_once(
+            "an image of 16 bits has hardly a value above a quarter of 65,535, all of which counts "
+            "as its range: if it has fewer bits, say so with levels"
+        )
+    return _to_levels(image, np.zeros(1), np.full(1, 65535.0))
 
 
 @op
@@ -188,11 +273,6 @@ def resize_small(size: Pixels, antialias: bool = False) -> Step:
         height, width = image.shape[:2]
         scale = size / min(height, width)
         result = round(height * scale), round(width * scale)
-        if result[0] * result[1] > images.MAX_PIXELS:
-            raise UserError(
-                f"resize_small: {height} x {width} pixels would become {result[0]:,} x "
-                f"{result[1]:,}, expected {images.MAX_PIXELS:,} at most; remove the image"
-            )
         return _resized(image, rng, result, antialias, rounded)
 
     return Step(apply, size=None, can_round=True)
@@ -203,6 +283,12 @@ def _resized(
 ) -> np.ndarray:
     """float32, or uint8 if `rounded`."""
     height, width, channels = image.shape
+    between = size[0] * width if antialias and width > size[1] else 0
+    if max(size[0] * size[1] * channels, between - image.size) > 3 * MAX_AREA:
+        raise UserError(
+            f"resize: {height} x {width} pixels would become {size[0]:,} x {size[1]:,} of "
+            f"{channels} channels, expected {MAX_AREA:,} pixels at most, of 3; remove the image"
+        )
     if not antialias or (height <= size[0] and width <= size[1]):
         return images.resize(image, size, rounded=rounded)
     # First the rows, then the columns, each a product with a matrix that is nearly all zeros.
@@ -271,11 +357,12 @@ def random_shift(pixels: Pixels) -> Step:
     """Moves the image by up to `pixels` each way; the gap is 0: black, if before value_range."""
 
     def apply(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        height, width, channels = image.shape
-        padded = np.zeros((height + 2 * pixels, width + 2 * pixels, channels), image.dtype)
-        padded[pixels : pixels + height, pixels : pixels + width] = image
-        top, left = rng.integers(0, 2 * pixels + 1, 2)
-        return images.cut(padded, (top, left, height, width))
+        top, left = (int(pixels - x) for x in rng.integers(0, 2 * pixels + 1, 2))
+        moved = np.zeros_like(image)
+        height, width = (max(n - abs(x), 0) for n, x in zip(image.shape, (top, left), strict=False))
+        part = images.cut(image, (max(-top, 0), max(-left, 0), height, width))
+        images.cut(moved, (max(top, 0), max(left, 0), height, width))[:] = part
+        return moved
 
     return Step(apply, random=True, is_geometric=True)
 
@@ -311,10 +398,26 @@ def _normalized(normalization: Normalize) -> Step:
 def gray() -> Step:
     """Colours become luma (ITU-R BT.601), one channel."""
     weights = np.array([[0.299], [0.587], [0.114]], np.float32)
-    return Step(lambda image, _: image if image.shape[2] == 1 else image.astype("f4") @ weights)
+
+    def apply(image: np.ndarray, _: Any) -> np.ndarray:
+        check_colours("gray", image)
+        return image if image.shape[2] == 1 else image.astype("f4") @ weights
+
+    return Step(apply)
 
 
 @op
 def rgb() -> Step:
     """Grey becomes three equal channels."""
-    return Step(lambda image, _: np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image)
+
+    def apply(image: np.ndarray, _: Any) -> np.ndarray:
+        check_colours("rgb", image)
+        return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+    return Step(apply)
+
+
+def check_colours(name: str, image: np.ndarray) -> None:
+    """Raises UserError, naming the operation, for an image that is neither grey nor coloured."""
+    if image.shape[2] not in (1, 3):
+        raise UserError(f"{name}: an image of {image.shape[2]} channels, expected 1 or 3")

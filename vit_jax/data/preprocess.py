@@ -17,12 +17,23 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data import augment  # noqa: F401 (it has operations, too)
-from vit_jax.data.images import Box, cut, to_uint8
-from vit_jax.data.ops import OPS, SAME_SIZE, Normalize, PerChannel, Size, Step
+from vit_jax.data.headers import MAX_CHANNELS
+from vit_jax.data.images import Box, cut, to_uint8, visible
+from vit_jax.data.ops import (
+    MAX_AREA,
+    OPS,
+    SAME_SIZE,
+    Normalize,
+    PerChannel,
+    Size,
+    Step,
+    spelled,
+    whole_range,
+)
 from vit_jax.errors import UserError
 
-MAX_PIXELS = 16384  # A longer side is a slip of the keyboard.
-MAX_LENGTH = 1000  # Of a specification, in characters.
+MAX_PIXELS = 16384  # A longer one is a slip of the keyboard.
+MAX_LENGTH = 4000  # Of a specification, in characters.
 OPERATIONS = tuple(OPS)  # Their names.
 
 
@@ -65,12 +76,25 @@ class Preprocess:
         found = [step.normalize for step in self.steps if step.normalize]
         return found[-1] if found else Normalize((127.5,), (127.5,))
 
+    @property
+    def levels(self) -> tuple[PerChannel, PerChannel] | None:
+        """The values that become 0 and 255, if that is said; see `ops.levels`."""
+        return next((step.levels for step in self.steps if step.levels), None)
+
+    @property
+    def works_on_uint8(self) -> tuple[str, ...]:
+        """The operations that round to whole grey levels, if they are given others."""
+        names = (text.partition("(")[0] for text in self.spec.split("|"))
+        return tuple(n for n, step in zip(names, self.steps, strict=True) if step.on_uint8)
+
     def without_normalize(self, *, as_uint8: bool = False) -> "Preprocess":
         """What comes before `normalize`, which has to be there.
 
         Args:
-          as_uint8: for results rounded to uint8, in place of float32.
+          as_uint8: for results rounded to uint8, in place of float32; unless there are `levels`,
+            for images of more than 8 bits.
         """
+        as_uint8 = as_uint8 and not self.levels
         if not self.normalize:
             raise ValueError(f"{self.spec!r} doesn't end with its only normalisation")
         steps, spec = list(self.steps[:-1]), self.spec.rpartition("|")[0]
@@ -91,7 +115,7 @@ class Preprocess:
 
     def undo_range(self, image: np.ndarray) -> np.ndarray:
         """The uint8 image that a normalised result was made of, to be looked at."""
-        return self.range.undo(image)
+        return visible(self.range.undo(image))
 
     def crop_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box | None:
         """The box that the first operation takes of an (h, w) image, drawn from `rng`, if any."""
@@ -104,7 +128,8 @@ class Preprocess:
         """Applies the operations from left to right.
 
         Args:
-          image: uint8 (h, w, c), c 1 or 3.
+          image: (h, w, c), uint8, or of another type if there are `levels`; of uint16 without them,
+            the whole range counts.
           rng: the only source of randomness.
           cropped: whether `image` is just the `crop_box`, drawn from the same `rng`.
 
@@ -118,6 +143,8 @@ class Preprocess:
             if self.random:
                 raise TypeError(f"{self.spec!r} is random: pass a numpy.random.Generator")
             rng = np.random.default_rng(0)
+        if image.dtype != np.uint8 and not self.levels:
+            image = whole_range(image)
         for step in self.steps:
             if step.crop and not cropped:
                 image = cut(image, step.crop(image.shape[:2], rng))
@@ -158,6 +185,8 @@ def parse(spec: str, *, train: bool = True, max_pixels: int = MAX_PIXELS) -> Pre
         if step.on_uint8 and normalized:
             name = normalized[0].partition("(")[0]
             raise UserError(f"{text} {where} works on values of 0 to 255: put it before {name}")
+        if step.levels and not {"decode", "gray", "rgb"}.issuperset(texts):
+            raise UserError(f"{text} {where}: put it first, only gray and rgb may come before")
         if text == "decode" and texts:
             raise UserError(f"decode {where}: images arrive decoded, it can only stand first")
         steps.append(step)
@@ -195,7 +224,7 @@ def _parse_op(text: str, where: str, max_pixels: int) -> tuple[Step, str]:
         step = OPS[name](**values)
     except (UserError, TypeError) as error:
         expected = [
-            p.name if p.default is p.empty else f"{p.name}={_spelled(p.default)}"
+            p.name if p.default is p.empty else f"{p.name}={spelled(p.default)}"
             for p in parameters.values()
         ]
         form = f"{name}({', '.join(expected)})" if expected else f"{name} without arguments"
@@ -204,7 +233,7 @@ def _parse_op(text: str, where: str, max_pixels: int) -> tuple[Step, str]:
         ) from None
     # Required arguments by position, others by name and only where they aren't the default.
     texts = [
-        _spelled(values[key]) if p.default is p.empty else f"{key}={_spelled(values[key])}"
+        spelled(values[key]) if p.default is p.empty else f"{key}={spelled(values[key])}"
         for key, p in parameters.items()
         if values.get(key, p.default) != p.default
     ]
@@ -238,25 +267,21 @@ def _convert(name: str, value: Any, kind: Any, max_pixels: int) -> Any:
         )
     if kind is PerChannel:
         values = value if isinstance(value, tuple) else (value,)
-        if len(values) not in (1, 3) or not all(
+        if not 1 <= len(values) <= MAX_CHANNELS or not all(
             type(v) in (int, float) and abs(v) < 1e9 for v in values
         ):
-            raise UserError(f"{name} is {_short(value)}, expected a number, or one a channel: 3")
+            raise UserError(f"{name} is {_short(value)}, expected a number, or one a channel")
         return tuple(map(float, values[:1] if len(set(values)) == 1 else values))
     pair = value if kind is Size and isinstance(value, tuple) else (value, value)
     if len(pair) != 2 or not all(type(v) is int and 0 < v <= max_pixels for v in pair):
         shape = f"1 to {max_pixels} pixels" + (" or (height, width)" if kind is Size else "")
         raise UserError(f"{name} is {_short(value)}, expected {shape}")
+    if pair[0] * pair[1] > MAX_AREA:
+        raise UserError(
+            f"{name} is {_short(value)}, which is {pair[0] * pair[1]:,} pixels, expected "
+            f"{MAX_AREA:,} at most"
+        )
     return pair if kind is Size else value
-
-
-def _spelled(value: Any) -> str:
-    if isinstance(value, tuple):
-        same = len(set(value)) == 1
-        return _spelled(value[0]) if same else f"({', '.join(map(_spelled, value))})"
-    if isinstance(value, bool) or value != int(value):
-        return repr(value)
-    return str(int(value))
 
 
 def _short(value: Any) -> str:

@@ -32,12 +32,12 @@ class Source:
     Attributes:
       name: what the user called the data set.
       labels: class names, made printable; a label is an index into them.
-      channels: colour channels of every image.
+      channels: channels of every image.
       keys: one an image, naming it independently of where the data set lies; an array where
         there may be millions.
       label_ids: int32 array (n,); where an image may have several labels (n, k), filled up with
         -1. None where labels are stored with the images and only reading them tells.
-      read_key: key -> uint8 image (h, w, channels), or the content of an image file; where
+      read_key: key -> image (h, w, channels), or the content of an image file; where
         `label_ids` is None, a pair of that and the label or labels. Raises UserError if it can't
         be read.
       describe_key: key -> what a person calls the image, e.g. its path.
@@ -80,7 +80,7 @@ class Source:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 (h, w, channels), "label": int}; UserError if it can't be read.
+        """{"image": (h, w, channels), "label": int}; UserError if it can't be read.
 
         With `multi_label` the label is float32 (classes,), 1 for each class of the image.
         """
@@ -93,13 +93,16 @@ class Source:
             return self.read_key(self.keys[index])
         return self.read_key(self.keys[index]), self.label_ids[index]
 
-    def decode(self, stored: bytes | np.ndarray, index: int) -> np.ndarray:
-        """The pixels of what `stored` gave, uint8 (h, w, channels)."""
+    def decode(
+        self, stored: bytes | np.ndarray, index: int, remarks: list[str] | None = None
+    ) -> np.ndarray:
+        """The pixels of what `stored` gave, (h, w, channels); see `images.decode`."""
         if not isinstance(stored, bytes):
             return stored
         from vit_jax.data import images  # Loads OpenCV.
 
-        return images.decode(stored, channels=self.channels, name=self.describe(index))
+        name = self.describe(index)
+        return images.decode(stored, channels=self.channels, name=name, remarks=remarks)
 
     def label(self, stored: Any) -> Any:
         """The label of a batch for the one or several that `stored` gave."""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from vit_jax.data.image_files import ENDINGS, content_below, packed
+from vit_jax.data.image_files import ENDINGS, channels_of, content_below, packed
 from vit_jax.data.source import Source, Splits, held_out_splits, some_of, split_name
 from vit_jax.errors import UserError
 from vit_jax.files import list_folder, open_file
@@ -107,7 +107,7 @@ def table_splits(dataset: str, seed: int) -> Splits:
         split: Source(
             name=dataset,
             labels=labels,
-            channels=3,
+            channels=channels_of(root, first[0].path),
             keys=packed([row.path for row in part]),
             label_ids=_label_ids(part, labels, width if multi_label else None),
             read_key=partial(content_below, root),

@@ -45,9 +45,12 @@ def evaluate_images(
     Raises UserError if the classes don't fit.
     """
     classes = class_indices(vit, source)
-    colours = {1: "gray", 3: "rgb"}.get(vit.spec.channels)
-    if colours is None:
-        raise UserError(f"these weights take {vit.spec.channels} channels, which no image has")
+    colours = {1: "gray|", 3: "rgb|"}.get(vit.spec.channels, "")
+    if not colours and source.channels != vit.spec.channels:
+        raise UserError(
+            f"these weights take images of {vit.spec.channels} channels, and those of "
+            f"{source.name} have {source.channels}"
+        )
     assert vit.spec.num_classes is not None  # class_indices has seen to it.
     loss = loss or vit.loss
     if source.multi_label and loss != "sigmoid":
@@ -60,7 +63,7 @@ def evaluate_images(
         vit.model_on(jax.devices()),
         vit.params,
         source,
-        f"{colours}|{vit.preprocess}",
+        f"{colours}{vit.preprocess}",
         classes,
         vit.spec.num_classes,
         batch_size=batch_size,

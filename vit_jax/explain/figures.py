@@ -64,6 +64,8 @@ def views(vit: Pretrained, images: Images) -> Iterator[ImageView]:
 
     Raises UserError if an image can't be read, or has another shape than the network takes.
     """
+    from vit_jax.data.images import visible
+
     preprocess = data.parse(vit.preprocess)
     if not len(images):
         raise UserError("there are no images to explain: give one at least")
@@ -80,7 +82,7 @@ def views(vit: Pretrained, images: Images) -> Iterator[ImageView]:
     for image in images:
         pixels = vit.read(image)
         box = _patches_box(vit, _kept_box(preprocess, pixels.shape))
-        yield ImageView(pixels, preprocess(pixels), box)
+        yield ImageView(visible(pixels), preprocess(pixels), box)
 
 
 def _kept_box(preprocess: data.Preprocess, shape: tuple[int, ...]) -> tuple[float, ...]:

@@ -126,6 +126,32 @@ class ImageModel(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def first_layer(self) -> str:
+        """The name of the array (h, w, channels, filters) that looks at the pixels."""
+        raise NotImplementedError
+
+    def with_channels(self, arrays: Arrays, channels: int) -> Arrays:
+        """The weights for images of another number of channels, by timm's rule.
+
+        For grey, the filters of the colours are added up, which gives what three equal channels
+        would. For others they are repeated in turn, and scaled by what there were by what there
+        are. Raises UserError if they aren't those of grey or colours.
+        """
+        kernel = arrays[self.first_layer]
+        stored = kernel.shape[2]
+        if stored not in (1, 3):
+            raise UserError(
+                f"the weights take images of {stored} channels and can't be made ready for "
+                f"{channels}: only those of 1 or 3 channels can"
+            )
+        if channels == 1:
+            kernel = kernel.sum(axis=2, keepdims=True)
+        else:
+            turns = np.arange(channels) % stored
+            kernel = kernel[:, :, turns] * np.float32(stored / channels)
+        return {**arrays, self.first_layer: kernel}
+
     def with_head(
         self: Any, arrays: Arrays, num_classes: int | None, pre_logits: bool | None
     ) -> tuple[Any, Arrays]:
@@ -344,8 +370,9 @@ class Spec:
         num_classes: int | None = None,
         image_size: Size | None = None,
         pre_logits: bool | None = None,
+        channels: int | None = None,
     ) -> tuple[Arrays, Self]:
-        """Weights for another task: another head, another size of image.
+        """Weights for another task: another head, another size of image, other channels.
 
         Args:
           arrays: {"a/b/c": array}, see `checkpoints.load_weights`.
@@ -353,6 +380,7 @@ class Spec:
           image_size: (height, width); None keeps the grid, else positions are resampled.
           pre_logits: None keeps the tanh layer with a kept head and drops it with a new one, as the
             paper's fine-tuning does; True keeps it, False drops it.
+          channels: None keeps the first layer; a number changes it, see `ImageModel.with_channels`.
 
         Returns:
           (arrays, spec) of the changed network. Arrays that didn't change are shared.
@@ -363,8 +391,13 @@ class Spec:
         module, arrays = self.module.with_head(arrays, num_classes, pre_logits)
         if image_size is not None:
             arrays = module.resize(arrays, self.image_size, image_size)
+        if channels not in (None, self.channels):
+            arrays = module.with_channels(arrays, channels)
         return arrays, dataclasses.replace(
-            self, module=module, image_size=image_size or self.image_size
+            self,
+            module=module,
+            image_size=image_size or self.image_size,
+            channels=channels or self.channels,
         )
 
 

@@ -201,6 +201,10 @@ class LiT(ImageModel):
         both = {f"img/{k}": v for k, v in image.items()} | {f"txt/{k}": v for k, v in text.items()}
         return both | {"t": (1,)}
 
+    @property
+    def first_layer(self) -> str:
+        return f"img/{self.image_tower().first_layer}"
+
     def resize(self, arrays: Arrays, old: Size, new: Size) -> Arrays:
         image = self.image_tower().resize(below(arrays, "img/"), old, new)
         return arrays | {f"img/{key}": array for key, array in image.items()}

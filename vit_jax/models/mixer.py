@@ -208,6 +208,10 @@ class MlpMixer(ImageModel):
         )
         return Spec(model, reading.size_of_grid(model, tokens, hints), channels)
 
+    @property
+    def first_layer(self) -> str:
+        return "stem/kernel"
+
     def resize(self, arrays: Arrays, old: Size, new: Size) -> Arrays:
         if self.grid_size(new) != self.grid_size(old):
             raise UserError(

@@ -530,6 +530,10 @@ class VisionTransformer(ImageModel):
             image_size = min(image_size[0], height), min(image_size[1], width)
         return super().shapes(image_size, channels)
 
+    @property
+    def first_layer(self) -> str:
+        return "embedding/kernel" if self.resnet is None else "conv_root/kernel"
+
     def resize(self, arrays: Arrays, old: Size, new: Size) -> Arrays:
         """Resamples learned positions by the rule of `position_resize`."""
         if self.position_embedding != "learned":

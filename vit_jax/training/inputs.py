@@ -29,6 +29,7 @@ class RunData:
     train_ops: data.Preprocess
     eval_ops: data.Preprocess
     cores: int | None = None  # This process's share, if it isn't all that it was given.
+    notes: tuple[str, ...] = ()  # What a person should know of the values of the images.
 
     @functools.cached_property
     def readers(self) -> tuple[data.Readers, data.Readers]:
@@ -126,24 +127,41 @@ def open_data(
             f"config.loss is softmax, which knows one class an image, but images of "
             f"{config.dataset} may have several: use --config.loss=sigmoid"
         )
+    notes: list[str] = []
+    if not (train_ops.levels or eval_ops.levels):
+        levels, notes = data.find_levels(train, config.levels)
+        if levels:  # A part of the text, so that it is recorded with the weights.
+            train_ops = data.parse(f"{levels}|{train_ops.spec}")
+            eval_ops = data.parse(f"{levels}|{eval_ops.spec}", train=False)
+    elif config.levels:
+        raise UserError(
+            f"config.levels {config.levels!r} and the levels of config.pp.train or config.pp.eval "
+            "both say what values are black and white: leave one out"
+        )
+    if train_ops.levels:
+        notes += [f"{name} rounds them to whole ones" for name in train_ops.works_on_uint8]
     shapes = _shape(train_ops, train), _shape(eval_ops, train)
     if shapes[0] != shapes[1]:
         raise UserError(
             f"training makes images of shape {shapes[0]} and evaluation of {shapes[1]}: "
             "give config.pp.train and config.pp.eval the same size"
         )
+    if train_ops.levels != eval_ops.levels:
+        raise UserError(
+            "config.pp.train and config.pp.eval have different levels: give both the same"
+        )
     if train_ops.range != eval_ops.range:
         raise UserError(
             f"training makes images of values from {train_ops.range} and evaluation of values from "
             f"{eval_ops.range}: give config.pp.train and config.pp.eval the same value_range"
         )
-    return RunData(config, train, test, train_ops, eval_ops, cores)
+    return RunData(config, train, test, train_ops, eval_ops, cores, tuple(notes))
 
 
 def _shape(ops: data.Preprocess, source: data.Source) -> tuple[int, int, int]:
     # Not smaller than a crop wants it, nor of a worse aspect.
     size = np.max([step.size or (1, 1) for step in ops.steps], axis=0).clip(1)
-    blank = np.zeros((*size, source.channels), np.uint8)
+    blank = np.zeros((*size, source.channels), np.float32 if ops.levels else np.uint8)
     if ops.output_size is None:  # The images keep their size: look at one.
         blank = source[0]["image"]
     return ops(blank, np.random.default_rng(0)).shape

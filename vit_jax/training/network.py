@@ -56,6 +56,7 @@ def make_network(
         path,
         num_classes=len(labels),
         image_size=(height, width),
+        channels=channels,
         **{k: v for k, v in fields.items() if k in weightless and v},
     )
     stored = vit.spec.architecture()
@@ -71,12 +72,6 @@ def make_network(
                 f"{vit.spec.description} ({field} {found}, not {value})"
             )
         raise UserError(f"{wish}: leave it out, or start from other weights")
-    if vit.spec.channels != channels:
-        operation = "rgb" if vit.spec.channels == 3 else "gray"
-        raise UserError(
-            f"the weights in {path} take images of {vit.spec.channels} channels, these have "
-            f"{channels}: add {operation} to config.pp.train and config.pp.eval"
-        )
     return dataclasses.replace(vit, labels=labels, preprocess=preprocess, loss=config.loss)
 
 

@@ -204,7 +204,7 @@ def _memory(phase: str, task: RunData, model: Any, params: Any) -> dict[str, int
         return TrainState(jnp.int32(0), params, tx.init(params), jnp.uint32(0), new_guard(), ema)
 
     def batch(ops: data.Preprocess, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        blank = np.zeros((8, 8, task.train.channels), np.uint8)
+        blank = np.zeros((8, 8, task.train.channels), np.float32 if ops.levels else np.uint8)
         image = ((size, *task.image_shape), ops(blank, np.random.default_rng(0)).dtype)
         several = ((size, len(task.labels)), jnp.float32)
         label = several if task.train.multi_label else ((size,), jnp.int32)

@@ -280,8 +280,8 @@ def prepare(
         chosen = choose_kernels_from_config(config, vit.model, data.image_shape[:2], mesh)
         introduction = introduce(config, vit, data)
         fingerprints = data.fingerprints
-    used = {"attention by": chosen.attention}
-    assert_equal_across_processes(run_signature(config, fingerprints) | used)
+    found = {"attention by": chosen.attention, "preprocessing": data.eval_ops.spec}
+    assert_equal_across_processes(run_signature(config, fingerprints) | found)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)
     model = model.clone(kernels=chosen.kernels)
@@ -337,6 +337,7 @@ def introduce(config: ConfigDict, vit: Pretrained, data: RunData) -> str:
         f"{'from scratch' if weights is None else f'from {weights}'}, {len(data.labels)} classes, "
         f"{len(data.train):,} images to train on and {len(data.test):,} to test on, "
         f"read by {data.readers[0]}, {device_kinds()}"
+        + "".join(f"; {note}" for note in (*vit.notes, *data.notes))
         + "".join(f"; no effect has {field}" for field in without_effect(config))
         + "".join(f"; {text}" for text in remarks(data.train, data.test))
     )
