@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from vit_jax.data import image_files, open_source, parse, remarks, train_batches
+from vit_jax.data.source import similar_labels
 from vit_jax.errors import UserError
 
 PREPROCESS = parse("value_range(-1, 1)")
@@ -115,9 +116,11 @@ def test_one_wrapping_folder_is_entered_and_that_is_said(tmp_path):
     assert said(tmp_path / "whole") == [
         f"{photos} was entered, the only folder there",
         f"{photos}/all was entered, the only folder there",
-        f"left out in {photos.parent}: 1 images beside the folders; put them in folders of "
+        f"left out in {photos.parent}: images beside the folders, 1; put them in folders of "
         "classes or remove them",
     ]
+    (photos / "all" / "stray.jpg").touch()
+    assert len(said(tmp_path / "whole")) == 4
     make(tmp_path / "nested" / "training_set" / "training_set")
     make(tmp_path / "nested" / "test_set" / "test_set")
     assert len(open_source(str(tmp_path / "nested"), "test")) == 6
@@ -131,11 +134,11 @@ def test_what_lies_beside_splits_and_classes_is_counted(tmp_path):
     make(tmp_path / "train", classes=["."], count=7)
     (tmp_path / "README.md").touch()
     (tmp_path / ".git").mkdir()
-    rest = "images beside the folders; put them in folders of classes or remove them"
     assert said(tmp_path) == [
         f"left out in {tmp_path}: 1 (.md), 1 (hidden)",
         f"left out in {tmp_path}: folders beside the splits, 'extra', 'unsorted'",
-        f"left out in {tmp_path}/train: 7 {rest}",
+        f"left out in {tmp_path}/train: images beside the folders, 7; put them in folders of "
+        "classes or remove them",
     ]
 
 
@@ -146,6 +149,8 @@ def test_classes_of_nearly_the_same_name_are_said(tmp_path):
     assert "'cafe\u0301' and 'caf\u00e9'" in cafes
     assert "'2' and '2.0' and '_2'" in twos
     assert len(open_source(str(tmp_path), "train").labels) == 8
+    pairs = [f"{c}{i}" for i in range(100) for c in "Aa"]
+    assert similar_labels(pairs)[5:] == ["and 95 more such classes"]
 
 
 # Which files are images.

@@ -373,11 +373,15 @@ def test_mistakes_are_named_with_their_line(photos, tmp_path):
     fails("there is no such folder or file", str(tmp_path / "nowhere.csv"))
 
 
-@given(st.text(max_size=60))
-def test_any_text_is_a_table_or_a_user_error(tmp_path_factory, text):
+@given(
+    st.text(max_size=60),
+    st.sampled_from(["", "path,label\n", "id;a;b\n", "Image\tclass\tgroup\n", '{"path": "']),
+    st.sampled_from(["utf-8", "utf-16", "utf-16-le"]),
+)
+def test_any_text_is_a_table_or_a_user_error(tmp_path_factory, text, head, encoding):
     folder = tmp_path_factory.mktemp("any")
-    for name in ("a.csv", "a.jsonl"):
-        (folder / name).write_text(text, encoding="utf-8", errors="surrogatepass")
+    for name in ("a.csv", "a.jsonl", "a.tsv"):
+        (folder / name).write_text(head + text, encoding=encoding, errors="surrogatepass")
         with pytest.raises(UserError):  # it names no image that is there
             open_source(str(folder / name), "train")
 

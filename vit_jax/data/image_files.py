@@ -85,14 +85,14 @@ def folder_splits(dataset: str, seed: int) -> Splits:
 
 
 def _enter(path: str, notes: list[str], doubts: list[str], split: str = "") -> tuple[str, Folder]:
-    """A folder, or the one that all of it lies in, if that holds folders and no image, and isn't
-    named like another split."""
+    """A folder, or the one that all of it lies in, if that is none of images and isn't named like
+    another split. (As there is but one, it can't be a class.)"""
     content = list_images(path, links=True)
     while len(content.folders) == 1 and split_name(content.folders[0]) in ("", split):
         below = os.path.join(path, content.folders[0])
         inner = list_images(below, links=True)
-        if inner.images or not inner.folders:
-            break
+        if len(inner.folders) < 1 + bool(inner.images):
+            break  # It is a class.
         notes.append(f"{below} was entered, the only folder there")
         _tell_left_out(path, content, notes, doubts)
         path, content = below, inner
@@ -251,7 +251,7 @@ def _tell_left_out(where: str, content: Folder, notes: list[str], doubts: list[s
         )
     if content.images:
         doubts.append(
-            f"left out in {where}: {len(content.images):,} images beside the folders; put them in "
+            f"left out in {where}: images beside the folders, {len(content.images):,}; put them in "
             "folders of classes or remove them"
         )
 

@@ -202,11 +202,12 @@ def similar_labels(labels: Sequence[str]) -> list[str]:
     for label in labels:
         plain = unicodedata.normalize("NFC", label.removesuffix(".0")).casefold()
         alike[re.sub(r"[\s_]+", " ", plain).strip()].append(repr(label))
-    return [
+    found = [
         f"classes {' and '.join(names)} are nearly named alike: merge them if they are one"
         for names in alike.values()
         if len(names) > 1
     ]
+    return found[:5] + [f"and {len(found) - 5:,} more such classes"] * (len(found) > 5)
 
 
 def remarks(*sources: Source) -> list[str]:
