@@ -204,3 +204,10 @@ def test_one_device_has_no_column_of_its_own(tiny, tmp_path, capfd, no_image):
     assert re.findall(r"[a-z][a-z/]+", lines[0]) == [
         *("step", "loss", "lr", "img/s", "data", "wait", "eta", "grad", "update", "weights")
     ]
+
+
+def test_a_terminal_without_such_letters_gets_a_bar_of_others():
+    bare = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_terminal(80, PYTHONIOENCODING="ascii")[0])
+    assert re.search(r"300/600 -+ .* 50%  eta", bare)
+    assert "━" not in bare
+    assert "\\u" not in bare
