@@ -135,7 +135,7 @@ def test_the_first_line_says_what_was_left_out_or_guessed(photos, tiny, tmp_path
     (root / "train").rename(root / "TRAIN")
     (root / "TRAIN" / "cat" / "scan.dcm").touch()
     config = tiny(*FIELDS, f"dataset={root}")
-    network = SimpleNamespace(params={}, spec=SimpleNamespace(description="ViT"))
+    network = SimpleNamespace(params={}, notes=(), spec=SimpleNamespace(description="ViT"))
     line = introduce(config, network, open_data(config))
     assert "3 classes, 21 images to train on and 9 to test on" in line
     assert f"; TRAIN is the split train; left out in {root}/TRAIN, as they are no images" in line

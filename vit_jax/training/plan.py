@@ -163,25 +163,23 @@ def _new(config: ConfigDict, saving: Mapping[str, Any]) -> dict[str, Any] | None
 
 def _source(config: ConfigDict, classes: int | None) -> data.Source:
     """The images to train on if they are at hand, else a stand-in of RGB images."""
-    name = config.dataset
+    name, labels = config.dataset, None if classes is None else tuple(map(str, range(classes)))
     if data.is_known(name) or os.path.exists(os.path.expanduser(name)):
         source = data.open_source(name, config.splits.train, seed=config.seed)
-    elif classes is None:
+        return source if labels is None else dataclasses.replace(source, labels=labels)
+    if labels is None:
         raise UserError(
             f"the number of classes of {name!r} is not known, because it is not on this machine: "
             "give --classes"
         )
-    else:
 
-        def no_image(_: Any) -> Any:
-            raise UserError(
-                f"the size of the images of {name!r} is not known: give config.pp.train and "
-                "config.pp.eval an operation that sets it, such as resize(224)"
-            )
+    def no_image(_: Any) -> Any:
+        raise UserError(
+            f"the size of the images of {name!r} is not known: give config.pp.train and "
+            "config.pp.eval an operation that sets it, such as resize(224)"
+        )
 
-        source = data.Source(name, (), 3, range(1), np.zeros(1, np.int32), no_image, str)
-    labels = source.labels if classes is None else tuple(map(str, range(classes)))
-    return dataclasses.replace(source, labels=labels)
+    return data.Source(name, labels, 3, range(1), np.zeros(1, np.int32), no_image, str)
 
 
 def _memory(phase: str, task: RunData, model: Any, params: Any) -> dict[str, int | None]:
