@@ -139,6 +139,56 @@ def test_a_class_without_training_images_is_a_problem():
     assert check({"test": source}).problems == []
 
 
+def test_values_that_lie_in_a_sliver_are_a_problem(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        pixels = rng.integers(0, 4096, (16, 16), dtype=np.uint16)
+        save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png", pixels)
+    assert run(capsys, tmp_path / "data", "--out", tmp_path)[0] == 1
+    text = (tmp_path / "check.txt").read_text()
+    assert "of 65,535: set --config.levels='12 bit' if they have no more bits" in text
+    assert "values      0 to 4,09" in text
+    assert text.count(", uint16") == 2  # Of train and test.
+
+
+def test_what_decoding_leaves_out_is_counted_and_damage_a_problem(clean, capsys):
+    half = cv2.imencode(".jpg", image(9, 64, 64))[1].tobytes()
+    (clean / "train" / "a" / "half.jpg").write_bytes(half[: len(half) // 2] + b"\xff\xd9")
+    (clean / "train" / "a" / "more.jpg").write_bytes(half[:-2] + bytes(30) + half[-2:])
+    frames = [Image.fromarray(image(i, 64, 64)).convert("L") for i in (20, 21)]
+    frames[0].save(clean / "train" / "b" / "two.gif", save_all=True, append_images=frames[1:])
+    save(clean / "test" / "b" / "alpha.png", np.dstack([image(30), image(30)[..., 0]]))
+    save(clean / "test" / "b" / "deep.png", image(31).astype(np.uint16) * 257)
+    result = checked(clean)
+    assert [text.split(": ")[1] for text in result.splits["train"].unreadable] == [
+        "truncated or damaged JPEG file; replace or remove it"
+    ]
+    remarks = result.splits["train"].remarks
+    assert remarks["of several pages or frames, of which the first is read"] == 1
+    assert result.splits["test"].remarks == {"with transparency, which is dropped": 1}
+    assert any("may be damaged, of which libjpeg says: Corrupt" in p for p in result.problems)
+    assert "test has images of several types, 1 of uint16 and 4 of uint8" in result.problems
+    assert "1 image of several pages or frames, of which the first is read" in (
+        checking.summary(result)
+    )
+
+
+def test_images_of_twelve_channels_are_checked_and_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = rng.normal(size=(16, 16, 12)).astype(np.float32)
+        pixels[0, 0, 0] = np.nan if i == 3 else 0
+        np.save(tmp_path / "data" / "ab"[i % 2] / f"{i}.npy", pixels)
+    result = check({"all": open_source(str(tmp_path / "data"), "train+test")})
+    split = result.splits["all"]
+    assert split.channels == {12: 9}
+    assert split.types == {"float32": 9}
+    assert [text.split(": ")[1] for text in split.unreadable] == ["holds NaN or infinite values"]
+    drawing = checking.write_report(result, tmp_path / "out", "title")[1]
+    assert np.asarray(Image.open(drawing)).std() > 1
+
+
 def test_images_of_several_labels_are_counted_for_each():
     source = Source(
         name="several",

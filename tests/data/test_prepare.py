@@ -119,3 +119,25 @@ def test_what_is_there_is_not_touched(photos, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be made"):
         prepare_tfds(str(photos), str(tmp_path / "file" / "p"))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((10, 8, 8, 12), np.uint16), "images of 12 channels, expected 1 or 3"),
+        (np.zeros((10, 8, 8, 3), np.float32), r"\[0\] is of float32, expected 8 or 16 bits"),
+    ],
+)
+def test_what_png_cannot_hold_is_refused(images, message, tmp_path):
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(10) % 2)
+    with pytest.raises(UserError, match=message):
+        prepare_tfds(str(tmp_path / "a.npz"), str(tmp_path / "out"))
+
+
+def test_16_bits_are_kept(tmp_path):
+    values = np.random.default_rng(0).integers(0, 2**16, (10, 8, 8, 3), np.uint16)
+    np.savez(tmp_path / "a.npz", images=values, labels=np.arange(10) % 2)
+    prepare_tfds(str(tmp_path / "a.npz"), str(tmp_path / "out"))
+    for split in ("train", "test"):
+        source = open_source(str(tmp_path / "out"), split)
+        assert_same(source, open_source(str(tmp_path / "a.npz"), split))

@@ -331,6 +331,11 @@ def _builder(sources: Mapping[str, Source], name: str, data_dir: str, corrupt: s
 
     screen = Console(stderr=True)
     one = next(iter(sources.values()))
+    if one.channels not in (1, 3):
+        raise UserError(
+            f"{one.name}: images of {one.channels} channels, expected 1 or 3: a TFDS data set has "
+            "no place for others; train on them as they are"
+        )
     classes = tfds.features.ClassLabel(names=list(one.labels))
     label = "labels" if one.multi_label else "label"
     features = {
@@ -378,6 +383,11 @@ def _builder(sources: Mapping[str, Source], name: str, data_dir: str, corrupt: s
                         raise
                     _log.warning("Skipping %s", error)
                     continue
+                if pixels.dtype not in (np.uint8, np.uint16):
+                    raise UserError(
+                        f"{source.describe(index)} is of {pixels.dtype}, expected 8 or 16 bits, "
+                        "as PNG has them; train on such images as they are"
+                    )
                 if not isinstance(stored, bytes):
                     order = np.ascontiguousarray(pixels[..., ::-1])  # OpenCV's is blue, green, red.
                     stored = cv2.imencode(".png", order)[1].tobytes()
