@@ -520,7 +520,6 @@ def read_notes(weights: Path) -> Notes | None:
             raise ValueError(f"classifier {classifier!r} is none of {', '.join(known)}")
         if labels is not None and type(labels) is not list:
             raise ValueError("labels is no list")
-        check_loss(loss := notes.get("loss", "softmax"))
         size = height_width(notes["image_size"])
         if max(size) > _LARGEST_IMAGE:
             raise ValueError(f"image_size is {size}, expected at most {_LARGEST_IMAGE} pixels")
@@ -530,6 +529,7 @@ def read_notes(weights: Path) -> Notes | None:
         )
         if preprocess.output_size not in (None, size):
             raise ValueError(f"preprocess makes images of {preprocess.output_size}, not {size}")
+        check_loss(loss := notes.get("loss", "softmax"))
         untold = dict(notes.get("untold", {}))
         _check_untold(untold)
         return Notes(

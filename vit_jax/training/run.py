@@ -161,6 +161,8 @@ def train(
         # Once more than in the command line: checkpoints that are being written wait, when they are
         # closed, for all processes, so a process that fails alone has to end before that.
         stack.enter_context(exit_with_others(config.silence_timeout))
+        # Within, as what that tells is to be a line; around the files, whose closing may fail, too.
+        stack.enter_context(full_disk_explained(f"the workdir {folder}"))
         assert_equal_across_processes({"checkpoint": checkpoints.latest})
         state, damaged = checkpoints.restore(state)
         step = start = int(state.step)
@@ -172,7 +174,6 @@ def train(
         profile = stack.enter_context(Profile(config.profile, trace_folder(folder)))
         stop = SharedStop(own_stop)
         stack.callback(gc.unfreeze)
-        stack.enter_context(full_disk_explained(f"the workdir {folder}"))
         own_stop.say = log.say
         log.say(context.introduction)
         if damaged:
