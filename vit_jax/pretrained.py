@@ -364,7 +364,6 @@ def load(
     told |= {"classifier": classifier} if classifier else {}
     wishes = dict(heads=heads, pre_logits=pre_logits, allow_nonfinite=allow_nonfinite)
     arrays, spec, notes = read_weights(path, tower, likely_size=size, told=told, **wishes)
-    )
     arrays, new = spec.adapt(
         arrays,
         num_classes=None if num_classes is None else int(num_classes),

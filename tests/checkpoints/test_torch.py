@@ -199,6 +199,37 @@ def test_a_config_of_another_network_is_refused(tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "vit", "image_size": "x"},
+        {"model_type": "vit", "image_size": []},
+        {"model_type": "vit", "layer_norm_eps": "x"},
+        {"model_type": "vit", "num_attention_heads": "x"},
+        {"model_type": "vit", "hidden_act": []},
+        {"model_type": "vit", "id2label": {"a": "b"}},
+        {"model_type": "vit", "vision_config": 3},
+        {"architecture": "vit", "model_args": [1]},
+        {"architecture": "vit", "pretrained_cfg": 3},
+        {"architecture": "vit", "pretrained_cfg": {"mean": 1, "std": 2}},
+    ],
+)
+def test_a_damaged_config_is_one_line(config, tmp_path):
+    path = written("hf-vit", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"^[^\n]*safetensors: [^\n]*$"):
+        load(path)
+
+
+def test_arrays_of_odd_shapes_are_named(tmp_path):
+    path = written("timm-vit", tmp_path, **{"head.weight": np.zeros(5, np.float32)})
+    with pytest.raises(UserError, match=r"head\.weight has shape \(5,\), expected 2 axes"):
+        load(path)
+    odd = {"blocks.0.attn.proj.weight": np.zeros((12, 13), np.float32)}
+    with pytest.raises(UserError, match=r"proj\.weight has shape \(12, 13\), which 3 heads do not"):
+        load(written("timm-vit", tmp_path, **odd))
+
+
 NEAR = {
     "BEiT": {"blocks.0.attn.relative_position_bias_table": (4, 3)},
     "CaiT": {"blocks_token_only.0.norm1.weight": (12,)},

@@ -221,7 +221,7 @@ def _for_transformers(
         return arrays, config, torch.SIGLIP
     if not spec.cls_has_position:
         for _ in range(spec.num_prefix_tokens - spec.num_registers):
-            arrays[POSITIONS] = with_zero_token(arrays[POSITIONS])
+            arrays[POSITIONS] = np.asarray(with_zero_token(arrays[POSITIONS]))
     if is_dinov2:
         return _as_dinov2(arrays, config, spec)
     family = "vit" if spec.distilled == "none" else "deit"

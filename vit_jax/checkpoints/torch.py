@@ -314,7 +314,13 @@ def read_torch(
     taken, prefix, inside = _unwrap(arrays)
     is_timm = "patch_embed.proj.weight" in inside
     config = _read_config(path) if path else {}
-    settings = _settings(config)
+    try:
+        settings, labels = _settings(config), _labels(config)
+        stated = _stated_values(config)
+    except (AttributeError, IndexError, TypeError, ValueError) as e:
+        raise UserError(
+            f"the config.json beside it is damaged ({type(e).__name__}: {e}): mend or remove it"
+        ) from e
     name = config.get("file", "")
     is_facebook = bool(prefix) or name.endswith((".pth", ".pt", ".tar"))
     layout = (
@@ -353,7 +359,12 @@ def read_torch(
         targets, op = table[name]
         parts = _split(array, len(targets), OPS[op], taken[key])
         for target, part in zip(targets, parts, strict=True):
-            found[target.replace("{i}", block)] = _lazily(part, OPS[op].to, heads)
+            try:
+                found[target.replace("{i}", block)] = _lazily(part, OPS[op].to, heads)
+            except ValueError:
+                raise UserError(
+                    f"{taken[key]} has shape {tuple(array.shape)}, which {heads} heads do not divide"
+                ) from None
     if unknown:
         raise UserError(
             f"it is {layout.kind}, but has arrays that are not known there, "
@@ -372,7 +383,7 @@ def read_torch(
         for field in ("num_heads", "activation", "layer_norm_epsilon")
     }
     kind = f"{layout.kind} ({prefix})" if prefix else layout.kind
-    about = _values(layout.kind, config, name) | {"labels": _labels(config), "known_from": places}
+    about = (stated or _values(layout.kind, name)) | {"labels": labels, "known_from": places}
     return TorchFile(found, kind, tuple(left_out), hints, about)
 
 
@@ -658,12 +669,17 @@ _IMAGENET: dict[str, tuple[float, ...]] = {
 _HALF: dict[str, tuple[float, ...]] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
-def _values(kind: str, config: Mapping[str, Any], file: str) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of the values that a network is for."""
+def _stated_values(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]] | None:
+    """Mean and standard deviation of the values that a network is for, where a file tells them."""
     timm, hf = (config.get(part) or {} for part in ("pretrained_cfg", "preprocessor"))
     mean, std = timm.get("mean") or hf.get("image_mean"), timm.get("std") or hf.get("image_std")
-    if mean and std:
-        return {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+    if not (mean and std):
+        return None
+    return {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+
+
+def _values(kind: str, file: str) -> dict[str, tuple[float, ...]]:
+    """The same by the kind of network and the name of its file."""
     is_google = "SigLIP" in kind or kind == "HF ViT"
     if kind.endswith("ViT or DeiT") and not re.search(r"deit|dino|mae|moco", file, re.IGNORECASE):
         is_google = not kind.startswith("fb")
