@@ -78,7 +78,7 @@ def _array(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return np.float32(2) + np.float32(0.1) * normal
     is_norm = owner.startswith(("LayerNorm_", "gn")) or owner.endswith("norm")
     deviations = {"pos_embedding": 0.2, "cls": 0.5, "probe": 0.5, "embedding": 0.3}
-    deviations["registers"] = 0.5
+    deviations["registers"] = deviations["dist"] = 0.5
     deviations["bias"] = 0.1 if is_norm else 0.02
     return np.float32(deviations[kind]) * normal
 

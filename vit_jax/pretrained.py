@@ -329,6 +329,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     pre_logits: bool | None = None,
     classifier: str | None = None,
+    heads: int | None = None,
     allow_nonfinite: bool = False,
     channels: int | None = None,
     **overrides: Any,
@@ -349,12 +350,13 @@ def load(
         one (the paper's fine-tuning); True and False say so outright.
       classifier: how tokens are pooled, where neither the arrays nor notes beside them tell it or
         they are wrong: "gap", "first" (big_vision's "0"), "unpooled" ("none"), "token_unpooled".
+      heads: attention heads, of a file of PyTorch's that doesn't tell them.
       allow_nonfinite: whether weights that hold NaN or infinity are loaded, to look at them.
       channels: None keeps the first layer; a number makes it that of images of so many channels, by
         timm's rule: filters are added up for grey, and repeated and scaled for others.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
-        stochastic_depth_rate and dtype, the one that is computed in. And what else no array tells,
-        before notes: activation, layer_norm_epsilon, position_resize, layer_scale.
+        stochastic_depth_rate, drop_path_mode and dtype, the one that is computed in. And what else
+        no array tells, before notes: activation, layer_norm_epsilon, position_resize, layer_scale.
 
     Raises UserError if the source can't be read or doesn't fit.
     """
@@ -372,9 +374,8 @@ def load(
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
     told |= {"classifier": classifier} if classifier else {}
-    arrays, spec, notes = read_weights(
-        path, tower, likely_size=size, told=told, allow_nonfinite=allow_nonfinite
-    )
+    wishes = dict(heads=heads, pre_logits=pre_logits, allow_nonfinite=allow_nonfinite)
+    arrays, spec, notes = read_weights(path, tower, likely_size=size, told=told, **wishes)
     arrays, new = spec.adapt(
         arrays,
         num_classes=None if num_classes is None else int(num_classes),
@@ -448,7 +449,7 @@ def read_weights(
     *,
     likely_size: tuple[int, int] | None = None,
     told: Mapping[str, Any] | None = None,
-    **wishes: bool,
+    **wishes: Any,
 ) -> tuple[dict[str, np.ndarray], Spec, "Notes | None"]:
     """(arrays, spec, notes) of what `find_weights` gave.
 
@@ -470,7 +471,17 @@ def read_weights(
     hints["classifier"] = told.pop("classifier", None)
     hints |= {"untold": told} if told else {}
     arrays, spec = checkpoints.load_weights(path, tower=tower, **wishes, **hints)
-    return arrays, spec, notes
+    return arrays, spec, notes or _library_notes(path, spec, wishes.get("heads"))
+
+
+def _library_notes(path: Path, spec: Spec, heads: int | None) -> "Notes | None":
+    """What a file of PyTorch's and the config.json beside it say, as notes; else None."""
+    with checkpoints.open_arrays(path) as stored:
+        layout = checkpoints.read_layout(stored, path, heads=heads)
+    notes = checkpoints.library_notes(layout, spec)
+    if notes is None:
+        return None
+    return Notes(**notes | {"labels": tuple(notes["labels"]) if notes["labels"] else None})
 
 
 # What the official layouts have no place for is kept in a small .json file beside the weights.

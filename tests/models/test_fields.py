@@ -208,3 +208,38 @@ def test_what_is_not_as_in_the_original_is_told():
     assert lines["unlike the original"] == (
         "activation gelu_erf, layer_norm_epsilon 0.1, qkv_bias False, layer_scale 0.1"
     )
+
+
+def test_stochastic_depth_is_the_same_in_all_blocks_or_grows():
+    spec = vit_spec(num_layers=1, stochastic_depth_rate=0.9)
+    arrays, x = reference.make_params(spec.shapes(), seed=4), images(spec, 8)
+    still = apply(spec.model(), arrays, x)
+    for mode, same in (("linear", True), ("constant", False)):
+        model = spec.model(drop_path_mode=mode)
+        tree = {"params": checkpoints.to_tree(arrays)}
+        found = model.apply(tree, x, train=True, rngs={"dropout": jax.random.key(0)})
+        assert np.allclose(found, still, atol=1e-5) == same
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(distilled="heads"),
+        dict(distilled="token", cls_has_position=False),
+        dict(classifier="gap", fc_norm=True, unread_class_token=True),
+        dict(classifier="token_gap", num_registers=2),
+        dict(mlp="swiglu", layer_scale=0.1),
+    ],
+)
+def test_fields_of_other_libraries_train_are_explained_and_come_back(fields, tmp_path):
+    vit = make(vit_spec(**fields))
+    vit.save(tmp_path / "w.npz")
+    found = load(tmp_path / "w.npz", image_size=(24, 20))
+    assert load(tmp_path / "w.npz").spec == vit.spec
+    x = images(found.spec)
+    assert found(x).shape == (2, 5)
+    assert explain.rollout(found, x).shape == (2, 6, 5)
+    maps = explain.relevance(found, x, [0])
+    assert maps.shape == (2, 1, 6, 5)
+    assert np.isfinite(maps).all()
+    assert load(tmp_path / "w.npz", num_classes=3)(images(vit.spec)).shape == (2, 3)

@@ -47,8 +47,16 @@ def test_the_official_names_are_known():
     scaled = {f"ViT-{size}_14" for size in ("So400m", "g", "g-opt", "G", "G-opt", "e")}
     scaled |= {"ViT-mu_16", "ViT-M_16"}
 
-    assert set(vit_jax.list_models()) == {*NAMES} | hybrids | mixers | scaled
-    assert len(vit_jax.list_models()) == 29
+    deit = {f"DeiT-{size}_16{more}" for size in ("Ti", "S", "B") for more in ("", "-distilled")}
+    deit |= {*(f"DeiT3-{size}_16" for size in "SMBL"), "DeiT3-H_14"}
+    dinov2 = {f"DINOv2-{size}_14{more}" for size in "SBLg" for more in ("", "-reg")}
+    others = {f"SigLIP-{size}_16" for size in ("B", "L", "So400m", "g-opt")} | {"SigLIP-So400m_14"}
+    others |= {"MAE-B_16", "MAE-L_16", "MAE-H_14"}
+
+    assert set(vit_jax.list_models()) == (
+        {*NAMES} | hybrids | mixers | scaled | deit | dinov2 | others
+    )
+    assert len(vit_jax.list_models()) == 56
     assert len(NAMES) == 13
 
 

@@ -80,3 +80,54 @@ def test_the_original_codes_embeddings_come_out_bit_for_bit(case):
     assert list(found.shape) == facts["pe_shape"]
     assert found.sum(dtype=np.float64) == facts["pe_sum"]
     assert hashlib.sha256(found.tobytes()).hexdigest()[:16] == facts["pe_sha_f32"]
+
+
+def pixel_by_pixel(row: np.ndarray, new: int, kernel, reach: float, *, antialias, offset=0.0):
+    """One axis, written down from the definitions; row (old, d)."""
+    old, out = len(row), []
+    scale = old / (new + offset)
+    wide = max(scale, 1) if antialias else 1
+    for i in range(new):
+        center = (i + 0.5) * scale - 0.5
+        value, total = 0, 0
+        for j in range(-100, old + 100):
+            weight = kernel(abs(j - center) / wide) if abs(j - center) < reach * wide else 0
+            if antialias and not 0 <= j < old:
+                continue
+            value = value + weight * row[min(max(j, 0), old - 1)]
+            total += weight
+        out.append(value / total)
+    return np.array(out)
+
+
+def cubic(a):
+    def kernel(t):
+        if t <= 1:
+            return (a + 2) * t**3 - (a + 3) * t**2 + 1
+        return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0
+
+    return kernel
+
+
+RULES = {
+    "torch": (cubic(-0.75), 2, dict(antialias=False)),
+    "torch-antialias": (cubic(-0.5), 2, dict(antialias=True)),
+    "dinov2": (cubic(-0.75), 2, dict(antialias=False, offset=0.1)),
+    "bilinear": (lambda t: 1 - t, 1, dict(antialias=False)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("old", "new"), [((5, 7), (9, 4)), ((8, 8), (3, 20)), ((6, 4), (6, 1))])
+def test_rules_of_other_libraries_are_those_of_their_definition(rule, old, new):
+    kernel, reach, more = RULES[rule]
+    stored = embedding(old, class_token=True)
+
+    found = resample(stored, old, new, prefix=1, rule=rule)
+
+    grid = stored[0, 1:].reshape(*old, -1).astype(np.float64)
+    rows = np.stack([pixel_by_pixel(c, new[0], kernel, reach, **more)
+                     for c in grid.swapaxes(0, 1)], axis=1)  # fmt: skip
+    expected = np.stack([pixel_by_pixel(r, new[1], kernel, reach, **more) for r in rows])
+    np.testing.assert_allclose(found[0, 1:].reshape(expected.shape), expected, atol=1e-5)
+    np.testing.assert_array_equal(found[0, :1], stored[0, :1])

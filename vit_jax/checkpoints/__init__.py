@@ -18,7 +18,14 @@ from vit_jax.checkpoints.formats import (
     write_arrays,
     write_npz,
 )
-from vit_jax.checkpoints.infer import NONFINITE, check_arrays, nonfinite, read_spec
+from vit_jax.checkpoints.infer import (
+    NONFINITE,
+    check_arrays,
+    library_notes,
+    nonfinite,
+    open_network,
+    read_spec,
+)
 from vit_jax.checkpoints.layouts import STYLES, read_layout, to_linen, to_style
 from vit_jax.errors import UserError
 from vit_jax.models.family import Spec
@@ -32,9 +39,11 @@ __all__ = [
     "check_arrays",
     "check_ending",
     "is_orbax",
+    "library_notes",
     "load_weights",
     "nonfinite",
     "open_arrays",
+    "open_network",
     "read_layout",
     "read_npz",
     "read_spec",
@@ -65,8 +74,8 @@ def load_weights(
       tower: of a file with several networks the one to take, see `layouts.read_layout`.
       values: False for the architecture alone: no value is read, and there are no arrays.
       allow_nonfinite: whether there may be NaN and infinity among the values.
-      **hints: what the arrays can't tell (classifier, image_size, likely_size, untold), see
-        `infer.read_spec`.
+      **hints: what the arrays can't tell: heads and pre_logits, see `infer.open_network`, and
+        classifier, image_size, likely_size and untold, see `infer.read_spec`.
 
     Returns:
       (arrays, spec): float32 arrays under today's names, and the architecture they belong to.
@@ -74,11 +83,10 @@ def load_weights(
     Raises UserError if the file can't be read, its arrays do not fit together, or some value is NaN
     or infinite. No value is read before they are known to fit.
     """
-    with open_arrays(path) as stored:
-        arrays = to_linen(stored, tower=tower, where=str(path))
-        spec = read_spec(arrays, **hints, where=str(path))
+    with open_network(path, tower=tower, **hints) as (layout, spec):
+        arrays = layout.arrays.items() if values else ()
         with np.errstate(over="ignore"):  # What is no float32 is told below.
-            found = {k: np.asarray(v, np.float32) for k, v in arrays.items() if values}
+            found = {k: np.asarray(v, np.float32) for k, v in arrays}
     if not allow_nonfinite and (bad := nonfinite(found)):
         raise UserError(
             f"{path} holds weights that are no numbers, {listing(NONFINITE, bad)}: the run "

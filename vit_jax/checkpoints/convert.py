@@ -9,15 +9,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vit_jax.checkpoints.formats import (
-    LazyArray,
-    check_ending,
-    open_arrays,
-    split_tower,
-    write_arrays,
-)
-from vit_jax.checkpoints.infer import NONFINITE, nonfinite, read_spec
-from vit_jax.checkpoints.layouts import to_linen, to_style
+from vit_jax.checkpoints.formats import LazyArray, check_ending, split_tower, write_arrays
+from vit_jax.checkpoints.infer import NONFINITE, library_notes, nonfinite, open_network
+from vit_jax.checkpoints.layouts import to_style
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, expand_user
 from vit_jax.models import Spec
@@ -42,6 +36,7 @@ def convert(
     *,
     style: str = "linen",
     dtype: str | None = None,
+    heads: int | None = None,
     force: bool = False,
 ) -> Converted:
     """Writes weights again as another kind of file, or in another layout.
@@ -56,6 +51,7 @@ def convert(
       target: a name that ends in .npz, .safetensors or .orbax (a folder).
       style: the layout to write, one of `layouts.STYLES`.
       dtype: "float32" or "bfloat16", what to store numbers as; None for what they are.
+      heads: attention heads, if the source is a file of PyTorch's that doesn't tell them.
       force: whether files that are there may be replaced.
 
     Raises UserError if the source is not understood, the target is there already, or the notes of
@@ -73,12 +69,16 @@ def convert(
             f"{target} would share {notes}, which is about all of {path}: choose a "
             "name with another beginning"
         )
-    with open_arrays(path) as stored:
-        arrays = to_linen(stored, tower=tower, where=str(path))
-        spec = read_spec(arrays, **_noted(path, tower), where=str(path))
+    with open_network(path, tower=tower, heads=heads, **_noted(path, tower)) as opened:
+        layout, spec = opened
+        arrays, told = layout.arrays, library_notes(layout, spec)
         endings = (".json", ".txt", ".model") if spec.classifies_by_text else (".json",)
         pairs = [(path.with_suffix(ending), target.with_suffix(ending)) for ending in endings]
-        sidecars = [(old, new) for old, new in pairs if old.resolve() != new.resolve()]
+        sidecars = [
+            (old, new)
+            for old, new in pairs
+            if old.resolve() != new.resolve() or (told and not old.is_file())
+        ]
         there = [str(new) for new in (target, *(new for _, new in sidecars)) if new.exists()]
         if there and not force:
             raise UserError(
@@ -106,6 +106,10 @@ def convert(
         if old.is_file() and tower is None:
             with atomic_write(new) as out:
                 out.write(old.read_bytes())
+            written.append(new)
+        elif told:  # What their files don't say stands in other files beside them.
+            with atomic_write(new) as out:
+                out.write(json.dumps(told, indent=1, ensure_ascii=False).encode() + b"\n")
             written.append(new)
         else:  # Notes of the weights that were there before would be wrong for these.
             new.unlink(missing_ok=True)

@@ -312,7 +312,8 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                # Row by row, whatever the order in memory: equal arrays give equal files.
+                np.lib.format.write_array(member, np.asarray(array, order="C"), allow_pickle=False)
 
 
 # .safetensors

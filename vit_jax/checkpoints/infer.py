@@ -1,16 +1,73 @@
 """Understanding a file of weights: the architecture is read from the arrays themselves."""
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.checkpoints.formats import open_arrays
+from vit_jax.checkpoints.layouts import Layout, logged_layout
 from vit_jax.errors import UserError
 from vit_jax.models.family import FAMILIES, Hints, Size, Spec
 from vit_jax.models.shapes import listing
 
 NONFINITE = "NaN or infinite"
+
+
+@contextlib.contextmanager
+def open_network(
+    path: str | os.PathLike,
+    *,
+    tower: str | None = None,
+    heads: int | None = None,
+    pre_logits: bool | None = None,
+    **hints: Any,
+) -> Iterator[tuple[Layout, Spec]]:
+    """Opens a file of weights and finds out what network they are of.
+
+    Args:
+      path, tower: see `checkpoints.load_weights`.
+      heads, pre_logits: for files of PyTorch's, see `torch.read_torch`.
+      **hints: for `read_spec`; they go before what the file says of itself.
+
+    Returns:
+      a context manager of its layout, in which arrays can be read while it is open, and the
+      architecture.
+
+    Raises UserError if the file can't be read or its arrays do not fit together.
+    """
+    with open_arrays(path) as stored:
+        layout = logged_layout(stored, Path(path), tower=tower, heads=heads, pre_logits=pre_logits)
+        hints = {k: v for k, v in hints.items() if v is not None}
+        if layout.hints:
+            hints["untold"] = {**layout.hints["untold"], **hints.get("untold", {})}
+        yield layout, read_spec(layout.arrays, **{**layout.hints, **hints}, where=str(path))
+
+
+def library_notes(layout: Layout, spec: Spec) -> dict[str, Any] | None:
+    """What the notes beside weights of PyTorch's would say, see `pretrained.Notes`; None for a file
+    of another kind."""
+    if not layout.about:
+        return None
+    mean, std = layout.about["mean"], layout.about["std"]
+    height, width = spec.image_size
+    size = height if height == width else (height, width)
+    defaults = {f.name: f.default for f in dataclasses.fields(spec.module)}
+    untold = {name: getattr(spec, name) for name in spec.untold}
+    is_plain = mean == std == (0.5,) * 3
+    values = "value_range(-1, 1)" if is_plain else f"normalize({mean}, {std})"
+    return {
+        "classifier": spec.classifier,
+        "image_size": spec.image_size,
+        "preprocess": f"resize({size})|{values}",
+        "labels": layout.about["labels"],
+        "untold": {name: value for name, value in untold.items() if value != defaults[name]},
+    }
 
 
 def read_spec(

@@ -10,9 +10,12 @@ The values may be NumPy arrays or `LazyArray`s: no step reads one.
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from vit_jax.checkpoints.formats import rows, with_zero_token
+from vit_jax.checkpoints.torch import is_torch, read_torch
 from vit_jax.errors import UserError
 from vit_jax.models.shapes import below
 
@@ -34,29 +37,45 @@ class Layout(NamedTuple):
       arrays: the network's arrays under today's names.
       steps: which of STEPS it needed; none if it had today's names already.
       left_out: keys of arrays that are not the network's.
+      hints, about: of a file of PyTorch's, see `torch.TorchFile`.
     """
 
     arrays: dict[str, Any]
     steps: tuple[str, ...]
     left_out: tuple[str, ...]
+    hints: Mapping[str, Any] = MappingProxyType({})
+    about: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def style(self) -> str:
-        """The layout in words: "linen", or which of STEPS it needs."""
+        """The layout in words: "linen", or which of STEPS it needs, or whose it is."""
         return ", ".join(self.steps) or "linen"
 
 
-def read_layout(arrays: Arrays, *, tower: str | None = None) -> Layout:
+def read_layout(
+    arrays: Arrays,
+    path: Path | None = None,
+    *,
+    tower: str | None = None,
+    **wishes: Any,
+) -> Layout:
     """Undoes every known layout.
 
     Args:
       arrays: name -> array, as they stand in a file.
+      path: the file.
       tower: of a file with several networks the one to take, e.g. "img"; None for the image tower,
         but for all of a LiT bundle.
+      **wishes: for a file of PyTorch's, see `torch.read_torch`.
 
     Raises UserError if the arrays contradict each other, or there is no such tower.
     """
     steps, left_out = [], []
+    if is_torch(arrays):
+        if tower is not None:
+            raise UserError(f"there is no tower {tower!r} in the file: leave it out")
+        file = read_torch(arrays, path, **wishes)
+        return Layout(file.arrays, (file.kind,), file.left_out, file.hints, file.about)
     for name, step in STEPS.items():
         new = step(arrays, tower) if step is choose_tower else step(arrays)
         if new is not arrays:
@@ -71,21 +90,26 @@ def read_layout(arrays: Arrays, *, tower: str | None = None) -> Layout:
 def to_linen(
     arrays: Arrays, *, tower: str | None = None, where: str = "the checkpoint"
 ) -> dict[str, Any]:
-    """The network's arrays under today's names, see `read_layout`; logs what is left out.
+    """The network's arrays under today's names, see `logged_layout`."""
+    return logged_layout(arrays, where=where, tower=tower).arrays
 
-    Errors and the log name `where`, the file.
-    """
+
+def logged_layout(
+    arrays: Arrays, path: Path | None = None, *, where: str | None = None, **wishes: Any
+) -> Layout:
+    """`read_layout` that logs what is left out. Errors and the log name `where`, else the file."""
+    where = where or str(path)
     try:
-        layout = read_layout(arrays, tower=tower)
+        layout = read_layout(arrays, path, **wishes)
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
     if layout.left_out:
-        groups = sorted({key.partition("/")[0] for key in layout.left_out})
+        groups = sorted({re.split(r"/|\.\d+\.", key)[0] for key in layout.left_out})
         _log.warning(
             "%s: %d of its %d arrays are taken, those of the network; left out: %s",
             *(where, len(arrays) - len(layout.left_out), len(arrays), ", ".join(groups)),
         )
-    return layout.arrays
+    return layout
 
 
 def to_style(arrays: Arrays, style: str) -> dict[str, Any]:

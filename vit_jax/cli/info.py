@@ -13,6 +13,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "weights", help="a file or name of weights, or the workdir of a finished run"
     )
+    parser.add_argument(
+        "--heads", type=int, help="attention heads, if a file of PyTorch's doesn't tell them"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -24,10 +27,10 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.pretrained import class_labels, find_weights, preprocess_for, read_weights
 
     path, asked = find_weights(args.weights)
-    _, spec, notes = read_weights(path, asked, values=False)
+    _, spec, notes = read_weights(path, asked, values=False, heads=args.heads)
     labels, preprocess = class_labels(path, notes, spec), preprocess_for(notes, spec, spec)
     with open_arrays(path) as stored:
-        layout = read_layout(stored, tower=asked)
+        layout = read_layout(stored, path, tower=asked, heads=args.heads)
         count = len(stored) - len(layout.left_out)
         types = sorted({str(a.dtype) for a in layout.arrays.values()})
         bad = nonfinite(layout.arrays)
@@ -43,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
             "arrays": count,
             "stored_types": types,
             "key_style": layout.style,
+            "left_out": layout.left_out,
+            "known_from": layout.about.get("known_from", {}),
             "bytes": size,
             "nonfinite": bad,
             "labels": labels,
@@ -62,8 +67,23 @@ def run(args: argparse.Namespace) -> None:
         "head": head,
         "preprocessing": preprocess,
         "stored as": f"{', '.join(types)}; {count} arrays, {layout.style} keys",
+        **_told(layout),
         "values": f"no weights to use: {listing(NONFINITE, bad)}" if bad else "all finite",
         "size": f"{size / 2**20:,.1f} MiB",
     }
     for title, text in lines.items():
         print(f"{title:<14} {printable(str(text))}")
+
+
+def _told(layout) -> dict[str, str]:
+    """Of a file of PyTorch's: what isn't in it and where it was known from; what is left out."""
+    from vit_jax.models.shapes import listing
+
+    places = [
+        f"{field} from {place}" for field, place in layout.about.get("known_from", {}).items()
+    ]
+    lines = {
+        "not in the file": "; ".join(places),
+        "left out": listing("arrays", [*layout.left_out]),
+    }
+    return {title: text for title, text in lines.items() if text}

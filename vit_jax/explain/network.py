@@ -87,18 +87,13 @@ def _observe(model: ImageModel, params: Any, pixels: jax.Array) -> Seen:
 def reading(tower: Tower, seen: Seen) -> np.ndarray:
     """float32 (t,): how much of each token the head reads; sums to 1.
 
-    That is the class token or first patch, the mean of attention pooling's heads, or all patches
-    alike.
+    That is the mean of attention pooling's heads, or what `ImageModel.head_reads` says.
     """
-    weights = np.zeros(len(seen.tokens), np.float32)
-    if tower.model.has_class_token:
-        weights[0] = 1
-    elif tower.model.classifier == "first":
-        weights[tower.first_patch] = 1
-    elif seen.pooling is not None:
+    if seen.pooling is not None:
         return seen.pooling.mean(axis=0)
-    else:
-        weights[tower.first_patch :] = 1 / (len(weights) - tower.first_patch)
+    weights = np.zeros(len(seen.tokens), np.float32)
+    for part in tower.model.head_reads:
+        weights[part] = 1 / len(weights[part]) / len(tower.model.head_reads)
     return weights
 
 

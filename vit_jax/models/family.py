@@ -199,8 +199,14 @@ class ImageModel(nn.Module):
 
     @property
     def has_class_token(self) -> bool:
-        """Whether the first token is a learned class token, which the head reads."""
+        """Whether the first token is a learned class token, which the head reads and no other."""
         return False
+
+    @property
+    def head_reads(self) -> tuple[slice, ...]:
+        """The tokens that the head reads, without attention pooling; those of each slice count as
+        much as those of another."""
+        return (slice(0, 1) if self.has_class_token else slice(self.num_prefix_tokens, None),)
 
     def num_tokens(self, image_size: Size) -> int:
         """How many tokens go through the blocks, for an image of (height, width) pixels."""
@@ -238,7 +244,9 @@ class ImageModel(nn.Module):
     def official_name(self: Any) -> str | None:
         """The name of the variant that this is; its head and its weightless fields don't matter."""
         own = self.architecture()
-        head = {k: v for k, v in own.items() if k in ("num_classes", "representation_size")}
+        # Nor how its positions would become those of other images.
+        free = ("num_classes", "representation_size", "position_resize")
+        head = {k: v for k, v in own.items() if k in free}
         for name, fields in self.variants.items():
             if type(self)(**(fields | head), parent=None).architecture() == own:
                 return name

@@ -4,6 +4,7 @@ Shapes: n images or texts, t query tokens, s key and value tokens, h heads, d a 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,12 @@ from vit_jax.models.kernels import (
 # Its name in the official checkpoints.
 ATTENTION_NAME = "MultiHeadDotProductAttention_0"
 
-# The GELU (arXiv:1606.08415) approximated by tanh, or exactly x Phi(x) by the error function.
-ACTIVATIONS = ("gelu_tanh", "gelu_erf")
+# The GELU (arXiv:1606.08415) approximated by tanh, exactly x Phi(x) by the error function, or x
+# sigmoid(1.702 x).
+ACTIVATIONS = ("gelu_tanh", "gelu_erf", "quick_gelu")
+
+# What stands between the dense layers: an activation, or the SwiGLU (arXiv:2002.05202).
+MLPS = ("gelu", "swiglu")
 
 # The published weights were trained with it.
 LAYER_NORM_EPSILON = 1e-6
@@ -46,11 +51,16 @@ def fields_for(target: type[nn.Module], source: nn.Module, **changes: Any) -> di
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a GELU between them, over the last axis. (..., d) -> (..., d)."""
+    """Two dense layers with a GELU between them, over the last axis. (..., d) -> (..., d).
+
+    With mlp "swiglu" three: the last one sees silu(Dense_0(x)) * Dense_1(x), and `activation` is
+    not used.
+    """
 
     mlp_dim: int
     dropout_rate: float = 0.0
     activation: str = "gelu_tanh"
+    mlp: str = "gelu"
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
     kernel_init: Callable = nn.initializers.xavier_uniform()
@@ -69,12 +79,20 @@ class Mlp(nn.Module):
 
         dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
         hidden = dense(self.mlp_dim)(x)
-        if self.activation == "gelu_tanh":
+        if self.mlp == "swiglu":
+            hidden = _in_float32(nn.silu, hidden) * dense(self.mlp_dim)(x)
+        elif self.activation == "gelu_tanh":
             hidden = self.kernels.gelu(hidden)
-        else:  # In float32, as the stock form of the other one.
-            exact = nn.gelu(hidden.astype(jnp.float32), approximate=False)
-            hidden = exact.astype(hidden.dtype)
+        elif self.activation == "gelu_erf":
+            hidden = _in_float32(functools.partial(nn.gelu, approximate=False), hidden)
+        else:
+            hidden = _in_float32(lambda x: x * nn.sigmoid(1.702 * x), hidden)
         return dropout(dense(x.shape[-1])(dropout(hidden)))
+
+
+def _in_float32(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """As the stock form of the GELU by tanh computes."""
+    return function(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -217,7 +235,7 @@ class DropPath(nn.Module):
         return jnp.where(kept, branch / jnp.asarray(keep, branch.dtype), jnp.zeros_like(branch))
 
 
-def head(module: Any, x: jax.Array) -> jax.Array:
+def head(module: Any, x: jax.Array, name: str = "head") -> jax.Array:
     """The logits of `module.num_classes` by a dense layer of `module`, x itself for None; float32.
 
     It computes in float32: it costs little, and the loss wants all the digits.
@@ -229,7 +247,7 @@ def head(module: Any, x: jax.Array) -> jax.Array:
         module.num_classes,
         kernel_init=nn.initializers.zeros,
         bias_init=nn.initializers.constant(module.head_bias_init),
-        name="head",
+        name=name,
     )(x)
 
 

@@ -1,6 +1,9 @@
 """Position embeddings: fixed ones, and learned ones resampled for another grid of patches."""
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +49,60 @@ def _official(grid: np.ndarray, new: tuple[int, int]) -> np.ndarray:
     return scipy.ndimage.zoom(grid, factors, order=1, mode="nearest")
 
 
+def resize_matrix(
+    old: int,
+    new: int,
+    *,
+    cubic: float | None,
+    antialias: bool = False,
+    offset: float = 0.0,
+) -> np.ndarray:
+    """The weights (new, old) float64 by which a row of values becomes one of another length.
+
+    Place i of the new row is place (i + 1/2) s - 1/2 of the old one, s = old / (new + offset).
+
+    Args:
+      cubic: the a of Keys' kernel (1981); None for the linear one.
+      antialias: widen the kernel when shrinking, and leave out what lies outside of the row;
+        without, the first and last value go on there.
+      offset: see above; not 0 in DINOv2's code (arXiv:2304.07193), whose scale so isn't rounded.
+    """
+    scale = old / (new + offset)
+    width = max(scale, 1.0) if antialias else 1.0
+    centers = (np.arange(new)[:, None] + 0.5) * scale - 0.5
+    reach = math.ceil((1 if cubic is None else 2) * width)
+    taps = np.floor(centers) + np.arange(-reach, reach + 2)
+    weights = _kernel(np.abs(taps - centers) / width, cubic)
+    if antialias:
+        weights = np.where((taps >= 0) & (taps < old), weights, 0)
+        weights /= weights.sum(axis=1, keepdims=True)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new)[:, None], taps.clip(0, old - 1).astype(int)), weights)
+    return matrix
+
+
+def _kernel(t: np.ndarray, a: float | None) -> np.ndarray:
+    """Of distances t >= 0."""
+    if a is None:
+        return np.maximum(1 - t, 0)
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = ((t - 5) * t + 8) * t * a - 4 * a
+    return np.where(t <= 1, near, np.where(t < 2, far, 0))
+
+
+def _by_matrices(grid: np.ndarray, new: tuple[int, int], **rule: Any) -> np.ndarray:
+    rows, columns = (resize_matrix(o, n, **rule) for o, n in zip(grid.shape[:2], new, strict=True))
+    return np.einsum("ab,cd,bde->ace", rows, columns, grid, optimize=True).astype(np.float32)
+
+
 # (rows, columns, d) float32 and a new (rows, columns) -> the same of the new grid.
 POSITION_RESIZE: dict[str, Callable[[np.ndarray, tuple[int, int]], np.ndarray]] = {
     "official": _official,
+    "torch": functools.partial(_by_matrices, cubic=-0.75),  # DeiT, MAE, Hugging Face.
+    # timm, and DINOv2 with registers.
+    "torch-antialias": functools.partial(_by_matrices, cubic=-0.5, antialias=True),
+    "dinov2": functools.partial(_by_matrices, cubic=-0.75, offset=0.1),
+    "bilinear": functools.partial(_by_matrices, cubic=None),  # FlexiViT.
 }
 
 

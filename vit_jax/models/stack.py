@@ -49,6 +49,7 @@ def run_blocks(
     name: str,
     depth: int,
     drop_path_rate: float,
+    drop_path_mode: str = "linear",
     loop: BlockLoop,
     deterministic: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -56,8 +57,9 @@ def run_blocks(
 
     Args:
       block, fields: their class and its fields. Called with x and the keywords deterministic and
-        drop_path_rate, see `layers.DropPath`, which grows linearly with depth, from 0 up to
-        `drop_path_rate` in the last block.
+        drop_path_rate, see `layers.DropPath`.
+      drop_path_rate, drop_path_mode: "linear", the rate grows with depth, from 0 up to this one in
+        the last block; "constant", all blocks have this one.
       x: goes into the first; all blocks keep its shape and type.
       name: one of the family's `ImageModel.blocks`.
 
@@ -65,6 +67,8 @@ def run_blocks(
       what comes out of the last, and out of each: {"NAME_0": ..., "NAME_1": ...}.
     """
     rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+    if drop_path_mode == "constant":
+        rates = [drop_path_rate] * depth
     if loop.param_transform is not None:
         transform = functools.partial(jax.tree.map, loop.param_transform)
         block = nn.map_variables(block, "params", trans_in_fn=transform)

@@ -23,6 +23,7 @@ from vit_jax.models.layers import (
     ACTIVATIONS,
     ATTENTION_NAME,
     LAYER_NORM_EPSILON,
+    MLPS,
     DropPath,
     LayerScale,
     MAPHead,
@@ -47,9 +48,12 @@ from vit_jax.models.resnet import (
 )
 from vit_jax.models.stack import BlockLoop, run_blocks
 
-CLASSIFIERS = ("token", "gap", "map", "first", "unpooled", "token_unpooled")
-POOLED = ("token", "gap", "map", "first")  # Those that give one vector, so one answer, an image.
+CLASSIFIERS = ("token", "gap", "map", "first", "unpooled", "token_unpooled", "token_gap")
+# Those that give one vector, so one answer, an image.
+POOLED = ("token", "gap", "map", "first", "token_gap")
 POSITION_EMBEDDINGS = ("learned", "sincos2d")
+DISTILLED = ("none", "token", "heads")
+DROP_PATH_MODES = ("linear", "constant")
 
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 # Fixed sines and cosines leave no trace in a file; most networks saw images of this size.
@@ -62,6 +66,8 @@ _UNLIKE = {
 }
 # Of a stored layer scale no array tells what it was at first.
 _LAYER_SCALE = 1e-5
+
+_BEFORE_THE_GRID = ("cls_has_position", "unread_class_token")
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +84,7 @@ _SIZES = {
     "H": (1280, 32, 5120, 16),
     "g": (1408, 40, 6144, 16),
     "g-opt": (1536, 40, 6144, 16),
+    "g-swiglu": (1536, 40, 4096, 24),
     "G": (1664, 48, 8192, 16),
     "G-opt": (1536, 48, 8192, 16),
     "e": (1792, 56, 15360, 16),
@@ -89,6 +96,9 @@ def _vit(size: str, patch: int, classifier: str = "token", **more: Any) -> dict[
     fields = dict(zip(names, _SIZES[size], strict=True), patch_size=(patch, patch))
     return fields | dict(classifier=classifier, **more)
 
+
+_TORCH: dict[str, Any] = dict(activation="gelu_erf", position_resize="torch")
+_DINOV2: dict[str, Any] = dict(activation="gelu_erf", layer_scale=1e-5)
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "ViT-Ti_16": _vit("Ti", 16),
@@ -121,16 +131,73 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "ViT-G_14": _vit("G", 14, "map"),
     "ViT-G-opt_14": _vit("G-opt", 14, "map"),
     "ViT-e_14": _vit("e", 14, "map"),
+    # arXiv:2012.12877, Table 1.
+    **{
+        f"DeiT-{size}_16{ending}": _vit(size, 16, distilled=distilled, **_TORCH)
+        for ending, distilled in (("", "none"), ("-distilled", "heads"))
+        for size in ("Ti", "S", "B")
+    },
+    # arXiv:2204.07118, Table 1 and section 3.
+    **{
+        f"DeiT3-{size}_{patch}": _vit(
+            size,
+            patch,
+            layer_scale=1e-4,
+            cls_has_position=False,
+            drop_path_mode="constant",
+            **_TORCH,
+        )
+        for size, patch in (("S", 16), ("M", 16), ("B", 16), ("L", 16), ("H", 14))
+    },
+    # arXiv:2304.07193, Table 17; with registers arXiv:2309.16588.
+    **{
+        f"DINOv2-{name}_14{ending}": _vit(size, 14, **more) | registers
+        for ending, registers in (
+            ("", dict(position_resize="dinov2")),
+            ("-reg", dict(position_resize="torch-antialias", num_registers=4)),
+        )
+        for name, size, more in (
+            ("S", "S", _DINOV2),
+            ("B", "B", _DINOV2),
+            ("L", "L", _DINOV2),
+            ("g", "g-swiglu", _DINOV2 | dict(mlp="swiglu")),
+        )
+    },
+    # arXiv:2303.15343 and arXiv:2502.14786, the image tower.
+    **{
+        f"SigLIP-{size}_{patch}": _vit(size, patch, "map")
+        for size, patch in (("B", 16), ("L", 16), ("So400m", 14), ("So400m", 16), ("g-opt", 16))
+    },
+    # arXiv:2111.06377, fine-tuned: the mean of the patches, then the LayerNorm.
+    **{
+        f"MAE-{size}_{patch}": _vit(
+            size,
+            patch,
+            "gap",
+            fc_norm=True,
+            unread_class_token=True,
+            **_TORCH,
+        )
+        for size, patch in (("B", 16), ("L", 16), ("H", 14))
+    },
 }
 
 
 class AddPositionEmbs(nn.Module):
-    """Adds a learned vector to each token (E_pos of equation 1). (n, t, d) -> (n, t, d)."""
+    """Adds a learned vector to each token (E_pos of equation 1). (n, t, d) -> (n, t, d).
+
+    The first `placeless` tokens get none.
+    """
+
+    placeless: int = 0
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         _, t, d = tokens.shape
-        embedding = self.param("pos_embedding", nn.initializers.normal(stddev=0.02), (1, t, d))
+        shape = (1, t - self.placeless, d)
+        embedding = self.param("pos_embedding", nn.initializers.normal(stddev=0.02), shape)
+        if self.placeless:
+            embedding = jnp.pad(embedding, ((0, 0), (self.placeless, 0), (0, 0)))
         return tokens + embedding.astype(tokens.dtype)
 
 
@@ -142,6 +209,7 @@ class BlockFields(nn.Module):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     activation: str = "gelu_tanh"
+    mlp: str = "gelu"
     layer_norm_epsilon: float = LAYER_NORM_EPSILON
     qkv_bias: bool = True
     layer_scale: float | None = None
@@ -187,10 +255,14 @@ class Encoder(BlockFields):
     `positions` (1, t, d) are added in place of learned ones if they are given. Then `registers`
     (1, r, d) are put before the patches, of which there are the last `patches` of the tokens.
     Around the blocks tokens are padded to what the kernels take; what is returned has no padding.
+    The first `placeless` tokens have no position. With `fc_norm` there is no final LayerNorm.
     """
 
     num_layers: int = 12
     stochastic_depth_rate: float = 0.0
+    drop_path_mode: str = "linear"
+    placeless: int = 0
+    fc_norm: bool = False
     loop: BlockLoop = BlockLoop()
 
     @nn.compact
@@ -204,7 +276,7 @@ class Encoder(BlockFields):
         patches: int = 0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         if positions is None:
-            x = AddPositionEmbs(name="posembed_input")(x)
+            x = AddPositionEmbs(self.placeless, name="posembed_input")(x)
         else:
             x = x + positions.astype(x.dtype)
         if registers is not None:
@@ -222,12 +294,13 @@ class Encoder(BlockFields):
             name="encoderblock",
             depth=self.num_layers,
             drop_path_rate=self.stochastic_depth_rate,
+            drop_path_mode=self.drop_path_mode,
             loop=self.loop,
             deterministic=deterministic,
         )
         if padding:
             x, features = jax.tree.map(lambda x: x[:, :t], (x, features))
-        return layer_norm(self, "encoder_norm")(x), features
+        return x if self.fc_norm else layer_norm(self, "encoder_norm")(x), features
 
 
 def _guessed(pooled: str, hints: Hints) -> str:
@@ -252,22 +325,34 @@ class VisionTransformer(ImageModel):
       num_layers, num_heads, mlp_dim: depth, attention heads and hidden width of the blocks.
       classifier: what the head sees: "token" the class token, "gap" the mean of the patch tokens,
         "map" what attention pooling makes of all tokens, "first" the token of the first patch,
-        "unpooled" every patch token, "token_unpooled" every token with the class token first.
+        "unpooled" every patch token, "token_unpooled" every token with the class token first,
+        "token_gap" the class token and behind it the mean of the patch tokens.
       representation_size: width of the tanh layer `pre_logits` before the head; None for no layer.
       head_bias_init: initial value of the head's bias (its kernel starts at zero).
       dropout_rate, attention_dropout_rate, stochastic_depth_rate: active only with train=True,
         which then needs an rng named "dropout".
+      drop_path_mode: "linear", stochastic depth grows with depth up to its rate; "constant", all
+        blocks have it.
       resnet: None, or the number of units in each stage of a ResNet whose features are cut into
         patches instead of the images themselves (a hybrid); empty for the ResNet's root alone.
       position_embedding: "learned" or "sincos2d" (fixed, see `sincos_positions`).
       position_resize: how learned positions become those of another grid, one of POSITION_RESIZE.
+      cls_has_position: whether class and distillation token get a learned position; without, only
+        the patches do (arXiv:2204.07118).
+      unread_class_token: whether there is a class token though the head sees patches only, as in
+        fine-tuned MAE (arXiv:2111.06377).
+      distilled: "none"; "token", a distillation token stands behind the class token; "heads", and
+        the logits are the mean of those of two heads, `head` for the class token and `head_dist`
+        for it (arXiv:2012.12877).
+      fc_norm: whether the LayerNorm stands behind the mean ("gap") instead of before it.
       activation: of the MLPs, one of ACTIVATIONS.
+      mlp: "gelu", or "swiglu" for MLPs with a gate (arXiv:2002.05202) and no other activation.
       layer_norm_epsilon: added to the variance by every LayerNorm.
       qkv_bias: whether queries, keys and values have a bias.
       layer_scale: None, or the initial value of the numbers that each channel of a residual branch
         is multiplied with (arXiv:2103.17239).
-      num_registers: how many learned tokens without a position stand between the class token and
-        the patches (arXiv:2309.16588); "gap" and "unpooled" leave them out.
+      num_registers: how many learned tokens without a position stand before the patches
+        (arXiv:2309.16588); "gap", "token_gap" and "unpooled" leave them out.
       dtype: what is computed in, float32 or bfloat16. Parameters, statistics of the LayerNorms,
         attention softmax and the returned logits are float32 in any case.
       loop: how the blocks are computed.
@@ -286,10 +371,16 @@ class VisionTransformer(ImageModel):
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
+    drop_path_mode: str = "linear"
     resnet: tuple[int, ...] | None = None
     position_embedding: str = "learned"
     position_resize: str = "official"
+    cls_has_position: bool = True
+    unread_class_token: bool = False
+    distilled: str = "none"
+    fc_norm: bool = False
     activation: str = "gelu_tanh"
+    mlp: str = "gelu"
     layer_norm_epsilon: float = LAYER_NORM_EPSILON
     qkv_bias: bool = True
     layer_scale: float | None = None
@@ -305,10 +396,19 @@ class VisionTransformer(ImageModel):
         "dropout_rate",
         "attention_dropout_rate",
         "stochastic_depth_rate",
+        "drop_path_mode",
         "dtype",
     )
     shows_attention: ClassVar = True
-    untold: ClassVar = ("position_resize", "activation", "layer_norm_epsilon", "layer_scale")
+    untold: ClassVar = (
+        "position_resize",
+        "activation",
+        "layer_norm_epsilon",
+        "layer_scale",
+        "distilled",
+        "cls_has_position",
+        "unread_class_token",
+    )
 
     @nn.compact
     def __call__(
@@ -351,16 +451,22 @@ class VisionTransformer(ImageModel):
         if self.position_embedding == "sincos2d":
             positions = sincos_positions(grid, self.hidden_size)
 
-        if self.has_class_token:
+        if "cls" in self._tokens:
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
-            x = jnp.concatenate([jnp.tile(cls.astype(x.dtype), (n, 1, 1)), x], axis=1)
+            tokens = [jnp.tile(cls.astype(x.dtype), (n, 1, 1)), x]
+            if "dist" in self._tokens:
+                dist = self.param("dist", nn.initializers.zeros, (1, 1, self.hidden_size))
+                tokens.insert(1, jnp.tile(dist.astype(x.dtype), (n, 1, 1)))
+            x = jnp.concatenate(tokens, axis=1)
             if positions is not None:  # The class token has no place.
-                positions = jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
+                positions = jnp.pad(positions, ((0, 0), (len(self._tokens), 0), (0, 0)))
         if self.num_registers:
             shape = (1, self.num_registers, self.hidden_size)
             registers = self.param("registers", nn.initializers.normal(stddev=0.02), shape)
 
-        encoded, block_features = Encoder(**fields_for(Encoder, self), name="Transformer")(
+        placeless = 0 if self.cls_has_position else len(self._tokens)
+        encoder = Encoder(**fields_for(Encoder, self, placeless=placeless), name="Transformer")
+        encoded, block_features = encoder(
             x,
             deterministic=not train,
             positions=positions,
@@ -371,8 +477,12 @@ class VisionTransformer(ImageModel):
         x = encoded
         if self.classifier == "token":
             x = x[:, 0]  # Equation 4.
-        elif self.classifier == "gap":
+        elif self.classifier in ("gap", "token_gap"):
             x = x[:, self.num_prefix_tokens :].astype(jnp.float32).mean(axis=1)
+            if self.fc_norm:
+                x = layer_norm(self, "fc_norm")(x)
+            if self.classifier == "token_gap":
+                x = jnp.concatenate([encoded[:, 0].astype(jnp.float32), x], axis=-1)
         elif self.classifier == "map":
             x = MAPHead(**fields_for(MAPHead, self), name="MAPHead_0")(x)
         elif self.classifier == "first":
@@ -383,8 +493,13 @@ class VisionTransformer(ImageModel):
         if self.representation_size is not None:
             x = nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x)
             x = nn.tanh(x)
-        features |= block_features | {"encoder_norm": encoded, "pre_logits": x}
-        logits = head(self, x)
+        features |= block_features | ({} if self.fc_norm else {"encoder_norm": encoded})
+        if self.distilled == "heads":
+            logits = (head(self, x) + head(self, encoded[:, 1], "head_dist")) / 2
+            x = (x + encoded[:, 1]) / 2
+        else:
+            logits = head(self, x)
+        features["pre_logits"] = x
         return (logits, features) if return_features else logits
 
     def _check(self, images: jax.Array) -> None:
@@ -399,6 +514,22 @@ class VisionTransformer(ImageModel):
         check_choice(self, "position_embedding", POSITION_EMBEDDINGS)
         check_choice(self, "position_resize", tuple(POSITION_RESIZE))
         check_choice(self, "activation", ACTIVATIONS)
+        check_choice(self, "mlp", MLPS)
+        check_choice(self, "distilled", DISTILLED)
+        check_choice(self, "drop_path_mode", DROP_PATH_MODES)
+        only = {
+            "distilled": (self.distilled != "none", ("token",)),
+            "fc_norm": (self.fc_norm, ("gap",)),
+            "unread_class_token": (self.unread_class_token, ("gap", "map", "first", "unpooled")),
+        }
+        for name, (given, classifiers) in only.items():
+            if given and self.classifier not in classifiers:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}, which goes with classifier "
+                    f"{' or '.join(classifiers)}, not {self.classifier!r}: change one of them"
+                )
+        if self.distilled == "heads" and self.representation_size is not None:
+            raise UserError("distilled='heads' has no pre_logits: leave representation_size out")
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: "
@@ -431,12 +562,44 @@ class VisionTransformer(ImageModel):
 
     @property
     def has_class_token(self) -> bool:
-        return self.classifier in ("token", "token_unpooled")
+        return self.classifier in ("token", "token_unpooled") and self.distilled != "heads"
+
+    @property
+    def head_reads(self) -> tuple[slice, ...]:
+        if self.distilled == "heads":
+            return slice(0, 1), slice(1, 2)
+        if self.classifier == "token_gap":
+            return slice(0, 1), slice(self.num_prefix_tokens, None)
+        if self.classifier == "first":
+            return (slice(self.num_prefix_tokens, self.num_prefix_tokens + 1),)
+        return super().head_reads
+
+    @property
+    def _tokens(self) -> tuple[str, ...]:
+        """Those that stand before registers and patches."""
+        has_cls = self.classifier.startswith("token") or self.unread_class_token
+        cls = ("cls",) if has_cls else ()
+        return cls if self.distilled == "none" else (*cls, "dist")
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The class token and the registers."""
-        return self.has_class_token + self.num_registers
+        """The class token, the distillation token and the registers."""
+        return len(self._tokens) + self.num_registers
+
+    @property
+    def _placed(self) -> int:
+        """How many tokens with a stored position stand before the patches."""
+        return len(self._tokens) if self.cls_has_position else 0
+
+    @property
+    def num_features(self) -> int:
+        if self.representation_size is None and self.classifier == "token_gap":
+            return 2 * self.hidden_size
+        return super().num_features
+
+    @property
+    def final_norm(self) -> str:
+        return f"encoderblock_{self.num_layers - 1}" if self.fc_norm else "encoder_norm"
 
     @property
     def gives_classes(self) -> bool:
@@ -466,6 +629,7 @@ class VisionTransformer(ImageModel):
         ph, pw, channels, hidden_size = shapes["embedding/kernel"]
         reading.check_heads(heads, hidden_size, hints.where)
         registers = shapes.get("registers", ())
+        has_heads = "head_dist/kernel" in shapes or "head/kernel" not in shapes
         model = cls(
             num_classes=reading.num_outputs(shapes, "head"),
             patch_size=(ph, pw),
@@ -480,6 +644,11 @@ class VisionTransformer(ImageModel):
             qkv_bias=blocks.majority("query/bias", 2, 0) > 0,
             layer_scale=_LAYER_SCALE if blocks.majority("LayerScale_0/scale", 1, 0) else None,
             num_registers=registers[1] if len(registers) == 3 else 0,
+            mlp="swiglu" if blocks.majority("MlpBlock_0/Dense_2/kernel", 2, 0) else "gelu",
+            distilled="none" if "dist" not in shapes else "heads" if has_heads else "token",
+            fc_norm="fc_norm/scale" in shapes,
+            # They decide which rows of the positions are a grid's.
+            **{k: v for k, v in (hints.untold or {}).items() if k in _BEFORE_THE_GRID},
         )
         if model.resnet is not None:
             channels = shapes["conv_root/kernel"][2]
@@ -509,6 +678,7 @@ class VisionTransformer(ImageModel):
             classifier = classifier or ("token" if "cls" in shapes else _guessed(pooled, hints))
             return Spec(model.clone(classifier=classifier), size, channels)
         tokens = shapes[_POSITIONS][1]
+        classifier = classifier or ("gap" if model.fc_norm else None)
         if classifier is None:
             lacks_class_token = (  # 197 positions are a square and one more.
                 not any(
@@ -521,7 +691,7 @@ class VisionTransformer(ImageModel):
             has_class_token = "cls" in shapes or lacks_class_token
             classifier = "token" if has_class_token else _guessed(pooled, hints)
         model = model.clone(classifier=classifier)
-        size = reading.size_of_grid(model, tokens - model.has_class_token, hints)
+        size = reading.size_of_grid(model, tokens - model._placed, hints)
         return Spec(model, size, channels)
 
     def shapes(self, image_size: Size, channels: int) -> dict[str, tuple[int, ...]]:
@@ -540,9 +710,17 @@ class VisionTransformer(ImageModel):
             return arrays
         grids = self.grid_size(old), self.grid_size(new)
         positions = resample(
-            arrays[_POSITIONS], *grids, prefix=int(self.has_class_token), rule=self.position_resize
+            arrays[_POSITIONS], *grids, prefix=self._placed, rule=self.position_resize
         )
         return {**arrays, _POSITIONS: positions}
+
+    def with_head(
+        self, arrays: Arrays, num_classes: int | None, pre_logits: bool | None
+    ) -> tuple[Any, Arrays]:
+        model, arrays = super().with_head(arrays, num_classes, pre_logits)
+        if num_classes is not None and self.distilled == "heads":
+            arrays |= {f"head_dist/{x}": arrays[f"head/{x}"] for x in ("kernel", "bias")}
+        return model, arrays
 
     def summary(self) -> dict[str, str]:
         width = self.representation_size
@@ -559,7 +737,7 @@ class VisionTransformer(ImageModel):
             lines["positions"] = self.position_embedding
         if self.num_registers:
             lines["registers"] = str(self.num_registers)
-        usual = ("activation", "layer_norm_epsilon", "qkv_bias", "layer_scale", "position_resize")
+        usual = (*self.untold, "qkv_bias", "fc_norm", "mlp")
         unusual = [
             f"{f} {getattr(self, f)}" for f in usual if getattr(self, f) != getattr(type(self), f)
         ]
@@ -578,7 +756,7 @@ class VisionTransformer(ImageModel):
         if self.position_embedding == "sincos2d":
             return sincos_positions(grid, self.hidden_size)[0]
         stored = params["Transformer"]["posembed_input"]["pos_embedding"][0]
-        return stored[int(self.has_class_token) :]
+        return stored[self._placed :]
 
     def embedding_filters(self, params: Any) -> np.ndarray:
         """float64 (h, w, channels, filters): of the patches, of a hybrid of its first layer."""

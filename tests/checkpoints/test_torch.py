@@ -1,0 +1,365 @@
+"""Weights of timm, Facebook and Hugging Face: what they are, what they compute, and back again.
+
+The networks of tests/official/torch are those libraries' own, with what they answer.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from tests import families, reference, torch_models
+from tests.torch_models import CASES, stored
+from vit_jax import create_model, load
+from vit_jax.checkpoints import load_weights, open_arrays, read_layout, to_tree, torch
+from vit_jax.checkpoints.convert import convert
+from vit_jax.checkpoints.export import export
+from vit_jax.errors import UserError
+from vit_jax.models import Spec
+from vit_jax.pretrained import Pretrained
+
+POSITIONS = "Transformer/posembed_input/pos_embedding"
+WRITTEN = [name for name, case in CASES.items() if case.writes]
+
+
+def written(name: str, folder, **changes):
+    """A case as a file, with its config.json beside it."""
+    case = stored(name)
+    save_file(case.arrays | changes, folder / "model.safetensors")
+    if case.config:
+        (folder / "config.json").write_text(json.dumps(case.config))
+    return folder / "model.safetensors"
+
+
+def close(found, expected):
+    __tracebackhide__ = True
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_is_recognised_and_computes_what_its_library_does(name, tmp_path):
+    path, case = written(name, tmp_path), stored(name)
+
+    vit = load(path, heads=None if case.config else 3)
+
+    close(vit(case.images), case.answer)
+    with open_arrays(path) as arrays:
+        assert read_layout(arrays, path, heads=3).style == CASES[name].kind
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_saved_comes_back_the_same(name, tmp_path):
+    vit = load(written(name, tmp_path), heads=3)
+    vit.save(tmp_path / "saved.npz")
+    convert(tmp_path / "model.safetensors", tmp_path / "converted.npz", heads=3)
+
+    for file in ("saved", "converted"):
+        again = load(tmp_path / f"{file}.npz")
+        assert again.spec == vit.spec
+        assert (again.preprocess, again.labels) == (vit.preprocess, vit.labels)
+        jax.tree.map(np.testing.assert_array_equal, again.params, vit.params)
+
+
+def exported(vit: Pretrained, folder, library: str):
+    arrays = flatten_dict(vit.params, sep="/")
+    export(folder, library, arrays, vit.spec, labels=vit.labels, preprocess=vit.preprocess)
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_written_for_its_library_again_it_is_the_same_file(name, tmp_path):
+    vit, case = load(written(name, tmp_path)), stored(name)
+
+    path = exported(vit, tmp_path / "out", CASES[name].writes)
+
+    found = load_file(path)
+    unused = {k for k in case.arrays if k.endswith("mask_token")}
+    assert found.keys() | unused == case.arrays.keys()
+    for key in case.arrays.keys() - unused:
+        np.testing.assert_array_equal(found[key], case.arrays[key], key)
+    again = load(path)
+    assert again.spec.replace(layer_scale=vit.spec.layer_scale) == vit.spec
+    np.testing.assert_allclose(again(case.images), vit(case.images), atol=1e-6)
+    assert again.preprocess == vit.preprocess
+
+
+# Networks of ours that their libraries have no own name for, but compute.
+_BLOCKS = dict(layer_scale=0.1, activation="gelu_erf", mlp_dim=32)
+OURS = {
+    "the original": ({}, ("timm", "hf")),
+    "pre_logits": (dict(num_classes=None, representation_size=16), ("hf",)),
+    "without a class token": (dict(classifier="gap"), ("timm",)),
+    "attention pooling": (dict(classifier="map", num_classes=None), ("timm", "hf")),
+    "quick GELU": (dict(activation="quick_gelu"), ("timm", "hf")),
+    "another epsilon": (dict(layer_norm_epsilon=1e-3), ("hf",)),
+    "DeiT": (dict(distilled="heads", activation="gelu_erf"), ("timm", "hf")),
+    "DeiT-III": (dict(cls_has_position=False, **_BLOCKS), ("timm", "hf")),
+    "registers": (dict(num_registers=3, **_BLOCKS), ("timm", "hf")),
+    "registers without LayerScale": (
+        dict(num_registers=3, num_classes=None, mlp_dim=32),
+        ("timm", "hf"),
+    ),
+    "SwiGLU": (dict(_BLOCKS, mlp="swiglu", mlp_dim=48), ("timm", "hf")),
+    "class token and mean": (dict(classifier="token_gap", mlp_dim=16), ("hf",)),
+    "a distillation token alone": (dict(distilled="token"), ("hf",)),
+    "a mean, then the norm": (
+        dict(classifier="gap", fc_norm=True, unread_class_token=True),
+        ("timm",),
+    ),
+}
+
+
+def ours(name: str, **changes) -> Pretrained:
+    spec = families.vit_spec(**(OURS[name][0] | changes))
+    arrays = reference.make_params(spec.shapes(), seed=4)
+    return Pretrained(spec.model(), to_tree(arrays), spec, None, "resize(16)|value_range(-1, 1)")
+
+
+def images(spec: Spec) -> np.ndarray:
+    size = (2, *spec.image_size, spec.channels)
+    return np.random.default_rng(0).normal(size=size).astype(np.float32)
+
+
+@pytest.mark.parametrize("library", ["timm", "hf"])
+@pytest.mark.parametrize("name", OURS)
+def test_ours_are_written_so_that_they_compute_the_same_or_refused(name, library, tmp_path):
+    vit = ours(name)
+    if library not in OURS[name][1]:
+        with pytest.raises(UserError, match=r"^(timm|transformers) doesn't compute .+"):
+            exported(vit, tmp_path, library)
+        assert not any(tmp_path.iterdir())
+        return
+    again = load(exported(vit, tmp_path, library), pre_logits=vit.spec.representation_size and True)
+    close(again(images(vit.spec)), vit(images(vit.spec)))
+    assert again.preprocess == vit.preprocess
+
+
+@pytest.mark.parametrize("name", ["timm-deit3", "fb-dinov2-reg", "hf-dinov2", "fb-mae-fine-tuned"])
+def test_they_can_be_fine_tuned_on_other_images(name, tmp_path):
+    path = written(name, tmp_path)
+    vit = load(path, heads=3, num_classes=7, image_size=(24, 16))
+    assert vit(images(vit.spec)).shape == (2, 7)
+    assert vit.spec.grid_size == (6, 4)
+    before = load(path, heads=3)
+    assert {k: v.shape for k, v in flatten_dict(vit.params, sep="/").items()} == vit.spec.shapes()
+    assert before.preprocess.split("|")[1] == vit.preprocess.split("|")[1]
+
+
+# What a file is.
+
+
+def test_heads_are_asked_for_where_nothing_tells_them(tmp_path):
+    path = written("timm-vit", tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"nor does the width 12, .* give it, heads=N"):
+        load(path)
+    with pytest.raises(UserError, match="5 attention heads do not divide the width 12"):
+        load(path, heads=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "heads"),
+    [("timm-vit", 768, 12), ("timm-dinov2", 1536, 24), ("timm-siglip", 1536, 16)],
+)
+def test_published_widths_tell_the_heads(name, width, heads):
+    shapes = {k: v.shape for k, v in stored(name).arrays.items()}
+    wide = {k: tuple(width if n == 12 else 3 * width if n == 36 else n for n in s)
+            for k, s in shapes.items()}  # fmt: skip
+    if name == "timm-siglip":
+        wide |= {k: (2 * width, *s[1:]) for k, s in wide.items() if ".kv." in k}
+    empty = {k: np.broadcast_to(np.float32(0), shape) for k, shape in wide.items()}
+    found = read_layout(empty).arrays["Transformer/encoderblock_0/"
+                                      "MultiHeadDotProductAttention_0/query/kernel"]  # fmt: skip
+    assert found.shape == (width, heads, width // heads)
+
+
+def test_a_config_of_another_network_is_refused(tmp_path):
+    path = written("hf-vit", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 24}))
+    with pytest.raises(UserError, match="is of a network of width 24, but this one is 12 wide"):
+        load(path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    with pytest.raises(UserError, match="asks for activation 'relu', expected one of gelu"):
+        load(path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json can't be read .*: mend or remove it"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "vit", "image_size": "x"},
+        {"model_type": "vit", "image_size": []},
+        {"model_type": "vit", "layer_norm_eps": "x"},
+        {"model_type": "vit", "num_attention_heads": "x"},
+        {"model_type": "vit", "hidden_act": []},
+        {"model_type": "vit", "id2label": {"a": "b"}},
+        {"model_type": "vit", "vision_config": 3},
+        {"architecture": "vit", "model_args": [1]},
+        {"architecture": "vit", "pretrained_cfg": 3},
+        {"architecture": "vit", "pretrained_cfg": {"mean": 1, "std": 2}},
+    ],
+)
+def test_a_damaged_config_is_one_line(config, tmp_path):
+    path = written("hf-vit", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"^[^\n]*safetensors: [^\n]*$"):
+        load(path)
+
+
+def test_arrays_of_odd_shapes_are_named(tmp_path):
+    path = written("timm-vit", tmp_path, **{"head.weight": np.zeros(5, np.float32)})
+    with pytest.raises(UserError, match=r"head\.weight has shape \(5,\), expected 2 axes"):
+        load(path)
+    odd = {"blocks.0.attn.proj.weight": np.zeros((12, 13), np.float32)}
+    with pytest.raises(UserError, match=r"proj\.weight has shape \(12, 13\), which 3 heads do not"):
+        load(written("timm-vit", tmp_path, **odd))
+
+
+NEAR = {
+    "BEiT": {"blocks.0.attn.relative_position_bias_table": (4, 3)},
+    "CaiT": {"blocks_token_only.0.norm1.weight": (12,)},
+    "EVA": {"blocks.0.attn.q_bias": (12,)},
+    "CLIP": {"norm_pre.weight": (12,)},
+    "T2T-ViT": {"tokens_to_token.project.weight": (12, 9)},
+    "Swin": {"layers.0.blocks.0.attn.relative_position_bias_table": (9, 3)},
+    "DINOv3": {"storage_tokens": (1, 4, 12)},
+    "norms within attention": {"blocks.0.attn.q_norm.weight": (4,)},
+    "networks? of videos": {"patch_embed.proj.weight": (12, 3, 2, 4, 4)},
+    "a hybrid": {"patch_embed.backbone.stem.conv.weight": (4, 3, 7, 7)},
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_networks_that_look_alike_are_refused_by_name(name, tmp_path):
+    more = {key: np.zeros(shape, np.float32) for key, shape in NEAR[name].items()}
+    with pytest.raises(UserError, match=rf"safetensors: it is .*{name}"):
+        load(written("timm-vit", tmp_path, **more))
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        (("conv_proj.weight", "class_token"), "torchvision's ViT"),
+        (("visual.conv1.weight", "visual.class_embedding"), "CLIP"),
+        (("vision_model.embeddings.class_embedding",), "CLIP"),
+        (("layer.0.attention.q_proj.weight", "embeddings.register_tokens"), "DINOv3"),
+        (("swin.encoder.layers.0.blocks.0.layernorm_before.weight",), "Swin"),
+        (("beit.encoder.layer.0.lambda_1",), "BEiT"),
+    ],
+)
+def test_foreign_files_are_refused_by_name(keys, name, tmp_path):
+    save_file({key: np.zeros(3, np.float32) for key in keys}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=rf"it is {name}, by its arrays, which has no place here"):
+        load(tmp_path / "w.safetensors")
+
+
+def test_arrays_that_nobody_knows_are_named(tmp_path):
+    path = written("timm-vit", tmp_path, **{"neck.weight": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match=r"not known there, unknown \(1\): neck\.weight \(3,\)"):
+        load(path)
+
+
+def test_the_average_is_taken_before_the_raw_weights(tmp_path, caplog):
+    case = stored("timm-vit")
+    both = {f"model.module.{k}": v + 1 for k, v in case.arrays.items()}
+    both |= {f"state_dict_ema.module.{k}": v for k, v in case.arrays.items()}
+    save_file(both | {"optimizer.lr": np.ones(1, np.float32)}, tmp_path / "w.safetensors")
+    vit = load(tmp_path / "w.safetensors", heads=3, image_size=(12, 20))
+    found = vit.params["Transformer"]["encoder_norm"]["scale"]
+    np.testing.assert_array_equal(found, case.arrays["norm.weight"])
+    assert "left out: model.module.blocks" in caplog.text
+    with open_arrays(tmp_path / "w.safetensors") as arrays:
+        style = read_layout(arrays, heads=3).style
+    assert style == "fb ViT or DeiT (state_dict_ema.module)"
+
+
+def test_what_is_not_the_networks_is_named(tmp_path, caplog):
+    load(written("hf-dinov2", tmp_path))
+    assert "left out: dinov2.embeddings.mask_token" in caplog.text
+
+
+def test_labels_and_values_come_from_the_files_beside(tmp_path):
+    path = written("hf-vit", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {str(i): name for i, name in enumerate("abcde")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    vit = load(path)
+    assert vit.labels == tuple("abcde")
+    assert vit.preprocess == "resize(12)|normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))"
+
+
+def test_no_value_is_read_to_know_what_it_is(tmp_path, monkeypatch):
+    path = written("timm-vit", tmp_path)
+    monkeypatch.setattr(torch.LazyArray, "read", None, raising=False)
+    _, spec = load_weights(path, values=False)
+    assert spec.num_classes == 5
+
+
+# Parameters, counted by their authors. DINOv2's count has the mask token.
+TOTALS = {
+    ("DeiT-Ti_16", 224, 1000): 5_717_416,
+    ("DeiT-S_16", 224, 1000): 22_050_664,
+    ("DeiT-B_16", 224, 1000): 86_567_656,
+    ("DeiT-Ti_16-distilled", 224, 1000): 5_910_800,
+    ("DeiT-S_16-distilled", 224, 1000): 22_436_432,
+    ("DeiT-B_16-distilled", 224, 1000): 87_338_192,
+    ("DeiT-B_16", 384, 1000): 86_859_496,
+    ("DeiT-B_16-distilled", 384, 1000): 87_630_032,
+    ("DeiT3-S_16", 224, 1000): 22_059_496,
+    ("DeiT3-M_16", 224, 1000): 38_849_512,
+    ("DeiT3-B_16", 224, 1000): 86_585_320,
+    ("DeiT3-L_16", 224, 1000): 304_374_760,
+    ("DeiT3-H_14", 224, 1000): 632_126_440,
+    ("DINOv2-S_14", 518, None): 22_056_576 - 384,
+    ("DINOv2-B_14", 518, None): 86_580_480 - 768,
+    ("DINOv2-L_14", 518, None): 304_368_640 - 1024,
+    ("DINOv2-g_14", 518, None): 1_136_480_768 - 1536,
+    ("DINOv2-S_14-reg", 518, None): 22_056_576 + 3 * 384,
+    ("DINOv2-g_14-reg", 518, None): 1_136_480_768 + 3 * 1536,
+}
+
+
+@pytest.mark.parametrize(("name", "size", "classes"), TOTALS)
+def test_variants_have_as_many_parameters_as_published(name, size, classes):
+    spec = Spec(create_model(name, num_classes=classes), (size, size), 3)
+    assert spec.num_parameters == TOTALS[name, size, classes]
+
+
+def test_the_docs_have_the_table_of_layouts(tmp_path):
+    rows = []
+    for name, case in CASES.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        vit = load(written(name, folder), heads=3, num_classes=2)
+        tuned = vit.spec.num_classes == 2
+        back = f"`--to {case.writes}`" if case.writes else ""
+        rows.append([re.sub(r" \(model\)", "", case.kind), case.answer is None, back, tuned])
+    lines = ["| whose, of what | reads | writes the same file | fine-tunes |", "|---|---|---|---|"]
+    seen = {}
+    for kind, _, back, tuned in rows:
+        seen.setdefault(kind, (back, tuned))
+    lines += [f"| {k} | yes | {b} | {'yes' if t else ''} |" for k, (b, t) in seen.items()]
+    table = "\n".join(lines)
+    guide = Path(__file__).parents[2] / "docs" / "weights.md"
+    assert table in guide.read_text(), f"docs/weights.md should have this table:\n{table}"
+
+
+def test_the_cases_are_of_the_layouts_of_both_libraries():
+    assert {file.stem for file in torch_models.FOLDER.iterdir()} == set(CASES)

@@ -1,0 +1,302 @@
+"""Folders of weights that timm and Hugging Face's transformers load, and compute the same with."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.checkpoints import torch
+from vit_jax.checkpoints.formats import with_zero_token
+from vit_jax.checkpoints.torch import POSITIONS
+from vit_jax.errors import UserError
+from vit_jax.files import atomic_write
+from vit_jax.models import Spec, VisionTransformer
+
+LIBRARIES = ("timm", "hf")
+
+Arrays = dict[str, np.ndarray]
+
+_NAMES = {"timm": "timm", "hf": "transformers"}
+_TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_tanh", "gelu_erf": "gelu", "quick_gelu": "quick_gelu"}
+_HF_ACTIVATIONS = _TIMM_ACTIVATIONS | {"gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def export(
+    folder: str | os.PathLike,
+    library: str,
+    arrays: Mapping[str, np.ndarray],
+    spec: Spec,
+    *,
+    labels: Sequence[str] | None = None,
+    preprocess: str = "",
+    force: bool = False,
+) -> list[Path]:
+    """Writes model.safetensors, config.json and for transformers preprocessor_config.json.
+
+    Args:
+      folder: where to; it is made if it isn't there.
+      library: one of LIBRARIES.
+      arrays, spec: a Vision Transformer, under today's names.
+      labels, preprocess: see `pretrained.Pretrained`. Of the preprocessing mean and deviation are
+        written, and that images are squeezed to the size; the libraries have their own resize.
+      force: whether files that are there may be replaced.
+
+    Returns:
+      the files.
+
+    Raises UserError with the field that the library can't compute, or if a file is there already.
+    """
+    if library not in LIBRARIES:
+        raise UserError(f"unknown library {library!r}, expected one of {', '.join(LIBRARIES)}")
+    refusals = {
+        f"a {spec.kind}": not isinstance(spec.module, VisionTransformer),
+        f"classifier {spec.classifier!r}": spec.classifier.endswith("unpooled"),
+        "a ResNet before the patches": getattr(spec, "resnet", None) is not None,
+        "positions of fixed sines": getattr(spec, "position_embedding", "learned") != "learned",
+    }
+    _refuse(library, refusals)
+    own = _for_timm if library == "timm" else _for_transformers
+    written, config, table = own(dict(arrays), spec, _values(preprocess), labels)
+    tensors = torch.write_torch(written, table, spec.num_layers)
+    files: dict[str, Any] = {"config.json": config}
+    if library == "hf":
+        files["preprocessor_config.json"] = _processor(spec, _values(preprocess))
+    folder = Path(folder)
+    names = ["model.safetensors", *files]
+    if not force and (there := [name for name in names if (folder / name).exists()]):
+        raise UserError(f"{folder} has {' and '.join(there)} already: choose another, or --force")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+    from safetensors.numpy import save
+
+    plain = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with atomic_write(folder / names[0]) as file:
+        file.write(save(plain, metadata={"format": "pt"}))
+    return [folder / name for name in names]
+
+
+def _refuse(library: str, problems: Mapping[str, bool]) -> None:
+    if found := [name for name, is_one in problems.items() if is_one]:
+        raise UserError(
+            f"{_NAMES[library]} doesn't compute {' nor '.join(found)}: keep the weights as .npz"
+        )
+
+
+def _values(preprocess: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of values from 0 to 1. Raises UserError for another range."""
+    if match := re.search(r"normalize\((.+)\)$", preprocess):
+        mean, std = json.loads(
+            f"[{match[1]}]".replace("(", "[").replace(")", "]").replace(",]", "]")
+        )
+        return mean, std
+    if match := re.search(r"value_range\((.+), (.+)\)$", preprocess):
+        low, high = float(match[1]), float(match[2])
+        return [-low / (high - low)] * 3, [1 / (high - low)] * 3
+    raise UserError(f"no range of values can be told from the preprocessing {preprocess!r}")
+
+
+def _for_timm(
+    arrays: Arrays, spec: Spec, values: Any, labels: Sequence[str] | None
+) -> tuple[Arrays, dict[str, Any], torch.Table]:
+    swiglu, channels = spec.mlp == "swiglu", spec.channels
+    prefix = spec.num_prefix_tokens
+    problems = {
+        f"classifier {spec.classifier!r}": spec.classifier == "token_gap",
+        f"layer_norm_epsilon {spec.layer_norm_epsilon}": spec.layer_norm_epsilon != 1e-6,
+        "pre_logits": spec.representation_size is not None,
+        "a distillation token without a head": spec.distilled == "token",
+        "a distillation token with registers": spec.distilled != "none" and spec.num_registers > 0,
+        "attention pooling that sees other tokens than patches": spec.classifier == "map"
+        and prefix > 0,
+    }
+    _refuse("timm", problems)
+    placed = spec.cls_has_position
+    if placed and spec.num_registers and "cls" in arrays:
+        # There positions are for all tokens or for patches only, so the class token takes its own.
+        arrays["cls"] = arrays["cls"] + arrays[POSITIONS][:, :1]
+        arrays[POSITIONS], placed = arrays[POSITIONS][:, 1:], False
+    architecture = "vit_giant_patch14_dinov2" if swiglu else "vit_base_patch16_224"
+    if spec.distilled == "heads":
+        architecture = "deit_base_distilled_patch16_224"
+    hidden = spec.mlp_dim * (2 if swiglu else 1)
+    ratio = hidden / spec.hidden_size
+    pool = {"token": "token", "gap": "avg", "map": "map"}[spec.classifier]
+    args = {
+        "img_size": list(spec.image_size),
+        "patch_size": list(spec.patch_size),
+        "in_chans": channels,
+        "num_classes": spec.num_classes or 0,
+        "global_pool": pool,
+        "embed_dim": spec.hidden_size,
+        "depth": spec.num_layers,
+        "num_heads": spec.num_heads,
+        # It is multiplied and cut to a whole number there.
+        "mlp_ratio": ratio if int(spec.hidden_size * ratio) == hidden else ratio + 1e-9,
+        "qkv_bias": spec.qkv_bias,
+        "init_values": spec.layer_scale,
+        "class_token": "cls" in arrays,
+        "no_embed_class": not placed,
+        "reg_tokens": spec.num_registers,
+        "fc_norm": spec.fc_norm,
+    }
+    if not swiglu:
+        args["act_layer"] = _TIMM_ACTIVATIONS[spec.activation]
+    heads = ["head", "head_dist"] if spec.distilled == "heads" else "head"
+    config = {
+        "architecture": architecture,
+        "num_classes": spec.num_classes or 0,
+        "num_features": spec.hidden_size,
+        "global_pool": pool,
+        "model_args": args,
+        "pretrained_cfg": {
+            "num_classes": spec.num_classes or 0,
+            "input_size": [channels, *spec.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": values[0],
+            "std": values[1],
+            "first_conv": "patch_embed.proj",
+            "classifier": heads,
+        },
+    }
+    if labels:
+        config["label_names"] = list(labels)
+    return arrays, config, torch.TIMM | (torch.TIMM_SWIGLU if swiglu else {})
+
+
+def _for_transformers(
+    arrays: Arrays, spec: Spec, values: Any, labels: Sequence[str] | None
+) -> tuple[Arrays, dict[str, Any], torch.Table]:
+    is_siglip = spec.classifier == "map"
+    is_dinov2 = not is_siglip and (
+        spec.layer_scale is not None
+        or spec.num_registers > 0
+        or spec.mlp == "swiglu"
+        or spec.classifier == "token_gap"
+    )
+    height, width = spec.image_size
+    grid = spec.grid_size
+    problems = {
+        f"classifier {spec.classifier!r}": spec.classifier == "gap",
+        "a class token beside attention pooling": spec.unread_class_token,
+        "patches that are not square": spec.patch_size[0] != spec.patch_size[1],
+        "images that are not square, of SigLIP or DINOv2": (is_siglip or is_dinov2)
+        and (height != width or grid[0] != grid[1]),
+        "classes behind attention pooling": is_siglip and spec.num_classes is not None,
+        "pre_logits but of a network without a head": spec.representation_size is not None
+        and (spec.num_classes is not None or is_siglip or is_dinov2 or spec.distilled != "none"),
+        "keys, queries and values without bias, of SigLIP": is_siglip and not spec.qkv_bias,
+        "registers or LayerScale of SigLIP": is_siglip
+        and (spec.num_registers > 0 or spec.layer_scale is not None or spec.mlp == "swiglu"),
+        "a distillation token of DINOv2": is_dinov2 and spec.distilled != "none",
+    }
+    _refuse("hf", problems)
+    config: dict[str, Any] = {
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "intermediate_size": spec.mlp_dim,
+        "hidden_act": _HF_ACTIVATIONS[spec.activation],
+        "layer_norm_eps": spec.layer_norm_epsilon,
+        "image_size": height if height == width else [height, width],
+        "patch_size": spec.patch_size[0],
+        "num_channels": spec.channels,
+        "qkv_bias": spec.qkv_bias,
+        "dtype": "float32",
+    }
+    if spec.num_classes is not None:
+        names = labels or [f"LABEL_{i}" for i in range(spec.num_classes)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    if is_siglip:
+        config |= {"model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"]}
+        return arrays, config, torch.SIGLIP
+    if not spec.cls_has_position:
+        for _ in range(spec.num_prefix_tokens - spec.num_registers):
+            arrays[POSITIONS] = np.asarray(with_zero_token(arrays[POSITIONS]))
+    if is_dinov2:
+        return _as_dinov2(arrays, config, spec)
+    family = "vit" if spec.distilled == "none" else "deit"
+    name = {"vit": "ViT", "deit": "DeiT"}[family]
+    has_head = spec.num_classes is not None
+    ending = "ForImageClassification" if has_head else "Model"
+    with_teacher = "WithTeacher" if has_head and spec.distilled == "heads" else ""
+    config |= {"model_type": family, "architectures": [f"{name}{ending}{with_teacher}"]}
+    if spec.representation_size is not None:
+        config |= {"pooler_output_size": spec.representation_size, "pooler_act": "tanh"}
+    table = torch.HF_DEIT if family == "deit" else torch.HF_VIT
+    if with_teacher:
+        table = {k: v for k, v in table.items() if not k.startswith("classifier.")}
+    else:
+        table = {k: v for k, v in table.items() if "_classifier" not in k}
+    return arrays, config, _prefixed(table, f"{family}." if has_head else "")
+
+
+def _as_dinov2(
+    arrays: Arrays, config: dict[str, Any], spec: Spec
+) -> tuple[Arrays, dict[str, Any], torch.Table]:
+    width, hidden = spec.hidden_size, spec.mlp_dim
+    is_swiglu = spec.mlp == "swiglu"
+    # A whole number there, as is what it makes: of SwiGLU two thirds, up to a multiple of eight.
+    config["mlp_ratio"] = ratio = round((1.5 if is_swiglu else 1) * hidden / width)
+    made = (int(width * ratio * 2 / 3) + 7) // 8 * 8 if is_swiglu else width * ratio
+    _refuse("hf", {f"MLPs of {hidden} for a width of {width}, of DINOv2": made != hidden})
+    del config["intermediate_size"]
+    registers = spec.num_registers
+    kind, name = ("dinov2", "Dinov2") if not registers else _WITH_REGISTERS
+    for i in range(spec.num_layers if spec.layer_scale is None else 0):
+        for n in (0, 1):
+            scale = f"Transformer/encoderblock_{i}/LayerScale_{n}/scale"
+            arrays[scale] = np.ones(width, np.float32)
+    table = torch.HF_DINOV2
+    if is_swiglu:
+        table = {k: v for k, v in table.items() if ".mlp.fc" not in k} | torch.HF_SWIGLU
+    # There all have the token that stands for masked patches, and none uses it outside of training.
+    arrays["mask"] = np.zeros((1, width), np.float32)
+    table = table | {"embeddings.mask_token": (("mask",), "same")}
+    if spec.num_classes is not None and spec.classifier == "token":
+        # Their head sees the mean of the patches too, here without any weight.
+        kernel = arrays["head/kernel"]
+        arrays["head/kernel"] = np.concatenate([kernel, np.zeros_like(kernel)])
+    ending = "ForImageClassification" if spec.num_classes is not None else "Model"
+    config |= {
+        "model_type": kind,
+        "architectures": [f"{name}{ending}"],
+        "use_swiglu_ffn": is_swiglu,
+        "layerscale_value": 1.0 if spec.layer_scale is None else spec.layer_scale,
+    }
+    if registers:
+        config["num_register_tokens"] = registers
+    return arrays, config, _prefixed(table, f"{kind}." if spec.num_classes is not None else "")
+
+
+_WITH_REGISTERS = ("dinov2_with_registers", "Dinov2WithRegisters")
+
+
+def _prefixed(table: torch.Table, prefix: str) -> torch.Table:
+    return {
+        name if "classifier" in name else f"{prefix}{name}": rule for name, rule in table.items()
+    }
+
+
+def _processor(spec: Spec, values: Any) -> dict[str, Any]:
+    height, width = spec.image_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": values[0],
+        "image_std": values[1],
+    }
