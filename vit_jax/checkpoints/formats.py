@@ -1,4 +1,4 @@
-"""Files of weights: .npz, .safetensors and Orbax folders behind one door.
+"""Files of weights: .npz, .safetensors, torch's .pth and Orbax folders behind one door.
 
 Arrays stay in their file until they are read. Nothing is ever unpickled, and what a file claims is
 compared with its size before memory is taken.
@@ -24,9 +24,11 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from vit_jax.checkpoints import pth
 from vit_jax.errors import UserError, first_line
 from vit_jax.files import atomic_write
 
+_LARGEST_INDEX = 16 << 20  # Bytes of the .json that names the files of sharded weights.
 _BATCH = 1 << 25  # Bytes of the arrays that Orbax writes together.
 
 # The types that .safetensors files have, and NumPy too.
@@ -129,17 +131,24 @@ def open_arrays(
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+            is_pth = pth.is_pth(file)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except OSError as e:
         raise UserError(f"{path} can't be read ({e.strerror})") from e
+    if is_pth:
+        return _open_pth(path)
     if start[:4] == b"PK\x03\x04":
         return _open_npz(path)
     if start[8:] == b"{":
         return _open_safetensors(path)
+    if start[:1] == b"{":
+        return _open_shards(path)
     found = f"a file that starts with {start!r}" if start else "an empty file"
+    if start[:1] == b"\x80":
+        found = "a pickle that torch.save didn't write, or wrote before 2018"
     raise UserError(
-        f"{path} holds no weights: expected an .npz or .safetensors file or an Orbax folder, "
+        f"{path} holds no weights: expected an .npz, .safetensors or .pth file or an Orbax folder, "
         f"found {found}"
     )
 
@@ -317,6 +326,49 @@ def _write_safetensors(path: str | os.PathLike, arrays: Mapping[str, Array]) -> 
             values = np.asarray(array)
             little = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
             file.write(little.reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def _open_shards(path: Path) -> Iterator[dict[str, LazyArray]]:
+    """Of an index, {"weight_map": {array: file beside it}}, all of its files."""
+    with contextlib.ExitStack() as stack:
+        with _explained(path):
+            if path.stat().st_size > _LARGEST_INDEX:
+                raise ValueError(f"expected an index of {_LARGEST_INDEX:,} bytes at most")
+            files = json.loads(path.read_bytes())["weight_map"]
+            shards: dict[str, dict[str, LazyArray]] = {}
+            names = sorted(set(files.values()))
+            for name in names:
+                if os.path.basename(name) != name or name == path.name:
+                    raise ValueError(f"{name!r} is no file beside it")
+        for name in names:
+            if not (path.parent / name).is_file():
+                raise UserError(f"{path} names {name}, which is not beside it: fetch it, too")
+            shards[name] = stack.enter_context(open_arrays(path.parent / name))
+        with _explained(path, "it and its files are of different weights, fetch them again"):
+            arrays = {name: shards[file][name] for name, file in files.items()}
+        yield arrays
+
+
+# .pth
+
+
+@contextlib.contextmanager
+def _open_pth(path: Path) -> Iterator[dict[str, LazyArray]]:
+    def read(name: str) -> np.ndarray:
+        with _explained(f"{path}: array {name!r}"):
+            return tensors[name].read()
+
+    with open(path, "rb") as file:
+        with _explained(path):
+            try:
+                tensors = pth.read_pth(file, str(path))
+            except UserError as e:
+                raise UserError(f"{path}: {e}") from e
+        yield {
+            name: LazyArray(tensor.shape, tensor.dtype, functools.partial(read, name))
+            for name, tensor in tensors.items()
+        }
 
 
 # Orbax
