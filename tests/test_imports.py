@@ -41,7 +41,9 @@ ALLOWED = {
 HEAVY = (
     "cv2",
     "grain",
+    "huggingface_hub",
     "matplotlib",
+    "PIL",
     "tensorflow",
     "tensorflow_datasets",
     "orbax",

@@ -16,7 +16,7 @@ import numpy as np
 
 from vit_jax import checkpoints, data
 from vit_jax.buckets import local_copy
-from vit_jax.checkpoints import hub
+from vit_jax.checkpoints import hub, huggingface
 from vit_jax.checkpoints.hub import class_names
 from vit_jax.errors import UserError
 from vit_jax.files import as_path, atomic_write, bucket_errors, is_bucket
@@ -308,8 +308,9 @@ def load(
     Args:
       source: a file of weights (.npz, .safetensors or an Orbax folder; of a file with several
         networks, "FILE:img" takes one), the workdir of a training run, or a name or address of
-        published weights ("augreg/B_16", "imagenet21k/ViT-B_16", "gs://...", "https://..."; see
-        `checkpoints.hub.resolve`), which are downloaded once. Files and workdirs may be in buckets.
+        published weights ("augreg/B_16", "imagenet21k/ViT-B_16", "facebook/dinov2-small",
+        "gs://...", "https://..."; see `checkpoints.hub.resolve`), which are downloaded once. Files
+        and workdirs may be in buckets.
       num_classes: None keeps the stored head; a number gives a new head of zeros, for fine-tuning,
         even if the stored one has as many classes.
       image_size: None keeps the stored position embeddings; a size in pixels, one number or
@@ -369,9 +370,14 @@ def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
     if path.is_dir() and not checkpoints.is_orbax(path):
         if (path / WEIGHTS).is_file():
             return path / WEIGHTS, tower
+        if weights := huggingface.weights_in(path):
+            return weights, tower
         if (path / "config.json").is_file():
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
-        raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
+        raise UserError(
+            f"{path} is no workdir of a training run and no folder of timm or transformers: it "
+            f"holds no {WEIGHTS} and no model.safetensors"
+        )
     return path, tower
 
 

@@ -15,7 +15,7 @@ import urllib.parse
 from importlib import resources
 from pathlib import Path
 
-from vit_jax.checkpoints import augreg
+from vit_jax.checkpoints import augreg, huggingface
 from vit_jax.errors import UserError
 from vit_jax.files import cache_folder, has_credentials
 
@@ -26,6 +26,7 @@ IMAGENET21K = f"{STORE}/bit_models/imagenet21k_wordnet_lemmas.txt"
 
 _DATA = resources.files("vit_jax.checkpoints")
 _FOLDERS = tomllib.loads((_DATA / "published.toml").read_text("utf-8"))
+_TIMM: dict[str, str] = _FOLDERS.pop("timm")  # Names of timm's, and ours of the same weights.
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def resolve(
         "augreg/MODEL" for the recommended AugReg checkpoint of a model, "augreg/FILE" for any of
         them; without a folder an AugReg model or file ("Ti_16"), or an official name ("ViT-B_16"),
         which means the paper's ImageNet-21k weights if there are any, else the recommended AugReg
-        ones; a gs://, https:// or http:// address.
+        ones; a repository of huggingface.co, "timm/NAME", "facebook/NAME" or "hf-hub:ORG/NAME"; a
+        gs://, https:// or http:// address.
       cache_dir: where to keep downloads; None for the environment's choice, see above.
       offline: True forbids the network; None for the environment's choice.
 
@@ -54,6 +56,15 @@ def resolve(
         return path
     if isinstance(name, os.PathLike):
         raise UserError(f"no such file: {path}")
+    same = _TIMM.get(name.removeprefix("timm/")) if name.startswith("timm/") else None
+    if same:
+        _log.warning(
+            "%s are Google's %s, which are taken; hf-hub:%s is timm's copy", *(name, same), name
+        )
+        name = same
+    if found := huggingface.repository(name):
+        is_offline = _is_offline() if offline is None else offline
+        return huggingface.fetch(found, cache_dir=cache_dir, offline=is_offline)
     url = url_for(name, cache_dir=cache_dir, offline=offline)
     for sidecar in sidecar_files(url):
         fetch(sidecar, cache_dir=cache_dir, offline=offline)
@@ -65,7 +76,7 @@ def needs_credentials(address: str) -> bool:
     weights, nor where there is no network, no credentials or nothing that could use them."""
     bucket = address.removeprefix("gs://").partition("/")[0]
     public = {folder["place"].partition("/")[0] for folder in _FOLDERS.values()}
-    if bucket in public | {"big_vision"} or _is_offline():
+    if bucket in public or _is_offline():
         return False
     return has_credentials()
 
@@ -94,9 +105,14 @@ def url_for(
     if not folder:
         folder, stem = _default_collection(stem)
     if folder == "augreg" and stem:
-        if stem in augreg.MODELS:
-            index = fetch(AUGREG_INDEX, cache_dir=cache_dir, offline=offline)
-            stem = augreg.recommended(augreg.read_index(index), stem)
+        model, _, adapted_to = stem.partition("+")
+        if model in augreg.MODELS:
+            rows = augreg.read_index(fetch(AUGREG_INDEX, cache_dir=cache_dir, offline=offline))
+            if adapted_to:
+                stem = str(augreg.best_adapted(rows, model, adapted_to)["adapt_filename"])
+            else:
+                stem = augreg.recommended(rows, model)
+            stem = stem.removesuffix(".npz")
         if augreg.is_file_name(stem):
             return _store_url(f"vit_models/augreg/{stem}.npz")
     elif folder in _FOLDERS and re.fullmatch(r"[\w.+-]*\w", stem):
@@ -105,6 +121,8 @@ def url_for(
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     near = list(dict.fromkeys(known[n] for n in close))
     hint = f"did you mean {' or '.join(near)}?" if near else "vit-jax models lists them"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not near:
+        hint += f", and one of huggingface.co would be hf-hub:{name}"
     raise UserError(f"no such file: {name}, and no published weights of that name; {hint}")
 
 

@@ -14,7 +14,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes  # noqa: F401 (with it NumPy knows bfloat16)
@@ -39,9 +39,6 @@ _WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema"),
     *("model", "state_dict", "net", "teacher", "student"),
 )
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "base_encoder.", "base_model.", "model.")
-# Of the projection that DINO and others train with and throw away.
-_PROJECTION = re.compile(r"(?:module\.)?(?:dino_|ibot_)?head\.(?:mlp|last_layer)\b")
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +83,7 @@ def is_pth(file: BinaryIO) -> bool:
         return start[:1] == b"\x80" and _LEGACY in start
     try:
         names = zipfile.ZipFile(file).namelist()
-    except (zipfile.BadZipFile, ValueError, OverflowError):
+    except Exception:  # Damage of any kind, of which the reader of .npz files tells.
         return False
     return any(name.rpartition("/")[2] == "data.pkl" for name in names)
 
@@ -94,8 +91,8 @@ def is_pth(file: BinaryIO) -> bool:
 def read_pth(file: BinaryIO, where: str) -> dict[str, Tensor]:
     """The parameters in an opened file of torch; their values can be read while it is open.
 
-    Of a training checkpoint the parameters are taken, or their average if there is one, and
-    prefixes that all names have are left out; the log says what was.
+    Of a training checkpoint the parameters are taken, or their average if there is one; the log
+    says what was left out.
 
     Args:
       file: see `is_pth`.
@@ -109,7 +106,7 @@ def read_pth(file: BinaryIO, where: str) -> dict[str, Tensor]:
     # Tensors may share a storage, and then are often read one after the other.
     values = functools.lru_cache(maxsize=1)(lambda storage: opener(storage)())
     found = {}
-    for name, view in strip_prefixes(_unwrap(content, where), where).items():
+    for name, view in _unwrap(content, where).items():
         last = sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
         size, stored = math.prod(view.shape), view.storage.size
         # Rows that lie on each other are many bytes made of few.
@@ -418,18 +415,3 @@ def _find_parameters(content: Any, path: list[str]) -> tuple[str, dict[str, Any]
     if any(isinstance(value, _View) for value in content.values()):
         return ".".join(path), {str(name): value for name, value in content.items()}, []
     return None
-
-
-def strip_prefixes(arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The arrays without what stands before all of their names in training scripts of torch, such
-    as "module.", and without a projection that was only trained with."""
-    kept = dict(arrays)
-    if any("last_layer." in name for name in arrays):
-        kept = {name: array for name, array in arrays.items() if not _PROJECTION.match(name)}
-        _log.warning("%s: left out: %d arrays of a projection", where, len(arrays) - len(kept))
-    while kept:
-        shared = [prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in kept)]
-        if not shared:
-            break
-        kept = {name.removeprefix(shared[0]): array for name, array in kept.items()}
-    return kept
