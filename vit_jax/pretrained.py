@@ -315,7 +315,8 @@ def load(
         even if the stored one has as many classes.
       image_size: None keeps the stored position embeddings; a size in pixels, one number or
         (height, width), resamples them.
-        Images are then squeezed to that size, values in the recorded range.
+        Images are then made that large as recorded: by the same method, with the same crop and
+        values.
       pre_logits: None keeps the tanh layer before the head with a kept head and drops it with a new
         one (the paper's fine-tuning); True and False say so outright.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
@@ -419,7 +420,20 @@ def read_weights(
             f"{path.with_suffix('.json')} is about other weights than {path}, which are "
             f"{spec.description}: mend or remove it"
         )
-    return arrays, spec, notes
+    return arrays, spec, notes or _config_notes(path, spec)
+
+
+def _config_notes(path: Path, spec: Spec) -> "Notes | None":
+    """What the files of timm or transformers beside weights say, as notes; None without them."""
+    config = huggingface.read_config(path.parent)
+    try:
+        preprocess = data.from_config(config, spec.image_size) if config else None
+    except UserError as e:
+        raise UserError(f"{path.parent}: {e}") from e
+    if preprocess is None:
+        return None
+    labels = class_names(spec.num_classes)
+    return Notes(spec.classifier, spec.image_size, preprocess, labels, {})
 
 
 # What the official layouts have no place for is kept in a small .json file beside the weights.
@@ -496,11 +510,13 @@ def original_preprocess(image_size: tuple[int, int]) -> str:
 def preprocess_for(notes: Notes | None, stored: Spec, new: Spec) -> str:
     """How images are made ready for stored weights, perhaps resampled for `new.image_size`.
 
-    Without notes it is the original's preprocessing; for another size too, but with the recorded
-    range of values.
+    Without notes it is the original's preprocessing. For another size it is the recorded one with
+    its method, crop and values; where that can't be, the original's with the recorded values.
     """
     if notes and new.image_size == stored.image_size:
         return notes.preprocess
+    if notes and (text := data.at_size(notes.preprocess, stored.image_size, new.image_size)):
+        return text
     resize = original_preprocess(new.image_size).split("|")[0]
     recorded = re.findall(
         # Numbers in brackets, for each channel, may stand in the brackets.

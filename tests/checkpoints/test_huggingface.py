@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 
-import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import save
 
 from vit_jax.checkpoints import hub, read_npz
@@ -112,7 +112,6 @@ def site(monkeypatch, tmp_path):
     site.url, site.files_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", site.url)
     template = "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", site.url + template)
@@ -194,7 +193,7 @@ def test_without_a_network_what_is_there_is_used(site, monkeypatch):
     ):
         resolve("timm/y")
     monkeypatch.delenv("VIT_JAX_OFFLINE")
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert resolve("timm/x") == path
     with pytest.raises(UserError, match=r"timm/y can't be reached at http://127\.0\.0\.1:9/timm/y"):
         resolve("timm/y")
@@ -207,8 +206,8 @@ def test_other_failures_are_one_line(site):
         ("timm/nothing", "is not at http://127.*, or is private: check the name"),
         ("timm/x@other", "has no revision 'other'"),
         ("timm/x", "holds none of model.safetensors, "),
-        ("hf-hub:a/b/c", "can't be fetched"),
-        ("hf-hub:", "can't be fetched"),
+        ("hf-hub:a/b/c", "is no name: expected ORG/NAME or ORG/NAME@REVISION"),
+        ("hf-hub:", "no such file"),
     ]:
         with pytest.raises(UserError, match=text):
             resolve(name)

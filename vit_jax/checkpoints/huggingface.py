@@ -4,7 +4,9 @@ Its environment variables hold: HF_HOME and HF_HUB_CACHE for its cache, which ti
 share, HF_TOKEN, HF_ENDPOINT for a mirror, HF_HUB_OFFLINE.
 """
 
+import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,35 @@ def weights_in(folder: Path) -> Path | None:
     """The file to open in a folder that was downloaded, or written by timm or transformers."""
     files = [folder / names[0] for names in _WEIGHTS]
     return next((file for file in files if file.is_file()), None)
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The config.json of timm or transformers in a folder; None if there is none, or it is a run's.
+
+    What preprocessor_config.json says stands under "preprocessor". Raises UserError for damage.
+    """
+    found: dict[str, Any] = {}
+    for name in ("config", "preprocessor_config"):
+        file = folder / f"{name}.json"
+        try:
+            found[name] = json.loads(file.read_bytes()) if file.is_file() else {}
+            if type(found[name]) is not dict:
+                raise ValueError("it is no JSON object")
+        except (OSError, ValueError, RecursionError) as e:
+            raise UserError(f"{file} can't be read ({e}): mend or remove it") from e
+    is_theirs = found["config"].keys() & {"model_type", "architecture"}
+    return found["config"] | {"preprocessor": found["preprocessor_config"]} if is_theirs else None
+
+
+def licence(weights: Path) -> str | None:
+    """The licence of weights, by the config.json or the card beside them."""
+    config = read_config(weights.parent) or {}
+    if named := (config.get("pretrained_cfg") or {}).get("license"):
+        return str(named)
+    card = weights.parent / "README.md"
+    text = card.read_text("utf-8", "replace")[:10_000] if config and card.is_file() else ""
+    match = re.search(r"\A---\n(?:.*\n)*?license: *(\S+)", text.partition("\n---")[0])
+    return match[1] if match else None
 
 
 def origin(weights: Path) -> tuple[str, str] | None:
@@ -87,6 +118,8 @@ def fetch(repository: str, *, cache_dir: str | os.PathLike | None, offline: bool
                 "is not in the cache, and downloads are switched off: unset VIT_JAX_OFFLINE and "
                 f"HF_HUB_OFFLINE, or fetch the files of {page} by hand and name their folder"
             )
-    except Exception as e:  # Of the network, the disk, and the name.
+    except errors.HFValidationError:
+        problem = "is no name: expected ORG/NAME or ORG/NAME@REVISION"
+    except Exception as e:  # Of the network or the disk.
         problem = f"can't be fetched from {page} ({first_line(e)[:300]}): try again later"
     raise UserError(f"the repository {repo} {problem}")

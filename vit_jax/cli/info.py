@@ -19,7 +19,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints what the arrays and the notes beside them tell."""
-    from vit_jax.checkpoints import open_arrays, read_layout
+    from vit_jax.checkpoints import huggingface, hub, open_arrays, read_layout
     from vit_jax.pretrained import class_labels, find_weights, preprocess_for, read_weights
 
     path, asked = find_weights(args.weights)
@@ -29,10 +29,17 @@ def run(args: argparse.Namespace) -> None:
         layout = read_layout(stored, tower=asked)
         count = len(stored) - len(layout.left_out)
         types = sorted({str(a.dtype) for a in layout.arrays.values()})
+        kind = stored_as(path)
+    place, licence = hub.origin(path), huggingface.licence(path)
+    names = hub.other_names(path)
     size = sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
     if args.json:
         facts = {
             "file": str(path),
+            "kind": kind,
+            "origin": place,
+            "names": names,
+            "licence": licence,
             "architecture": spec.name,
             **spec.facts(),
             "parameters": spec.num_parameters,
@@ -52,10 +59,13 @@ def run(args: argparse.Namespace) -> None:
         head += f": {'; '.join(labels[:5])}{'; ...' if len(labels) > 5 else ''}"
     lines = {
         "file": path,
+        **({"from": place} if place else {}),
+        **({"also named": ", ".join(names)} if names else {}),
+        **({"licence": licence} if licence else {}),
         **spec.summary(),
         "head": head,
         "preprocessing": preprocess,
-        "stored as": f"{', '.join(types)}; {count} arrays, {layout.style} keys",
+        "stored as": f"{kind}, {', '.join(types)}; {count} arrays, {layout.style} keys",
         "size": f"{size / 2**20:,.1f} MiB",
     }
     for title, text in lines.items():

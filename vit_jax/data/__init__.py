@@ -20,6 +20,8 @@ _HOMES = {
     "Preprocess": "preprocess",
     "parse": "preprocess",
     "OPERATIONS": "preprocess",
+    "at_size": "recorded",
+    "from_config": "recorded",
     "AUGREG": "augment",
     "Readers": "workers",
     "choose_readers": "workers",
