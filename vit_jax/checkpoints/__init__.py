@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.checkpoints.formats import (
     ENDINGS,
     check_ending,
+    container,
     is_orbax,
     open_arrays,
     read_npz,
@@ -27,6 +28,7 @@ __all__ = [
     "Spec",
     "check_arrays",
     "check_ending",
+    "container",
     "is_orbax",
     "load_weights",
     "open_arrays",

@@ -153,6 +153,17 @@ def open_arrays(
     )
 
 
+def container(path: str | os.PathLike) -> str:
+    """What kind of file `open_arrays` opens, in words."""
+    if os.path.isdir(path):
+        return "Orbax"
+    with open(path, "rb") as file:
+        start, is_pth = file.read(9), pth.is_pth(file)
+    if is_pth:
+        return "torch's zip archive" if start[:2] == b"PK" else "torch's pickle before 1.6"
+    return {b"PK": ".npz", b'{"': "several files"}.get(start[:2], ".safetensors")
+
+
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
     """Writes arrays in their order to the kind of file that the name's ending says.
 

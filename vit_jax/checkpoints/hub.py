@@ -154,6 +154,26 @@ def sources(model: str) -> list[str]:
     return listed
 
 
+def origin(weights: Path) -> str | None:
+    """Where a file was downloaded from, if it lies in a cache."""
+    if found := huggingface.origin(weights):
+        return f"huggingface.co/{found[0]}, commit {found[1]}"
+    try:
+        host, *rest = weights.relative_to(cache_folder()).parts
+    except ValueError:
+        return None
+    return f"https://{host}/{'/'.join(rest)}" if rest and "%" not in host else None
+
+
+def other_names(weights: Path) -> list[str]:
+    """Under which other names the same weights are known, here and in timm."""
+    place, config = origin(weights), huggingface.read_config(weights.parent) or {}
+    tag = (config.get("pretrained_cfg") or {}).get("tag")
+    timm = f"{config.get('architecture')}.{tag}"
+    found = [f"timm/{name}" for name, same in _TIMM.items() if place == url_for(same)]
+    return found + ([f"timm/{timm}"] if tag else []) + ([_TIMM[timm]] if timm in _TIMM else [])
+
+
 def sidecar_files(url: str) -> tuple[str, ...]:
     """Addresses of the files that have to lie beside a checkpoint: a LiT bundle's vocabulary."""
     lit = _FOLDERS["lit"]

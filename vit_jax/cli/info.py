@@ -19,7 +19,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints what the arrays and the notes beside them tell."""
-    from vit_jax.checkpoints import huggingface, hub, open_arrays, read_layout
+    from vit_jax.checkpoints import container, hub, huggingface, open_arrays, read_layout
     from vit_jax.pretrained import class_labels, find_weights, preprocess_for, read_weights
 
     path, asked = find_weights(args.weights)
@@ -29,9 +29,8 @@ def run(args: argparse.Namespace) -> None:
         layout = read_layout(stored, tower=asked)
         count = len(stored) - len(layout.left_out)
         types = sorted({str(a.dtype) for a in layout.arrays.values()})
-        kind = stored_as(path)
-    place, licence = hub.origin(path), huggingface.licence(path)
-    names = hub.other_names(path)
+    kind, place, names = container(path), hub.origin(path), hub.other_names(path)
+    licence = huggingface.licence(path)
     size = sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
     if args.json:
         facts = {
@@ -59,9 +58,9 @@ def run(args: argparse.Namespace) -> None:
         head += f": {'; '.join(labels[:5])}{'; ...' if len(labels) > 5 else ''}"
     lines = {
         "file": path,
-        **({"from": place} if place else {}),
-        **({"also named": ", ".join(names)} if names else {}),
-        **({"licence": licence} if licence else {}),
+        "from": place,
+        "also named": ", ".join(names),
+        "licence": licence,
         **spec.summary(),
         "head": head,
         "preprocessing": preprocess,
@@ -69,4 +68,5 @@ def run(args: argparse.Namespace) -> None:
         "size": f"{size / 2**20:,.1f} MiB",
     }
     for title, text in lines.items():
-        print(f"{title:<14} {text}")
+        if text:
+            print(f"{title:<14} {text}")

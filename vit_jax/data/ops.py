@@ -246,8 +246,8 @@ def _resized_by_pillow(image: np.ndarray, size: Size, method: Method) -> np.ndar
     resampling = Image.Resampling[method.removeprefix("pil_").upper()]
     # Two channels would be grey and alpha, by which Pillow weighs the other.
     parts = [image] if image.shape[2] == 3 else np.moveaxis(image, 2, 0)
-    resized = [Image.fromarray(part).resize(size[::-1], resampling) for part in parts]
-    return np.array(resized[0]) if image.shape[2] == 3 else np.stack(resized, axis=2)
+    resized = [np.array(Image.fromarray(part).resize(size[::-1], resampling)) for part in parts]
+    return resized[0] if image.shape[2] == 3 else np.stack(resized, axis=2)
 
 
 def _triangles(before: int, after: int) -> "csr_array":
