@@ -45,6 +45,7 @@ TIMM = {"input_size": [3, 224, 224], "interpolation": "bicubic", "mean": MEAN, "
         ),
         ("value_range(-1, 1)", (32, 32), None),
         ("resize_small(224)|value_range(-1, 1)", (32, 32), None),
+        ("central_crop(224)|value_range(-1, 1)", (32, 32), None),
         ("resize(224)|random_crop(200)", (100, 100), None),
     ],
 )

@@ -368,7 +368,7 @@ def _open_shards(path: Path) -> Iterator[dict[str, LazyArray]]:
 def _open_pth(path: Path) -> Iterator[dict[str, LazyArray]]:
     def read(name: str) -> np.ndarray:
         with _explained(f"{path}: array {name!r}"):
-            return tensors[name].read()
+            return tensors[name][2]()
 
     with open(path, "rb") as file:
         with _explained(path):
@@ -377,8 +377,8 @@ def _open_pth(path: Path) -> Iterator[dict[str, LazyArray]]:
             except UserError as e:
                 raise UserError(f"{path}: {e}") from e
         yield {
-            name: LazyArray(tensor.shape, tensor.dtype, functools.partial(read, name))
-            for name, tensor in tensors.items()
+            name: LazyArray(shape, dtype, functools.partial(read, name))
+            for name, (shape, dtype, _) in tensors.items()
         }
 
 

@@ -34,6 +34,10 @@ _LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _STORAGES = dict(Float="f4", Double="f8", Half="f2", BFloat16="bfloat16", Bool="?", Untyped="u1")
 _STORAGES |= dict(Long="i8", Int="i4", Short="i2", Char="i1", Byte="u1", ComplexFloat="c8")
 
+# Operations that take what stands above the mark; and those that do nothing, here or at all.
+_FROM_MARK = ("TUPLE", "LIST", "DICT", "FROZENSET", "APPENDS", "SETITEMS", "ADDITEMS", "POP_MARK")
+_NOTHING = ("PROTO", "FRAME", "APPEND", "SETITEM")
+
 # Under which training scripts keep the parameters, the average of them first.
 _WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema"),
@@ -43,17 +47,8 @@ _WRAPPERS = (
 _log = logging.getLogger(__name__)
 
 
-class Tensor(NamedTuple):
-    """An array in the file.
-
-    Attributes:
-      shape, dtype: as of the array that `read` gives.
-      read: its values, from the file.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
+# Shape, dtype and the function that reads such an array.
+Stored = tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
 
 
 class Inert(NamedTuple):
@@ -88,7 +83,7 @@ def is_pth(file: BinaryIO) -> bool:
     return any(name.rpartition("/")[2] == "data.pkl" for name in names)
 
 
-def read_pth(file: BinaryIO, where: str) -> dict[str, Tensor]:
+def read_pth(file: BinaryIO, where: str) -> dict[str, Stored]:
     """The parameters in an opened file of torch; their values can be read while it is open.
 
     Of a training checkpoint the parameters are taken, or their average if there is one; the log
@@ -105,7 +100,7 @@ def read_pth(file: BinaryIO, where: str) -> dict[str, Tensor]:
     content, opener = (_read_zip if is_zip else _read_legacy)(file)
     # Tensors may share a storage, and then are often read one after the other.
     values = functools.lru_cache(maxsize=1)(lambda storage: opener(storage)())
-    found = {}
+    found: dict[str, Stored] = {}
     for name, view in _unwrap(content, where).items():
         last = sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
         size, stored = math.prod(view.shape), view.storage.size
@@ -117,7 +112,7 @@ def read_pth(file: BinaryIO, where: str) -> dict[str, Tensor]:
             )
         opener(view.storage)  # Whether it is there is known before anything is read.
         read = functools.partial(_values, values, view)
-        found[name] = Tensor(view.shape, view.storage.dtype, read)
+        found[name] = (view.shape, view.storage.dtype, read)
     return found
 
 
@@ -234,98 +229,72 @@ def _run(file: BinaryIO, storages: dict[str, _Storage] | None = None) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
-
-    def pop_to_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
+    items: list[Any] = []
     operations: Iterator[tuple[Any, Any, Any]] = pickletools.genops(file)
     for count, (opcode, arg, position) in enumerate(operations):
         if count > _OPERATIONS or (position or 0) > _LARGEST:
             raise UserError(f"its pickle has more than {_OPERATIONS:,} operations")
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
+        name = opcode.name
+        if name in _FROM_MARK:
+            start = marks.pop()
+            items = stack[start:]
+            del stack[start:]
+        elif name in ("APPEND", "SETITEM"):
+            items = [stack.pop()] if name == "APPEND" else [stack.pop(-2), stack.pop()]
+        match name:
             case "STOP":
                 return stack.pop()
             case "MARK":
                 marks.append(len(stack))
-            case "POP":
-                # The mark itself may be what is on top.
-                marks.pop() if marks and marks[-1] == len(stack) else stack.pop()
-            case "POP_MARK":
-                pop_to_mark()
+            case "POP" if marks and marks[-1] == len(stack):
+                marks.pop()
+            case "POP" | "BUILD":  # What is built in would be for an object that does something.
+                stack.pop()
             case "DUP":
                 stack.append(stack[-1])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[arg] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if name == "MEMOIZE" else arg] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(memo[arg])
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                length = int(opcode.name[-1])
-                stack[-length:] = [tuple(stack[-length:])]
-            case "EMPTY_LIST":
-                stack.append([])
-            case "LIST":
-                stack.append(pop_to_mark())
-            case "APPEND" | "APPENDS":
-                items = pop_to_mark() if opcode.name == "APPENDS" else [stack.pop()]
-                if isinstance(stack[-1], list):
-                    stack[-1].extend(items)
-            case "EMPTY_DICT":
-                stack.append({})
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append({"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}[name])
+            case "TUPLE" | "LIST":
+                stack.append(tuple(items) if name == "TUPLE" else items)
             case "DICT":
-                stack.append(_update({}, pop_to_mark()))
-            case "SETITEM" | "SETITEMS":
-                items = pop_to_mark() if opcode.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                _update(stack[-1], items)
-            case "EMPTY_SET":
+                stack.append(_as_dict(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                length = int(name[-1])
+                stack[-length:] = [tuple(stack[-length:])]
+            case "APPEND" | "APPENDS" if isinstance(stack[-1], list):
+                stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS" if isinstance(stack[-1], dict):
+                stack[-1].update(_as_dict(items))
+            case "EMPTY_SET" | "FROZENSET":
                 stack.append(Inert("set"))
-            case "FROZENSET":
-                pop_to_mark()
-                stack.append(Inert("frozenset"))
-            case "ADDITEMS":
-                pop_to_mark()
             case "GLOBAL":
                 stack.append(Inert(arg.replace(" ", ".")))
             case "STACK_GLOBAL":
                 stack[-2:] = [Inert(".".join(stack[-2:]))]
             case "REDUCE" | "NEWOBJ":
-                args, function = stack.pop(), stack.pop()
-                stack.append(_call(function, args))
+                stack[-2:] = [_call(*stack[-2:])]
             case "NEWOBJ_EX":
                 del stack[-2:]  # Its class stands for what it would make.
-            case "BUILD":  # What it would set is for objects that do something.
-                stack.pop()
             case "BINPERSID":
-                storage = _storage(stack.pop())
+                storage = stack[-1] = _storage(stack[-1])
                 storages[storage.key] = storage
-                stack.append(storage)
-            case _ if opcode.arg and opcode.stack_after[0].obtype is not object:
+            case _ if opcode.arg and opcode.stack_after[:1] not in ([], [pickletools.anyobject]):
                 stack.append(arg)  # A number or a text.
-            case _:
-                raise UserError(f"its pickle uses {opcode.name}, which torch never does")
+            case _ if name not in (*_FROM_MARK, *_NOTHING):
+                raise UserError(f"its pickle uses {name}, which torch never does")
     raise UserError("its pickle has no end")
 
 
-def _update(target: Any, items: list[Any]) -> Any:
-    if isinstance(target, dict):
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if isinstance(key, str | int):  # A nested tuple takes for ever to be hashed.
-                target[key] = value
-    return target
+def _as_dict(items: list[Any]) -> dict[Any, Any]:
+    pairs = zip(items[::2], items[1::2], strict=True)
+    # A nested tuple takes for ever to be hashed.
+    return {key: value for key, value in pairs if isinstance(key, str | int)}
 
 
 def _call(function: Any, args: Any) -> Any:
@@ -333,7 +302,7 @@ def _call(function: Any, args: Any) -> Any:
     name = function.name if isinstance(function, Inert) else "?"
     match name.removeprefix("torch._utils."), args:
         case "collections.OrderedDict", (list(pairs),):
-            return _update({}, [part for key, value in pairs for part in (key, value)])
+            return _as_dict([part for key, value in pairs for part in (key, value)])
         case "collections.OrderedDict", ():
             return {}
         case "_rebuild_tensor" | "_rebuild_tensor_v2", (_Storage() as storage, *place):

@@ -34,7 +34,8 @@ def at_size(text: str, old: Size, new: Size) -> str | None:
         return f"{match[1]}({_size(sizes)}"
 
     preprocess = parse(_SIZED.sub(resized, parse(text).spec))
-    return preprocess.spec if preprocess.output_size == new else None
+    fits = "resize" in text and preprocess.output_size == new
+    return preprocess.spec if fits else None
 
 
 def _beyond(old: int, resized: int, new: int) -> int:
