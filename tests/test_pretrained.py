@@ -292,7 +292,7 @@ def test_sources_that_are_no_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has not finished: start it again"):
         find_weights(tmp_path)
-    with pytest.raises(UserError, match=r"config.json holds no weights: expected an .npz or"):
+    with pytest.raises(UserError, match=r"config.json holds no weights: expected an .npz, "):
         load(tmp_path / "config.json")
 
 

@@ -352,7 +352,7 @@ def test_sharded_weights_are_opened_by_their_index(tmp_path):
         write(wrong)
         with pytest.raises(UserError, match=text):
             read_npz(index)
-    index.write_text('{"x": 1}')
+    index.write_text("{}")
     with pytest.raises(UserError, match="can't be read"):
         read_npz(index)
 

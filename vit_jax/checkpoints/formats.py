@@ -142,7 +142,7 @@ def open_arrays(
         return _open_npz(path)
     if start[8:] == b"{":
         return _open_safetensors(path)
-    if start[:1] == b"{":
+    if start[:1] == b"{" and path.name.endswith(".index.json"):
         return _open_shards(path)
     found = f"a file that starts with {start!r}" if start else "an empty file"
     if start[:1] == b"\x80":
