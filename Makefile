@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo test test-ci test-all chaos notebooks test-notebooks lint clean
+.PHONY: demo test test-ci test-all chaos fuzz notebooks test-notebooks lint clean
 
 demo: $(STAMP)  ## Train on handwritten digits, then look at the result.
 	$(BIN)/vit-jax train --config=digits --workdir=runs/digits
@@ -21,6 +21,9 @@ test-all: $(STAMP)  ## Every test.
 
 chaos: $(STAMP)  ## 50 random faults over a run of two processes (a quarter of an hour).
 	$(BIN)/python tests/chaos/chaos.py --faults=50
+
+fuzz: $(STAMP)  ## An hour of damaged files for everything that is read.
+	$(BIN)/python tests/fuzz/fuzz.py --minutes=60 --keep=fuzz-failures
 
 notebooks: $(STAMP)  ## Run the notebooks and keep what they show in their files.
 	$(BIN)/python scripts/run_notebooks.py --write

@@ -126,7 +126,7 @@ def forward(params: Arrays, images: np.ndarray, *, classifier: str) -> np.ndarra
         x = _block(p, f"Transformer/encoderblock_{block}", x)
         block += 1
     x = _layer_norm(p, "Transformer/encoder_norm", x)
-    if classifier == "token":
+    if classifier in ("token", "first"):
         x = x[:, 0]
     elif classifier == "gap":
         x = x.sum(axis=1) / x.shape[1]

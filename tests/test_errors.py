@@ -18,6 +18,14 @@ def test_letters_of_any_language_are_left_alone():
     assert str(UserError("Blumen/Gänseblümchen 狗.jpg")) == "Blumen/Gänseblümchen 狗.jpg"
 
 
+def test_the_middle_of_an_endless_message_is_left_out():
+    message = str(UserError(f"{'a' * 10**6} can't be read: mend it"))
+
+    assert message.startswith("aaa")
+    assert message.endswith("a can't be read: mend it")
+    assert len(message) < 11_000
+
+
 def test_it_is_a_value_error_that_travels_between_processes():
     error = pickle.loads(pickle.dumps(UserError("a\nb")))
 

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from vit_jax.errors import UserError
 from vit_jax.files import cache_folder
 
 
@@ -17,6 +20,11 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     assert cache_folder() == tmp_path / "xdg" / "vit_jax"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache_folder() == Path.home() / ".cache" / "vit_jax"
+
+    for place in ("~nobody-of-that-name/files", "~nobody-of-that-name"):
+        monkeypatch.setenv("VIT_JAX_CACHE", place)
+        with pytest.raises(UserError, match="~nobody-of-that-name is nobody's home folder here"):
+            cache_folder()
 
 
 PROGRAM = """

@@ -172,6 +172,82 @@ def test_pre_logits_are_kept_or_dropped_as_said(tmp_path):
     assert kept.spec.representation_size == 16
 
 
+@pytest.mark.parametrize("classifier", ["first", "unpooled"])
+def test_a_pooling_that_no_array_tells_is_said_by_the_caller(tmp_path, caplog, classifier):
+    vit = make(classifier=classifier)
+    vit.save(tmp_path / "w.npz")
+    (tmp_path / "w.json").unlink()
+
+    found = load(tmp_path / "w.npz", classifier=classifier)
+    assert not caplog.records
+    np.testing.assert_array_equal(found(images(2)), vit(images(2)))
+
+    assert load(tmp_path / "w.npz").spec.classifier == "gap"
+    assert "w.npz: no array tells how its tokens are pooled; taken as their mean (gap)" in (
+        caplog.text
+    )
+
+
+def test_the_caller_s_word_goes_before_the_notes(saved):
+    assert load(saved, classifier="token_unpooled").spec.classifier == "token_unpooled"
+    found = load(saved, activation="gelu_erf", layer_norm_epsilon=1e-5)
+    assert (found.spec.activation, found.spec.layer_norm_epsilon) == ("gelu_erf", 1e-5)
+    assert found.model.activation == "gelu_erf"
+    for wishes, message in [
+        ({"classifier": "0"}, "its classifier is said to be '0', but a ViT has token or gap or"),
+        ({"classifier": "map"}, "its 17 positions do not fit images of 16x16 pixels"),
+        ({"activation": "relu"}, "unknown activation 'relu'"),
+        ({"layer_norm_epsilon": "1"}, "layer_norm_epsilon is '1', expected another kind"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load(saved, **wishes)
+
+
+def test_a_network_unlike_the_original_s_is_said_to_be_guessed(tmp_path, caplog):
+    make(qkv_bias=False, num_registers=2, activation="gelu_erf").save(tmp_path / "w.npz")
+    assert load(tmp_path / "w.npz").spec.activation == "gelu_erf"
+    assert not caplog.records
+
+    (tmp_path / "w.json").unlink()
+
+    assert load(tmp_path / "w.npz").spec.activation == "gelu_tanh"
+    assert "w.npz: it has attention without biases and registers, so it is no" in caplog.text
+    caplog.clear()
+    assert load(tmp_path / "w.npz", activation="gelu_erf").spec.activation == "gelu_erf"
+    assert not caplog.records
+
+
+def test_names_of_classes_that_are_guessed_are_said(tmp_path, caplog, monkeypatch):
+    make(num_classes=1000, labels=None).save(tmp_path / "w.npz")
+    assert load(tmp_path / "w.npz").labels is None
+    (tmp_path / "w.json").unlink()
+
+    assert load(tmp_path / "w.npz").labels[0] == "tench, Tinca tinca"
+    assert "w.npz: nothing names its 1000 classes; taken as those of ImageNet" in caplog.text
+
+    caplog.clear()
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))  # Where what is published lies.
+    assert load(tmp_path / "w.npz").labels
+    assert not caplog.records
+
+
+def test_weights_that_are_no_numbers_are_loaded_only_to_look_at_them(vit, tmp_path):
+    bias = np.array([1, np.nan, 0, 0, np.inf], np.float32)
+    broken = {**vit.params, "head": {**vit.params["head"], "bias": bias}}
+    dataclasses.replace(vit, params=broken).save(tmp_path / "w.npz")
+
+    with pytest.raises(UserError, match=r"w\.npz holds .* NaN or infinite \(1\): head/bias 2 of 5"):
+        load(tmp_path / "w.npz")
+    found = load(tmp_path / "w.npz", allow_nonfinite=True)
+    np.testing.assert_array_equal(found.params["head"]["bias"], bias)
+
+
+def test_without_a_recorded_range_another_size_gets_none(tmp_path):
+    make(preprocess="resize(16)").save(tmp_path / "w.npz")
+
+    assert load(tmp_path / "w.npz", image_size=24).preprocess == "resize(24)"
+
+
 # Use.
 
 
@@ -299,7 +375,10 @@ def test_sources_that_are_no_weights_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
-        ({"patch_size": 3}, "load takes no 'patch_size': of the model only dropout_rate"),
+        (
+            {"patch_size": 3},
+            "load takes no 'patch_size': of the model only .*dropout_rate.*activation",
+        ),
         ({"image_size": (16,)}, r"image_size is \(16,\), expected pixels or \(height, width\)"),
         ({"image_size": 0}, "image_size is 0, expected"),
         ({"image_size": 3}, "3x3 pixels is smaller than one patch of 4x4"),
@@ -331,6 +410,14 @@ def test_wishes_that_make_no_sense_are_refused(saved, wishes, message):
         {"classifier": "mean"},
         {"preprocess": "blur(3)"},
         {"preprocess": None},
+        {"preprocess": "random_crop(16)|value_range(-1, 1)"},
+        {"preprocess": "resize(13000)|value_range(-1, 1)"},
+        {"preprocess": "resize(13000)|central_crop(16)|value_range(-1, 1)"},
+        {"preprocess": "resize_small(13000)|central_crop(16)|value_range(-1, 1)"},
+        {"image_size": [float("inf"), 16]},
+        {"image_size": [16.5, 16]},
+        {"image_size": [True, 16]},
+        {"image_size": [10**9, 10**9]},
         {"untold": {"layer_norm_epsilon": "abc"}},
         {"untold": {"layer_scale": [1]}},
         {"untold": None},
@@ -352,8 +439,15 @@ def test_damaged_notes_are_refused_by_name(saved, change):
     ("change", "message"),
     [
         ({"labels": ["a", "b"]}, "names 2 classes, but the head has 5: mend or remove"),
-        ({"image_size": [16, 20]}, "16 positions do not fit images of 16x20"),
-        ({"classifier": "gap", "image_size": [4, 68]}, r"unexpected \(1\): cls"),
+        (
+            {"image_size": [16, 20], "preprocess": "resize((16, 20))"},
+            "16 positions do not fit images of 16x20",
+        ),
+        (
+            {"classifier": "gap", "image_size": [4, 68], "preprocess": "value_range(-1, 1)"},
+            r"unexpected \(1\): cls",
+        ),
+        ({"classifier": "lit"}, "is said to be 'lit', but a ViT has token or gap or map or first"),
     ],
 )
 def test_notes_that_do_not_fit_the_weights_are_refused(saved, change, message):

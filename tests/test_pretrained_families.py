@@ -1,5 +1,6 @@
 """Files of every family are loaded, used and adapted to another task."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def test_what_was_saved_in_any_file_and_style_is_what_is_loaded(family, tmp_path
         if isinstance(found, PretrainedLiT):
             assert found.vocabulary == path.with_suffix(".txt")
             assert found.vocabulary.read_bytes() == vit.vocabulary.read_bytes()
+
+
+def test_what_neither_arrays_nor_notes_can_tell_is_said_on_saving(tmp_path, caplog):
+    vit = make("LiT", tmp_path / "words")
+    vit.save(tmp_path / "usual.npz")
+    assert not caplog.records
+
+    image = {**vit.spec.image, "activation": "gelu_erf"}
+    spec = vit.spec.replace(image=image)
+    dataclasses.replace(vit, spec=spec, model=spec.model()).save(tmp_path / "other.npz")
+
+    assert "other.npz: neither its arrays nor its notes can tell image.activation gelu_erf: " in (
+        caplog.text
+    )
 
 
 @pytest.mark.parametrize("family", ["hybrid", "root", "MAP", "Mixer", "LiT", "LiT of BERT"])

@@ -34,7 +34,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write, blob_of, bucket_errors, cache_folder, is_bucket, upload
+from vit_jax.files import (
+    atomic_write,
+    blob_of,
+    bucket_errors,
+    cache_errors,
+    cache_folder,
+    is_bucket,
+    upload,
+)
 
 RENEW_S = 20  # How often the holder of a claim renews it,
 STALE_S = 90  # and after how long without that it is taken for dead.
@@ -240,7 +248,8 @@ def local_copy(path: str | os.PathLike, beside: Sequence[str] = ()) -> Path:
         copies = [(blob, place / blob.name.removeprefix(f"{root}/")) for blob in blobs]
         missing = [(blob, file) for blob, file in copies if not file.exists()]
         size = sum(blob.size for blob, _ in missing)
-        place.mkdir(parents=True, exist_ok=True)
+        with cache_errors(place):
+            place.mkdir(parents=True, exist_ok=True)
         if size > (free := shutil.disk_usage(place).free):
             raise UserError(
                 f"{path} has {size / 1e9:,.1f} GB to copy into {place}, where {free / 1e9:,.1f} GB "
@@ -257,6 +266,7 @@ def local_copy(path: str | os.PathLike, beside: Sequence[str] = ()) -> Path:
 
 def _download(blob: Any, file: Path) -> None:
     """Google's client compares the checksum."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with cache_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as out:
         blob.download_to_file(out, if_generation_match=blob.generation)

@@ -7,15 +7,20 @@ from collections.abc import Iterator
 # The system can't write, and it is no mistake of the program's.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
+_LONGEST = 10_000  # Characters of a message.
+
 
 class UserError(ValueError):
     """Bad input. Its message is one line: what was found, what was expected, what to do.
 
     The command line prints it without a traceback and exits with status 2. Messages quote file
-    names, keys and other people's errors, so line breaks and control characters are escaped here.
+    names, keys and other people's errors, so line breaks and control characters are escaped here,
+    and the middle of a message that is too long to read is left out.
     """
 
     def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
         escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
         super().__init__("".join(escaped))
 

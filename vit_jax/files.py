@@ -2,11 +2,13 @@
 programs), and files that are whole or absent."""
 
 import contextlib
+import errno
 import functools
 import io
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,15 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
+def expand_user(path: str | os.PathLike) -> str:
+    """A path with what ~ and ~USER stand for. Raises UserError if there is no such home folder."""
+    text = os.path.expanduser(os.fspath(path))
+    if text.startswith("~") and not os.path.lexists(text):
+        user = text.partition(os.sep)[0]
+        raise UserError(f"{path}: {user} is nobody's home folder here: give the path without it")
+    return text
+
+
 def as_path(path: str | os.PathLike) -> "epath.Path":
     """A path here or in a bucket (gs://BUCKET/...), to be used like one of pathlib.
 
@@ -31,7 +42,7 @@ def as_path(path: str | os.PathLike) -> "epath.Path":
     """
     from etils import epath
 
-    text = os.fspath(path)
+    text = expand_user(path)
     if is_bucket(text):
         if not re.match(r"gs://[^/]", text):
             raise UserError(f"{text} names no bucket: expected gs://BUCKET/FOLDER")
@@ -47,18 +58,27 @@ def as_path(path: str | os.PathLike) -> "epath.Path":
             f"{text} can't be used: expected a folder or gs://BUCKET/FOLDER; mount other kinds of "
             "storage and name the folder"
         )
-    return epath.Path(path)
+    return epath.Path(text)
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
     """A file here or an object of a bucket, to be read from its beginning.
 
-    Raises OSError, or UserError as `bucket_errors`.
+    Raises OSError, also for what isn't a regular file: devices are without end, and pipes wait.
+    UserError as `bucket_errors`.
     """
     if not is_bucket(path):
-        return open(path, "rb", buffering=0)
+        file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return file
     with bucket_errors(path):
         return io.BytesIO(as_path(path).read_bytes())
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Which Windows hasn't.
 
 
 def list_folder(path: str | os.PathLike) -> list[str]:
@@ -79,10 +99,22 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     ~/.cache/vit_jax.
     """
     if cache_dir or (cache_dir := os.environ.get("VIT_JAX_CACHE")):
-        return Path(cache_dir).expanduser()
+        return Path(expand_user(cache_dir))
     base = os.environ.get("XDG_CACHE_HOME")
     # As XDG has it, a relative path is to be ignored.
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "vit_jax"
+    return Path(base if base and os.path.isabs(base) else expand_user("~/.cache")) / "vit_jax"
+
+
+@contextlib.contextmanager
+def cache_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Makes a UserError of what the system says against writing a file of the cache."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"can't write {path} ({e.strerror or e}): make room, or set VIT_JAX_CACHE to a folder "
+            "that can be written; what has arrived is kept"
+        ) from e
 
 
 def keep_compiled(place: str = "") -> str:
@@ -102,7 +134,7 @@ def keep_compiled(place: str = "") -> str:
         return "compiled programs are not kept"
     settings: Any = jax.config
     own = settings.jax_compilation_cache_dir
-    folder = str(Path(place).expanduser() if place else own or cache_folder() / "compiled")
+    folder = str(expand_user(place) if place else own or cache_folder() / "compiled")
     if folder != own and "://" not in folder:
         try:
             os.makedirs(folder, exist_ok=True)

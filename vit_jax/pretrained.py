@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,20 +14,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from vit_jax import checkpoints, data
 from vit_jax.buckets import local_copy
 from vit_jax.checkpoints import hub, huggingface
 from vit_jax.checkpoints.hub import class_names
 from vit_jax.errors import UserError
-from vit_jax.files import as_path, atomic_write, bucket_errors, is_bucket
+from vit_jax.files import as_path, atomic_write, bucket_errors, cache_folder, is_bucket
 from vit_jax.models import FAMILIES, LiT, Spec
 from vit_jax.models.family import weightless_fields
 from vit_jax.models.kernels import choose_kernels
 
 WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
 
+_LARGEST_NOTES = 64 << 20  # Bytes of a .json beside weights: the names of a million classes.
+_LARGEST_IMAGE = 4096  # Pixels a side that notes can ask for.
 _BATCH = 32  # Images that `Pretrained.__call__` puts through the network at once.
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # Arrays have no truth value to compare by.
@@ -188,7 +194,7 @@ class Pretrained:
         Raises UserError for another ending or style, or if it can't be written.
         """
         file = as_path(path)
-        checkpoints.check_ending(path)
+        checkpoints.check_ending(file)
         defaults = {f.name: f.default for f in dataclasses.fields(self.spec.module)}
         untold = {name: getattr(self.spec, name) for name in self.spec.untold}
         untold = {name: value for name, value in untold.items() if value != defaults[name]}
@@ -199,7 +205,21 @@ class Pretrained:
         with atomic_write(file.with_suffix(".json")) as out:
             out.write(notes.to_json())
             out.flush()
-            checkpoints.save_weights(path, self.params, style=style)
+            checkpoints.save_weights(file, self.params, style=style)
+        read = checkpoints.read_spec(
+            flatten_dict(self.params, sep="/"),
+            classifier=notes.classifier,
+            image_size=notes.image_size,
+            untold=untold,
+            where=str(path),
+        )
+        own, found = (flatten_dict(s.architecture(), sep=".") for s in (self.spec, read))
+        if lost := [f"{field} {value}" for field, value in own.items() if found[field] != value]:
+            _log.warning(
+                "%s: neither its arrays nor its notes can tell %s: load will take it for another "
+                "network than this",
+                *(path, ", ".join(lost)),
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -301,6 +321,8 @@ def load(
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     pre_logits: bool | None = None,
+    classifier: str | None = None,
+    allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> Pretrained:
     """Loads weights. The architecture is read from the file.
@@ -319,20 +341,30 @@ def load(
         values.
       pre_logits: None keeps the tanh layer before the head with a kept head and drops it with a new
         one (the paper's fine-tuning); True and False say so outright.
+      classifier: how tokens are pooled, where neither the arrays nor notes beside them tell it or
+        they are wrong: "gap", "first" (big_vision's "0"), "unpooled" ("none"), "token_unpooled".
+      allow_nonfinite: whether weights that hold NaN or infinity are loaded, to look at them.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
-        stochastic_depth_rate and dtype, the one that is computed in.
+        stochastic_depth_rate and dtype, the one that is computed in. And what else no array tells,
+        before notes: activation, layer_norm_epsilon, position_resize, layer_scale.
 
     Raises UserError if the source can't be read or doesn't fit.
     """
-    known = weightless_fields()
+    known, kinds = weightless_fields(), untold_fields()
     for field in overrides:
-        if field not in known:
-            raise UserError(f"load takes no {field!r}: of the model only {', '.join(known)}")
+        if field not in (*known, *kinds):
+            of_model = ", ".join((*known, *kinds))
+            raise UserError(f"load takes no {field!r}: of the model only {of_model}")
+    told = {field: overrides.pop(field) for field in kinds if field in overrides}
+    _check_untold(told)
     if num_classes is not None and not is_count(num_classes):
         raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
-    arrays, spec, notes = read_weights(path, tower, likely_size=size)
+    told |= {"classifier": classifier} if classifier else {}
+    arrays, spec, notes = read_weights(
+        path, tower, likely_size=size, told=told, allow_nonfinite=allow_nonfinite
+    )
     arrays, new = spec.adapt(
         arrays,
         num_classes=None if num_classes is None else int(num_classes),
@@ -402,24 +434,29 @@ def read_weights(
     tower: str | None,
     *,
     likely_size: tuple[int, int] | None = None,
-    values: bool = True,
+    told: Mapping[str, Any] | None = None,
+    **wishes: bool,
 ) -> tuple[dict[str, np.ndarray], Spec, "Notes | None"]:
-    """(arrays, spec, notes) of what `find_weights` gave; see `checkpoints.load_weights`.
+    """(arrays, spec, notes) of what `find_weights` gave.
+
+    Args:
+      path, tower: a file, and of several networks in it the one to take.
+      likely_size: see `checkpoints.read_spec`.
+      told: fields that no array tells, the classifier among them; they go before the notes.
+      **wishes: values, allow_nonfinite: see `checkpoints.load_weights`.
 
     Raises UserError if the file can't be read, or the notes are about other weights.
     """
-    notes = read_notes(path)
+    notes, told = read_notes(path), dict(told or {})
     hints: dict[str, Any] = {"likely_size": likely_size}
     if notes:
         hints["image_size"] = notes.image_size
         if not tower:  # The notes are those of the whole file: they don't tell how its tower pools.
-            hints |= {"classifier": notes.classifier, "untold": notes.untold}
-    arrays, spec = checkpoints.load_weights(path, tower=tower, values=values, **hints)
-    if notes and not tower and notes.classifier not in spec.classifiers:
-        raise UserError(
-            f"{path.with_suffix('.json')} is about other weights than {path}, which are "
-            f"{spec.description}: mend or remove it"
-        )
+            told = {"classifier": notes.classifier, **notes.untold, **told}
+            hints["untold"] = {}
+    hints["classifier"] = told.pop("classifier", None)
+    hints |= {"untold": told} if told else {}
+    arrays, spec = checkpoints.load_weights(path, tower=tower, **wishes, **hints)
     return arrays, spec, notes or _config_notes(path, spec)
 
 
@@ -472,6 +509,8 @@ def read_notes(weights: Path) -> Notes | None:
     if file == weights or not file.is_file():
         return None
     try:
+        if file.stat().st_size > _LARGEST_NOTES:
+            raise ValueError(f"it has more than {_LARGEST_NOTES:,} bytes")
         notes = json.loads(file.read_text(encoding="utf-8"))
         labels, classifier = notes["labels"], notes["classifier"]
         known = list(dict.fromkeys(c for family in FAMILIES for c in family.classifiers))
@@ -479,25 +518,42 @@ def read_notes(weights: Path) -> Notes | None:
             raise ValueError(f"classifier {classifier!r} is none of {', '.join(known)}")
         if labels is not None and type(labels) is not list:
             raise ValueError("labels is no list")
-        data.parse(notes["preprocess"])
-        fields = [(f, t) for t in FAMILIES for f in dataclasses.fields(t)]
-        kinds = {f.name: type(f.default) for f, t in fields if f.name in t.untold}
+        size = height_width(notes["image_size"])
+        if max(size) > _LARGEST_IMAGE:
+            raise ValueError(f"image_size is {size}, expected at most {_LARGEST_IMAGE} pixels")
+        # Whoever looks at an image asked for none that is many times as large.
+        preprocess = data.parse(
+            notes["preprocess"], train=False, max_pixels=max(1024, 4 * max(size))
+        )
+        if preprocess.output_size not in (None, size):
+            raise ValueError(f"preprocess makes images of {preprocess.output_size}, not {size}")
         untold = dict(notes.get("untold", {}))
-        for name, value in untold.items():
-            optional = kinds.get(name) is type(None)  # Then it is a number, or not there.
-            if name in kinds and type(value) is not (float if optional else kinds[name]):
-                raise ValueError(f"{name} is {value!r}")
+        _check_untold(untold)
         return Notes(
             classifier,
-            height_width([int(size) for size in notes["image_size"]]),
+            size,
             notes["preprocess"],
             tuple(map(str, labels)) if labels else None,
             untold,
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(
             f"{file} is damaged ({type(e).__name__}: {e}): mend it, or remove it"
         ) from e
+
+
+def untold_fields() -> dict[str, type]:
+    """The fields that no array tells, of any family, and their types."""
+    fields = [(f, family) for family in FAMILIES for f in dataclasses.fields(family)]
+    return {f.name: type(f.default) for f, family in fields if f.name in family.untold}
+
+
+def _check_untold(values: Mapping[str, Any]) -> None:
+    kinds = untold_fields()
+    for name, value in values.items():
+        optional = kinds.get(name) is type(None)  # Then it is a number, or not there.
+        if name in kinds and type(value) is not (float if optional else kinds[name]):
+            raise UserError(f"{name} is {value!r}, expected another kind of value")
 
 
 def original_preprocess(image_size: tuple[int, int]) -> str:
@@ -518,12 +574,14 @@ def preprocess_for(notes: Notes | None, stored: Spec, new: Spec) -> str:
     if notes and (text := data.at_size(notes.preprocess, stored.image_size, new.image_size)):
         return text
     resize = original_preprocess(new.image_size).split("|")[0]
+    if not notes:
+        return f"{resize}|{new.value_range}"
     recorded = re.findall(
         # Numbers in brackets, for each channel, may stand in the brackets.
         r"(?:uint8\|)?(?:value_range|normalize)\((?:[^()]|\([^()]*\))*\)",
-        notes.preprocess if notes else "",
+        notes.preprocess,
     )
-    return f"{resize}|{recorded[-1] if recorded else new.value_range}"
+    return "|".join([resize, *recorded[-1:]])
 
 
 def class_labels(weights: Path, notes: Notes | None, spec: Spec) -> tuple[str, ...] | None:
@@ -532,6 +590,11 @@ def class_labels(weights: Path, notes: Notes | None, spec: Spec) -> tuple[str, .
     Raises UserError if they are not as many as the head has.
     """
     labels = notes.labels if notes else class_names(spec.num_classes)
+    if labels and not notes and cache_folder() not in weights.parents:  # Not published, perhaps.
+        _log.warning(
+            "%s: nothing names its %d classes; taken as those of ImageNet%s",
+            *(weights, len(labels), "" if len(labels) == 1000 else "-21k"),
+        )
     if labels is not None and len(labels) != spec.num_classes:
         raise UserError(
             f"{weights.with_suffix('.json')} names {len(labels)} classes, but the head has "

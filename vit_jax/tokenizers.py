@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.files import open_file
 
 MAX_LEN = 16  # Tokens in a text of the published LiT models.
 
@@ -189,7 +190,8 @@ def _check(texts: Sequence[str]) -> None:
 
 def _read(path: str | os.PathLike) -> bytes:
     try:
-        return Path(path).read_bytes()
+        with open_file(path) as file:
+            return file.read()
     except OSError as error:
         raise UserError(
             f"{os.fspath(path)}: can't be read ({error.strerror}); expected the vocabulary that "

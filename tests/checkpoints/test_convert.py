@@ -120,11 +120,35 @@ def test_notes_tell_the_grid_that_the_arrays_leave_open(tmp_path, caplog):
     arrays = published.arrays("ViT gap")
     arrays[published.POSITIONS] = arrays[published.POSITIONS][:, :15]
     write_arrays(tmp_path / "a.npz", arrays)
-    (tmp_path / "a.json").write_text(json.dumps(NOTES | {"image_size": [40, 24]}))
+    notes = NOTES | {"image_size": [40, 24], "classifier": "gap"}
+    (tmp_path / "a.json").write_text(json.dumps(notes))
 
     with caplog.at_level(logging.WARNING):
         assert convert(tmp_path / "a.npz", tmp_path / "b.npz").spec.image_size == (40, 24)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("notes", ["{", "[" * 100_000, '{"image_size": [Infinity, 8]}', "{}"])
+def test_damaged_notes_are_not_passed_on(notes, source, tmp_path):
+    source.with_suffix(".json").write_text(notes)
+
+    with pytest.raises(UserError, match=r"a\.json is damaged \(.*mend it, or remove it"):
+        convert(source, tmp_path / "b.npz")
+    assert not (tmp_path / "b.npz").exists()
+
+
+def test_values_that_are_no_numbers_are_passed_on_and_said(tmp_path, caplog):
+    arrays = published.arrays("ViT")
+    arrays["head/bias"][1] = np.nan
+    arrays["head/kernel"][0, 0] = 3.4e38  # No bfloat16.
+    write_arrays(tmp_path / "a.npz", arrays)
+
+    convert(tmp_path / "a.npz", tmp_path / "b.npz", dtype="bfloat16")
+
+    assert "b.npz holds weights that are no numbers, NaN or infinite (2): head/bias 1 of 5" in (
+        caplog.text
+    )
+    assert np.isnan(read(tmp_path / "b.npz")["head/bias"][1])
 
 
 @pytest.mark.parametrize("there", ["b.npz", "b.json"])

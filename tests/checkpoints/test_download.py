@@ -1,5 +1,6 @@
 """Downloads, against a real server on this machine that misbehaves as told."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -110,6 +111,49 @@ def test_a_file_that_changed_meanwhile_is_not_spliced(site, tmp_path, etag):
     )  # Of the same size, and perhaps the same tag.
     download(site.url, tmp_path / "x.npz")
     assert (tmp_path / "x.npz").read_bytes() == site.other_content()
+
+
+def test_what_may_have_been_cut_off_is_said(site, tmp_path, caplog):
+    site.hashes = ()
+    site.faults = ["no length"]
+    download(site.url, tmp_path / "x.txt")
+    assert "x.txt: the server tells neither its size nor a checksum" in caplog.text
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "-1", "1e3", "²"])
+def test_a_size_that_is_no_number_is_none(site, tmp_path, size):
+    site.headers = {"x-goog-stored-content-length": size.encode().decode("latin1")}
+    download(site.url, tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").read_bytes() == site.content
+
+
+def test_a_weak_tag_is_no_promise_of_equal_bytes(site, tmp_path):
+    site.etag, site.hashes = 'W/"one"', ()
+    site.faults = ["cut"]
+    with pytest.raises(UserError):
+        download(site.url, tmp_path / "x.npz", attempts=1)
+    site.content = site.other_content()
+    download(site.url, tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").read_bytes() == site.other_content()
+    assert "Range" not in site.requests[-1][1]
+
+
+@pytest.mark.parametrize("faults", [["no length"], ["no length", "no length"], []])
+def test_no_more_comes_than_was_asked_for(site, tmp_path, faults):
+    site.faults = list(faults)
+    with pytest.raises(UserError, match=r"gives more than 0 MB, too much .* save it as .*x\.npz"):
+        download(site.url, tmp_path / "x.npz", limit=10_000)
+    assert list(tmp_path.iterdir()) == []
+    assert len(site.requests) == 1
+
+
+def test_without_a_length_the_disk_is_not_filled(site, tmp_path, monkeypatch):
+    usage = downloads.shutil.disk_usage(tmp_path)._replace(free=downloads._LEFT_FREE + 50_000)
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage)
+    site.faults = ["no length"]
+    with pytest.raises(UserError, match="too much for such a file or this disk"):
+        download(site.url, tmp_path / "x.npz")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_ignores_if_range_is_found_out_by_the_generation(site, tmp_path):
@@ -250,14 +294,33 @@ def test_a_full_disk_is_foreseen(site, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_said(site, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="VIT_JAX_CACHE"):
-        download(site.url, tmp_path / "file" / "x.npz")
+    for folder in (tmp_path / "file", Path("/proc/x")):
+        with pytest.raises(UserError, match=r"can't write .* set VIT_JAX_CACHE to a folder"):
+            download(site.url, folder / "x.npz")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_disk_that_takes_no_more_is_said_and_what_came_is_kept(
+    site, tmp_path, monkeypatch, number
+):
+    def full(_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=rf"x\.npz \({os.strerror(number)}\): make room"):
+            download(site.url, tmp_path / "x.npz")
+    download(site.url, tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").read_bytes() == site.content
+    assert len(site.requests) == 1
 
 
 def test_garbage_in_the_notes_of_a_part_only_costs_the_part(site, tmp_path):
     (tmp_path / ".x.npz.part").write_bytes(b"garbage")
-    (tmp_path / ".x.npz.part.json").write_text('{"url": ')
-    download(site.url, tmp_path / "x.npz")
+    for notes in ('{"url": ', "[" * 100_000, f'{{"url": "{site.url}", "size": "x", "etag": 1}}'):
+        (tmp_path / ".x.npz.part.json").write_text(notes)
+        (tmp_path / "x.npz").unlink(missing_ok=True)
+        download(site.url, tmp_path / "x.npz")
     assert (tmp_path / "x.npz").read_bytes() == site.content
 
 

@@ -6,6 +6,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
-from vit_jax.checkpoints import read_npz, write_npz
+from vit_jax.checkpoints import formats, read_npz, write_npz
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
 
@@ -270,6 +271,49 @@ def test_neither_header_nor_directory_can_claim_memory(tmp_path):
     ).stdout.splitlines()
     assert "'x.npy' claims shape" in output[0]
     assert int(output[1]) < 50_000  # KiB
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_methods_that_unpack_without_bound_are_refused(tmp_path, method):
+    data = npy("{'descr': '|u1', 'fortran_order': False, 'shape': (10000000,), }", bytes(10**7))
+    path = write_zip(tmp_path / "bomb.npz", ("x.npy", data), method=method)
+    assert path.stat().st_size < 10_000
+
+    tracemalloc.start()
+    refuse(path, f"'x.npy' is packed by method {method}, expected stored or deflated")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_what_unpacks_to_many_times_its_size_is_refused(tmp_path, monkeypatch):
+    """By all arrays together, so that many small ones don't hide it."""
+    monkeypatch.setattr(formats, "_ALWAYS", 1 << 20)
+    arrays = {str(i): np.zeros(1 << 16, np.float32) for i in range(8)}
+    np.savez_compressed(tmp_path / "zeros.npz", **arrays)
+    refuse(tmp_path / "zeros.npz", r"would unpack to 2,097,152, expected at most 20 times its size")
+
+    write_npz(tmp_path / "plain.npz", arrays)
+    assert len(read_npz(tmp_path / "plain.npz")) == 8
+
+
+def test_a_header_can_not_claim_memory_either(tmp_path):
+    """It may be 4 GB long, by its own word."""
+    text = "{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }" + " " * (1 << 26) + "\n"
+    path = write_zip(
+        tmp_path / "h.npz", ("x.npy", npy(text, b"\0", 2)), method=zipfile.ZIP_DEFLATED
+    )
+
+    tracemalloc.start()
+    refuse(path, r"'x.npy' can't be read .*array header")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "device.npz").symlink_to("/dev/zero")
+    for name in ("pipe.npz", "device.npz"):
+        refuse(tmp_path / name, "is no regular file")
 
 
 # Writing.

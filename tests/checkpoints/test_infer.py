@@ -131,7 +131,7 @@ def specs(draw) -> Spec:
         num_layers=draw(st.integers(1, 12)),
         num_heads=heads,
         mlp_dim=draw(st.integers(1, 40)),
-        classifier=draw(st.sampled_from(["token", "gap", "unpooled", "token_unpooled"])),
+        classifier=draw(st.sampled_from(["token", "gap", "first", "unpooled", "token_unpooled"])),
         representation_size=draw(st.none() | st.integers(1, 20)),
         num_classes=draw(st.none() | st.integers(1, 30)),
         channels=draw(st.integers(1, 5)),

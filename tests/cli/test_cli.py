@@ -74,7 +74,18 @@ def test_info_says_what_a_file_is(weights, whole, capsys):
     assert main(["info", str(whole), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["num_layers"], facts["labels"]) == (1, list("0123456789"))
-    assert (facts["grid_size"], facts["tokens"]) == ([2, 2], 5)
+    assert (facts["grid_size"], facts["tokens"], facts["nonfinite"]) == ([2, 2], 5, [])
+
+
+def test_info_names_the_arrays_that_hold_no_numbers(weights, tmp_path, fails, capfd):
+    arrays = dict(np.load(weights))
+    arrays["head/bias"][0] = np.nan
+    np.savez(tmp_path / "w.npz", **arrays)
+
+    assert main(["info", str(tmp_path / "w.npz")]) == 0
+    text = "values         no weights to use: NaN or infinite (1): head/bias 1 of "
+    assert text in capfd.readouterr().out
+    assert "head/bias" in fails("predict", tmp_path / "w.npz", "absent.jpg")
 
 
 def test_evaluate_gives_the_figures_of_the_run_and_writes_every_prediction(whole, tmp_path, capsys):

@@ -156,7 +156,7 @@ def test_notes_of_a_field_that_the_network_has_not_are_refused(tmp_path):
     make(vit_spec(activation="gelu_erf")).save(tmp_path / "w.npz")
     notes = (tmp_path / "w.json").read_text()
     (tmp_path / "w.json").write_text(notes.replace('"activation"', '"mlp_dim"'))
-    with pytest.raises(UserError, match=r"w\.npz: mlp_dim is noted beside it, but a ViT of"):
+    with pytest.raises(UserError, match=r"w\.npz: mlp_dim is given or noted beside it, but a ViT"):
         load(tmp_path / "w.npz")
     (tmp_path / "w.json").write_text(notes.replace('"gelu_erf"', '"relu"'))
     with pytest.raises(UserError, match="unknown activation 'relu', expected one of gelu_tanh"):

@@ -92,6 +92,7 @@ def test_the_original_codes_numbers_come_out(case):
     [
         ({"num_layers": 2}, (2, 8, 8, 3)),
         ({"classifier": "gap"}, (3, 8, 12, 3)),
+        ({"classifier": "first"}, (2, 8, 12, 3)),
         ({"classifier": "unpooled"}, (2, 8, 8, 1)),
         ({"classifier": "token_unpooled", "representation_size": 7}, (2, 8, 8, 3)),
         ({"representation_size": 16}, (1, 12, 8, 3)),

@@ -74,6 +74,7 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "token": SAME,
         "gap": OTHER,
         "map": OTHER,
+        "first": OTHER,
         "unpooled": "config.model.classifier 'unpooled' gives no classes",
         "token_unpooled": "config.model.classifier 'token_unpooled' gives no classes",
         "max": "classifier 'max'",

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit_jax.errors import UserError
-from vit_jax.training.workdir import MetricsWriter, read_metrics
+from vit_jax.training.workdir import MetricsWriter, read_config, read_metrics
 
 
 def events(workdir):
@@ -186,6 +186,25 @@ def test_a_damaged_line_is_named_and_nothing_is_changed(tmp_path, line):
 def test_a_missing_file_is_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match=r"No such file.*give a folder"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "null", "{", "[" * 100_000, '{"batch": Infinity}', '{"batch": 1e999}', b"\xff"),
+        *('{"model": []}', '{"batc": 3}', '{"dataset": null}', None),
+    ],
+)
+def test_a_config_that_is_none_is_the_users_mistake(tmp_path, content):
+    file = tmp_path / "config.json"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(
+        UserError, match=r"config\.json (is damaged|can't be read) \(.*: choose another workdir"
+    ):
+        read_config(tmp_path)
 
 
 def records_or_error(path):

@@ -1,5 +1,6 @@
 """How weights come in and go out: every file layout, and nothing about training."""
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +19,15 @@ from vit_jax.checkpoints.formats import (
     write_arrays,
     write_npz,
 )
-from vit_jax.checkpoints.infer import check_arrays, read_spec
+from vit_jax.checkpoints.infer import NONFINITE, check_arrays, nonfinite, read_spec
 from vit_jax.checkpoints.layouts import STYLES, read_layout, to_linen, to_style
+from vit_jax.errors import UserError
 from vit_jax.models.family import Spec
+from vit_jax.models.shapes import listing
 
 __all__ = [
     "ENDINGS",
+    "NONFINITE",
     "STYLES",
     "Spec",
     "check_arrays",
@@ -31,6 +35,7 @@ __all__ = [
     "container",
     "is_orbax",
     "load_weights",
+    "nonfinite",
     "open_arrays",
     "read_layout",
     "read_npz",
@@ -44,9 +49,16 @@ __all__ = [
     "write_npz",
 ]
 
+_log = logging.getLogger(__name__)
+
 
 def load_weights(
-    path: str | os.PathLike, *, tower: str | None = None, values: bool = True, **hints: Any
+    path: str | os.PathLike,
+    *,
+    tower: str | None = None,
+    values: bool = True,
+    allow_nonfinite: bool = False,
+    **hints: Any,
 ) -> tuple[dict[str, np.ndarray], Spec]:
     """Reads a file of weights of any kind, in any layout that was published.
 
@@ -54,19 +66,28 @@ def load_weights(
       path: an .npz or .safetensors file, or an Orbax folder.
       tower: of a file with several networks the one to take, see `layouts.read_layout`.
       values: False for the architecture alone: no value is read, and there are no arrays.
+      allow_nonfinite: whether there may be NaN and infinity among the values.
       **hints: what the arrays can't tell (classifier, image_size, likely_size, untold), see
         `infer.read_spec`.
 
     Returns:
       (arrays, spec): float32 arrays under today's names, and the architecture they belong to.
 
-    Raises UserError if the file can't be read or its arrays do not fit together. No value is read
-    before they are known to.
+    Raises UserError if the file can't be read, its arrays do not fit together, or some value is NaN
+    or infinite. No value is read before they are known to fit.
     """
     with open_arrays(path) as stored:
         arrays = to_linen(stored, tower=tower, where=str(path))
         spec = read_spec(arrays, **hints, where=str(path))
-        return {k: np.asarray(v, np.float32) for k, v in arrays.items() if values}, spec
+        with np.errstate(over="ignore"):  # What is no float32 is told below.
+            found = {k: np.asarray(v, np.float32) for k, v in arrays.items() if values}
+    if not allow_nonfinite and (bad := nonfinite(found)):
+        raise UserError(
+            f"{path} holds weights that are no numbers, {listing(NONFINITE, bad)}: the run "
+            "that wrote it has diverged, or it is damaged; take an earlier checkpoint, or, to look "
+            "at this one, load(..., allow_nonfinite=True)"
+        )
+    return found, spec
 
 
 def save_weights(
@@ -84,6 +105,8 @@ def save_weights(
     """
     flat = {k: np.asarray(v) for k, v in sorted(flatten_dict(params, sep="/").items())}
     write_arrays(path, to_style(flat, style))
+    if bad := nonfinite(flat):
+        _log.warning("%s holds weights that are no numbers, %s", path, listing(NONFINITE, bad))
 
 
 def to_tree(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ of the fine-tuning (`adapt_...`), speed and size, and the files (`filename, adap
 import ast
 import csv
 import difflib
+import io
 import math
 import operator
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vit_jax.errors import UserError
+from vit_jax.files import open_file
 
 MODELS = (
     *("Ti_16", "S_16", "S_32", "B_8", "B_16", "B_32", "L_16"),
@@ -51,8 +53,9 @@ def read_index(path: str | os.PathLike) -> list[Row]:
     Raises UserError if the file is no such table or is damaged.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
+        with open_file(path) as file:
+            text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
+        lines = [line for line in csv.reader(text) if line]
     except (OSError, ValueError, csv.Error) as e:
         raise UserError(
             f"{path} can't be read as a table ({e}): remove it, and it is fetched again"

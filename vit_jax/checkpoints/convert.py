@@ -1,21 +1,31 @@
 """From one file of weights to another, one array at a time."""
 
 import json
+import logging
 import os
-import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from vit_jax.checkpoints.formats import check_ending, open_arrays, split_tower, write_arrays
-from vit_jax.checkpoints.infer import read_spec
+from vit_jax.checkpoints.formats import (
+    LazyArray,
+    check_ending,
+    open_arrays,
+    split_tower,
+    write_arrays,
+)
+from vit_jax.checkpoints.infer import NONFINITE, nonfinite, read_spec
 from vit_jax.checkpoints.layouts import to_linen, to_style
 from vit_jax.errors import UserError
+from vit_jax.files import atomic_write, expand_user
 from vit_jax.models import Spec
+from vit_jax.models.shapes import listing
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+_log = logging.getLogger(__name__)
 
 
 class Converted(NamedTuple):
@@ -56,7 +66,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     path, tower = split_tower(source)
-    path, target = Path(path), Path(target)
+    path, target = Path(expand_user(path)), Path(expand_user(target))
     notes = path.with_suffix(".json")
     if tower and notes.is_file() and notes.resolve() == target.with_suffix(".json").resolve():
         raise UserError(
@@ -65,7 +75,7 @@ def convert(
         )
     with open_arrays(path) as stored:
         arrays = to_linen(stored, tower=tower, where=str(path))
-        spec = read_spec(arrays, image_size=_noted_size(path), where=str(path))
+        spec = read_spec(arrays, **_noted(path, tower), where=str(path))
         endings = (".json", ".txt", ".model") if spec.classifies_by_text else (".json",)
         pairs = [(path.with_suffix(ending), target.with_suffix(ending)) for ending in endings]
         sidecars = [(old, new) for old, new in pairs if old.resolve() != new.resolve()]
@@ -76,22 +86,50 @@ def convert(
             )
         if dtype is not None:
             arrays = {key: array.astype(DTYPES[dtype]) for key, array in arrays.items()}
+        bad: list[str] = []
+
+        def watched(key: str, array: Any) -> LazyArray:
+            def read() -> np.ndarray:
+                values = np.asarray(array)
+                bad.extend(nonfinite({key: values}))
+                return values
+
+            return LazyArray(array.shape, array.dtype, read)
+
+        arrays = {key: watched(key, array) for key, array in arrays.items()}
         write_arrays(target, to_style(arrays, style))
+    if bad:  # Whoever converts a broken run's weights wants them as they are.
+        _log.warning("%s holds weights that are no numbers, %s", target, listing(NONFINITE, bad))
     written = [target]
     for old, new in sidecars:
         # The notes of a whole file are not those of one tower.
         if old.is_file() and tower is None:
-            shutil.copyfile(old, new)
+            with atomic_write(new) as out:
+                out.write(old.read_bytes())
             written.append(new)
         else:  # Notes of the weights that were there before would be wrong for these.
             new.unlink(missing_ok=True)
     return Converted(spec, len(arrays), tuple(written))
 
 
-def _noted_size(path: Path) -> tuple[int, int] | None:
-    """The image size that the notes beside weights give, without which it may be ambiguous."""
+def _noted(path: Path, tower: str | None) -> dict[str, Any]:
+    """What the notes beside weights tell of the network and its arrays may leave open.
+
+    Raises UserError if they are damaged: they would be copied.
+    """
+    file = path.with_suffix(".json")
+    if file == path or not file.is_file():
+        return {}
     try:
-        height, width = json.loads(path.with_suffix(".json").read_bytes())["image_size"]
-        return int(height), int(width)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+        notes = json.loads(file.read_bytes())
+        height, width = notes["image_size"]
+        if not type(height) is type(width) is int:
+            raise ValueError(f"image_size is {height!r}, {width!r}")
+        told: dict[str, Any] = {"image_size": (height, width)}
+        if not tower:  # Of which the notes of the whole file tell no more.
+            told |= {"classifier": notes.get("classifier"), "untold": dict(notes.get("untold", {}))}
+        return told
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(
+            f"{file} is damaged ({type(e).__name__}: {e}): mend it, or remove it"
+        ) from e

@@ -7,6 +7,7 @@ other processes away is on the part itself: the system releases it when a proces
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -27,13 +28,17 @@ import requests
 from urllib3 import exceptions as broken
 
 from vit_jax.errors import UserError, first_line
+from vit_jax.files import cache_errors
 
 TIMEOUT = 30.0  # Seconds without a byte after which a connection counts as dead.
 ATTEMPTS = 5  # Fruitless ones in a row, after which we give up.
 BACKOFF = 1.0  # Seconds before the second attempt; doubled for each further one.
 LONGEST_WAIT = 60.0  # Seconds; a server may ask for less, not for more.
 
+LARGEST = 16 << 30  # Bytes of a file, several times the largest that is published.
+
 _PIECE = 1 << 20
+_LEFT_FREE = 64 << 20  # Bytes of the disk.
 _MARKS = {"etag", "generation", "md5", "crc32c"}  # By which a file is known again.
 
 _log = logging.getLogger(__name__)
@@ -50,7 +55,12 @@ class _FailedError(Exception):
 
 
 def download(
-    url: str, path: Path, *, attempts: int | None = None, timeout: float | None = None
+    url: str,
+    path: Path,
+    *,
+    attempts: int | None = None,
+    timeout: float | None = None,
+    limit: int | None = None,
 ) -> None:
     """Makes `path` a copy of what `url` gives, unless it is there already.
 
@@ -59,27 +69,27 @@ def download(
       path: the final name. It appears once the file is complete, checked and on disk.
       attempts: how many may fail in a row without a new byte, by default ATTEMPTS.
       timeout: seconds without a byte after which an attempt fails, by default TIMEOUT.
+      limit: bytes that the file may have, whatever the server says, by default LARGEST.
 
     Raises UserError saying what went wrong and where to put the file by hand. What has arrived
     stays, and the next call goes on from there.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(
             f"can't download {url}: another download occupies that name, {path} is a folder: "
             "remove it, or set VIT_JAX_CACHE to another folder"
         )
-    try:
+    with cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked_part(path) as part:
             if not path.is_file():  # It may be there by another process's work.
-                _transfer(url, part, path, attempts or ATTEMPTS, timeout or TIMEOUT)
+                receive = functools.partial(
+                    _receive, url, part, path, timeout=timeout or TIMEOUT, limit=limit or LARGEST
+                )
+                _transfer(url, receive, part, path, attempts or ATTEMPTS)
                 os.fsync(part.fileno())
                 os.replace(part.name, path)
                 _notes(path).unlink(missing_ok=True)
-    except (PermissionError, FileExistsError, NotADirectoryError) as e:
-        raise UserError(
-            f"can't write {path} ({e.strerror}): set VIT_JAX_CACHE to a folder that can be written"
-        ) from e
 
 
 @contextlib.contextmanager
@@ -110,13 +120,19 @@ def _locked_part(path: Path) -> Iterator[BufferedRandom]:
             return
 
 
-def _transfer(url: str, part: BufferedRandom, path: Path, attempts: int, timeout: float) -> None:
+def _transfer(
+    url: str,
+    receive: Callable[[_Report], _Remote],
+    part: BufferedRandom,
+    path: Path,
+    attempts: int,
+) -> None:
     """Fills the part, in as many attempts as it takes while each brings something new."""
     most, failed = _size(part), 0
     with _progress(path.name) as report:
         while True:
             try:
-                _check(_receive(url, part, path, report, timeout), part, path)
+                _check(receive(report), part, path)
                 return
             except _FailedError as e:
                 failed = 1 if _size(part) > most else failed + 1
@@ -136,7 +152,7 @@ def _transfer(url: str, part: BufferedRandom, path: Path, attempts: int, timeout
 
 
 def _receive(
-    url: str, part: BufferedRandom, path: Path, report: _Report, timeout: float
+    url: str, part: BufferedRandom, path: Path, report: _Report, *, timeout: float, limit: int
 ) -> _Remote:
     """One request: the rest of the file if the server still has the same one, else all of it."""
     known, done = _read_notes(path), _size(part)
@@ -147,13 +163,13 @@ def _receive(
     headers = {"User-Agent": "vit_jax", "Accept-Encoding": "identity"}
     if done:
         headers["Range"] = f"bytes={done}-"
-        if known.get("etag", "").startswith('"'):  # One that promises equal bytes.
+        if "etag" in known:
             headers["If-Range"] = known["etag"]
     with _open(url, headers, timeout) as response:
         remote = _describe(url, response)
         if response.status_code != 200:
             start, _, total = response.headers.get("Content-Range", "").partition("/")
-            remote["size"] = int(total) if total.isdecimal() else None
+            remote["size"] = _number(total)
             same = all(known.get(k, v) == v for k, v in remote.items() if v is not None)
             marked = _MARKS & remote.keys() & known.keys()
             if not (same and marked and start.startswith(f"bytes {done}-")):
@@ -167,16 +183,25 @@ def _receive(
             if _MARKS & remote.keys():
                 _notes(path).write_text(json.dumps(remote))
         size = remote.get("size")
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(path.parent).free - _LEFT_FREE
         if size is not None and size - done > free:
             raise UserError(
                 f"{path.name} needs {(size - done) / 1e6:,.0f} MB, but {path.parent} has "
-                f"{free / 1e6:,.0f} MB free: make room, or set VIT_JAX_CACHE to another folder"
+                f"{max(free, 0) / 1e6:,.0f} MB free for it: make room, or set VIT_JAX_CACHE to "
+                "another folder"
             )
+        # Of a size that nobody told there is no end in sight.
+        limit = min(limit, done + free)
         try:
             report(done, size)
             # What has arrived, at once: the timeout is then one between two arrivals.
             while piece := response.raw.read1(_PIECE, decode_content=False):
+                if max(size or 0, done + len(piece)) > limit:
+                    _discard(part, path)
+                    raise UserError(
+                        f"{url} gives more than {limit / 1e6:,.0f} MB, too much for such a file or "
+                        f"this disk: check the address, or fetch it by hand and save it as {path}"
+                    )
                 done += part.write(piece)
                 report(done, size)
         except broken.HTTPError as e:
@@ -186,6 +211,12 @@ def _receive(
             part.flush()
     if size is not None and done != size:
         raise _FailedError(f"cut off after {done:,} of {size:,} bytes")
+    if size is None and not response.raw.chunked and not remote.keys() & {"md5", "crc32c"}:
+        _log.warning(
+            "%s: the server tells neither its size nor a checksum: whether these %d bytes are all "
+            "can't be known",
+            *(path.name, done),
+        )
     return remote
 
 
@@ -232,15 +263,22 @@ def _describe(url: str, response: requests.Response) -> _Remote:
     if headers.get("Content-Encoding", "identity") != "identity":
         packing = headers["Content-Encoding"]
         raise _FailedError(f"the server sends it compressed ({packing}), unasked", tries=1)
-    told: _Remote = {"etag": headers.get("ETag"), "generation": headers.get("x-goog-generation")}
+    told: _Remote = {"generation": headers.get("x-goog-generation")}
+    if headers.get("ETag", "").startswith('"'):  # A weak one, W/"...", promises no equal bytes.
+        told["etag"] = headers["ETag"]
     size = headers.get("Content-Length", "")
     # What is stored compressed and sent plain has the checksums and size of the compressed form.
     if headers.get("x-goog-stored-content-encoding", "identity") == "identity":
         size = headers.get("x-goog-stored-content-length", size)
         pairs = [text.strip().partition("=") for text in headers.get("x-goog-hash", "").split(",")]
         told |= {kind: value for kind, _, value in pairs if kind in ("md5", "crc32c")}
-    told["size"] = int(size) if size.isdecimal() else None
+    told["size"] = _number(size)
     return {"url": url} | {name: value for name, value in told.items() if value is not None}
+
+
+def _number(text: str) -> int | None:
+    """A size as a server tells it; None for what is none."""
+    return int(text) if text.isdecimal() and len(text) < 20 else None
 
 
 def _check(remote: _Remote, part: BufferedRandom, path: Path) -> None:
@@ -284,8 +322,9 @@ def _notes(path: Path) -> Path:
 
 def _read_notes(path: Path) -> _Remote:
     try:
-        return dict(json.loads(_notes(path).read_text()))
-    except (OSError, ValueError, TypeError):
+        notes = dict(json.loads(_notes(path).read_text()))
+        return {k: v for k, v in notes.items() if type(v) is (int if k == "size" else str)}
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

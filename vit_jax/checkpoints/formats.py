@@ -1,11 +1,14 @@
 """Files of weights: .npz, .safetensors, torch's .pth and Orbax folders behind one door.
 
-Arrays stay in their file until they are read. Nothing is ever unpickled, and what a file claims is
-compared with its size before memory is taken.
+Arrays stay in their file until they are read. No code in a file is ever run, and what it claims is
+compared with its size before memory is taken. What is read is what was written: zip archives have
+checksums of their own, .safetensors files and Orbax folders get some here (`digests`), beside what
+others expect in them.
 """
 
 import contextlib
 import functools
+import io
 import json
 import logging
 import math
@@ -25,16 +28,23 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from vit_jax.checkpoints import pth
+from vit_jax.checkpoints.digests import crc32c, digest
 from vit_jax.errors import UserError, first_line
 from vit_jax.files import atomic_write
 
+# Packed arrays may take so many times the bytes of their file, and so many bytes in any case.
+_UNPACKED, _ALWAYS = 20, 512 << 20
 _LARGEST_INDEX = 16 << 20  # Bytes of the .json that names the files of sharded weights.
+_HEADER = 1 << 14  # Bytes of an .npy header that are read; NumPy takes less.
 _BATCH = 1 << 25  # Bytes of the arrays that Orbax writes together.
+_CRC = "crc32c"  # Under which the checksums stand among what a file holds beside its arrays.
 
 # The types that .safetensors files have, and NumPy too.
 _NAMES = ["F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"]
 _SAFETENSORS = {name: np.dtype(f"<{name[0].lower()}{int(name[1:]) // 8}") for name in _NAMES}
 _SAFETENSORS |= {"BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(bool)}
+
+_log = logging.getLogger(__name__)
 
 
 class LazyArray:
@@ -110,9 +120,8 @@ def with_zero_token(array: Array) -> Array:
 # The door.
 
 
-def open_arrays(
-    path: str | os.PathLike,
-) -> contextlib.AbstractContextManager[dict[str, LazyArray]]:
+@contextlib.contextmanager
+def open_arrays(path: str | os.PathLike) -> Iterator[dict[str, LazyArray]]:
     """Opens a file of weights of any kind, which is seen from its content.
 
     Returns:
@@ -122,12 +131,40 @@ def open_arrays(
     are noticed when they are read.
     """
     path = Path(path)
-    if path.is_dir():
-        if is_orbax(path):
-            return _open_orbax(path.resolve())
+    if os.path.isdir(path):
+        size, opener = _size_of_folder(path), _open_orbax
+    else:
+        size, opener = os.path.getsize(path) if os.path.isfile(path) else 0, _opener_of_file(path)
+    with opener(path) as arrays:
+        unpacked = sum(array.nbytes for array in arrays.values())
+        # Of an index each of its files is looked at.
+        if opener is not _open_shards and unpacked > max(_UNPACKED * size, _ALWAYS):
+            raise UserError(
+                f"{path} has {size:,} bytes and would unpack to {unpacked:,}, expected at most "
+                f"{_UNPACKED} times its size: if it is to be trusted, write it again unpacked"
+            )
+        yield arrays
+
+
+def _size_of_folder(path: Path) -> int:
+    """Bytes of the files in an Orbax folder. Raises UserError if it is none, or holds links."""
+    if not is_orbax(path):
         raise UserError(
             f"{path} is a folder, but none that Orbax wrote: expected a file of weights"
         )
+    entries = list(path.rglob("*"))
+    for entry in entries:
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            raise UserError(
+                f"{path} holds {entry.name!r}, which is a link or no regular file: copy the folder "
+                "with what its links lead to, if you trust it"
+            )
+    return sum(entry.stat().st_size for entry in entries if entry.is_file())
+
+
+def _opener_of_file(path: Path) -> Callable:
+    if os.path.exists(path) and not os.path.isfile(path):  # A pipe would let us wait for ever.
+        raise UserError(f"{path} is no regular file: expected a file of weights")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -137,13 +174,13 @@ def open_arrays(
     except OSError as e:
         raise UserError(f"{path} can't be read ({e.strerror})") from e
     if is_pth:
-        return _open_pth(path)
+        return _open_pth
     if start[:4] == b"PK\x03\x04":
-        return _open_npz(path)
+        return _open_npz
     if start[8:] == b"{":
-        return _open_safetensors(path)
+        return _open_safetensors
     if start[:1] == b"{" and path.name.endswith(".index.json"):
-        return _open_shards(path)
+        return _open_shards
     found = f"a file that starts with {start!r}" if start else "an empty file"
     if start[:1] == b"\x80":
         found = "a pickle that torch.save didn't write, or wrote before 2018"
@@ -218,6 +255,13 @@ def _explained(
         raise UserError(f"{what} can't be {done} ({first_line(e)[:300]}): {advice}") from e
 
 
+def _undamaged(array: np.ndarray, crc: Any) -> np.ndarray:
+    """The array. Raises ValueError if it hasn't the checksum that was noted, if one was."""
+    if crc is not None and crc32c(array) != crc:
+        raise ValueError("its values are not those that were saved")
+    return array
+
+
 # .npz
 
 
@@ -242,7 +286,15 @@ def _open_npz(path: Path) -> Iterator[dict[str, LazyArray]]:
 
 def _npz_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> LazyArray:
     where = f"{path}: array {member.filename!r}"
-    with _explained(where), archive.open(member) as file:
+    # The other methods unpack a few bytes to gigabytes at once.
+    expands = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}.get(member.compress_type)
+    if expands is None:
+        raise UserError(
+            f"{where} is packed by method {member.compress_type}, expected stored or deflated, as "
+            "NumPy writes: save it again with numpy.savez"
+        )
+    with _explained(where), archive.open(member) as packed:
+        file = io.BytesIO(packed.read(_HEADER))  # A header can claim to be 4 GB long.
         if np.lib.format.read_magic(file) == (1, 0):
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         else:
@@ -254,10 +306,10 @@ def _npz_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) ->
             )
         size = math.prod(shape) * dtype.itemsize
         # Checked before anything is allocated: the header can claim any size, and so can the
-        # archive, in which deflate makes a byte of at most 1032.
+        # archive.
         if (
             size != member.file_size - file.tell()
-            or size > 1032 * path.stat().st_size
+            or size > expands * member.compress_size
             or min(shape, default=0) < 0
         ):
             raise UserError(
@@ -294,13 +346,14 @@ def _open_safetensors(path: Path) -> Iterator[dict[str, LazyArray]]:
 
     def read(name: str) -> np.ndarray:
         with _explained(f"{path}: array {name!r}"):
-            return file.get_tensor(name)
+            return _undamaged(file.get_tensor(name), notes.get(f"{_CRC} {name}"))
 
     with contextlib.ExitStack() as stack:
         arrays = {}
         with _explained(path):
             # No map of the file into memory: one that shrinks meanwhile would end the process.
             file = stack.enter_context(safe_open(path, framework="numpy", backend="pread"))
+            notes = file.metadata() or {}
             for name in file.offset_keys():
                 part = file.get_slice(name)
                 if part.get_dtype() not in _SAFETENSORS:
@@ -329,14 +382,22 @@ def _write_safetensors(path: str | os.PathLike, arrays: Mapping[str, Array]) -> 
             )
         begin, end = end, end + array.nbytes
         header[name] = dict(dtype=codes[dtype], shape=array.shape, data_offsets=(begin, end))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    notes = header["__metadata__"] = {f"{_CRC} {name}": "0" * 8 for name, _ in ordered}
+
+    def head() -> bytes:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
     with atomic_write(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, array in ordered:
+        file.write(head())
+        for name, array in ordered:
             values = np.asarray(array)
+            notes[f"{_CRC} {name}"] = crc32c(values)
             little = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
             file.write(little.reshape(-1).view(np.uint8).data)
+        file.seek(0)
+        file.write(head())  # As long as before.
 
 
 @contextlib.contextmanager
@@ -399,25 +460,38 @@ def _open_orbax(path: Path) -> Iterator[dict[str, LazyArray]]:
     """
     import tensorstore
 
+    path = path.resolve()
     explained = functools.partial(_explained, path, "the folder is damaged or incomplete")
     with explained():
-        leaves = jax.tree_util.tree_leaves_with_path(_orbax().metadata(path).metadata)
-        folders = (path, path / "state", *sorted(path.iterdir()))
-        folder = next(f for f in folders if (f / "_METADATA").is_file())
+        metadata = _orbax().metadata(path)
+        leaves = jax.tree_util.tree_leaves_with_path(metadata.metadata)
+        folders = dict.fromkeys((path, path / "state", *sorted(path.iterdir())))
+        folder, *others = (f for f in folders if (f / "_METADATA").is_file())
         is_zarr3 = json.loads((folder / "_METADATA").read_bytes()).get("use_zarr3")
-        is_database = (folder / "manifest.ocdbt").is_file()
+        crcs = (metadata.custom_metadata or {}).get(_CRC, {})
 
-    def read(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def open_store(folder: Path, name: str) -> Any:
         files: Any = {"driver": "file", "path": f"{folder}/{name}/"}
-        if is_database:
+        if (folder / "manifest.ocdbt").is_file():
             base = {"driver": "file", "path": f"{folder}/"}
             files = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         spec = {"driver": "zarr3" if is_zarr3 else "zarr", "kvstore": files}
+        # A missing piece is an error and not zeros.
+        return tensorstore.open(spec | {"fill_missing_data_reads": False}).result()
+
+    def read(name: str, stored: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         with explained():
-            # A missing piece is an error and not zeros.
-            store = tensorstore.open(spec | {"fill_missing_data_reads": False}).result()
-            np.empty(store.shape, store.dtype.numpy_dtype)  # If there is no room, Python can tell.
-            return store.read().result().astype(dtype, copy=False).reshape(shape)
+            store = open_store(folder, stored)
+            # Before memory is taken: the pieces can claim to be larger than the whole.
+            piece = math.prod(store.chunk_layout.read_chunk.shape or ())
+            same = (store.shape, store.dtype.numpy_dtype) == (shape, dtype)
+            if not same or piece > math.prod(max(n, 1) for n in shape):
+                raise ValueError(f"{name} is {store.shape} of {store.dtype.name} in {piece:,}")
+            np.empty(shape, dtype)  # If there is no room, Python can tell.
+            array = _undamaged(store.read().result(), crcs.get(name))
+            if name in places and int(digest([array])[0]) != sums[places[name]]:
+                raise ValueError("its values are not those that were saved")
+            return array
 
     arrays: dict[str, LazyArray] = {}
     for keys, leaf in leaves:
@@ -427,10 +501,24 @@ def _open_orbax(path: Path) -> Iterator[dict[str, LazyArray]]:
         if name in arrays:
             raise UserError(f"{path}: two arrays are named {name!r}: write the folder again")
         stored = jax.tree_util.keystr(keys, simple=True, separator=".")
-        values = functools.partial(read, stored, leaf.shape, leaf.dtype)
+        values = functools.partial(read, name, stored, tuple(leaf.shape), leaf.dtype)
         arrays[name] = LazyArray(leaf.shape, leaf.dtype, values)
     if not arrays:  # What Orbax says of an empty tree, and of one that it can't read.
         raise UserError(f"{path}: Orbax finds no array in it: the folder is damaged or incomplete")
+
+    # Beside the state of a training run lies the `digest` of its leaves: the step, the parameters,
+    # the optimizer and more, and their average at the end.
+    places: dict[str, int] = {}
+    if folder.name == "state" and [f.name for f in others] == ["digest"] and "step" in arrays:
+        with explained():
+            sums = open_store(path / "digest", "").read().result()
+            ema = [name for name in arrays if name.startswith("ema/")]
+            params = [name for name in arrays if name.startswith("params/")]
+            places = {name: i for i, name in enumerate(["step", *params])}
+            places |= {name: len(sums) - len(ema) + i for i, name in enumerate(ema)}
+    elif others:
+        left_out = ", ".join(f.name for f in others)
+        _log.warning("%s: of its trees %s is read; left out: %s", path, folder.name, left_out)
     yield arrays
 
 
@@ -452,12 +540,14 @@ def _write_orbax(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
     try:
         with _explained(path, "make room or mend the cause, then do it again", "written"), context:
             part: dict[str, np.ndarray] = {}
+            crcs: dict[str, str] = {}
             for name, array in arrays.items():
                 if part and sum(a.nbytes for a in part.values()) + array.nbytes > _BATCH:
                     ocp.partial.save(new, unflatten_dict(part, sep="/"))
                     part.clear()  # Before the next is read.
                 part[name] = np.asarray(array)
-            ocp.partial.save(new, unflatten_dict(part, sep="/"))
+                crcs[name] = crc32c(part[name])
+            ocp.partial.save(new, unflatten_dict(part, sep="/"), custom_metadata={_CRC: crcs})
             ocp.partial.finalize(new)
             if path.exists():
                 path.rename(old)

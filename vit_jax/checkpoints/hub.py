@@ -23,6 +23,7 @@ STORE = "https://storage.googleapis.com"
 AUGREG_INDEX = f"{STORE}/vit_models/augreg/index.csv"
 # The names of ImageNet-21k's classes that the original prints, one a line.
 IMAGENET21K = f"{STORE}/bit_models/imagenet21k_wordnet_lemmas.txt"
+_TEXT = 256 << 20  # Bytes that such a file may have.
 
 _DATA = resources.files("vit_jax.checkpoints")
 _FOLDERS = tomllib.loads((_DATA / "published.toml").read_text("utf-8"))
@@ -204,7 +205,7 @@ def fetch(
     Raises UserError if it isn't there and can't be downloaded.
     """
     path = cache_path(url, cache_dir)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     mirror = os.environ.get("VIT_JAX_MIRROR", "").rstrip("/")
     if mirror and url.startswith(f"{STORE}/"):
@@ -220,7 +221,8 @@ def fetch(
         )
     from vit_jax.checkpoints.download import download  # Slow to import.
 
-    download(url, path, attempts=attempts, timeout=timeout)
+    is_text = path.suffix in (".csv", ".txt", ".model")  # Tables, words: a few megabytes.
+    download(url, path, attempts=attempts, timeout=timeout, limit=_TEXT if is_text else None)
     return path
 
 

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.models.family import FAMILIES, Hints, Size, Spec
 from vit_jax.models.shapes import listing
+
+NONFINITE = "NaN or infinite"
 
 
 def read_spec(
@@ -23,9 +26,9 @@ def read_spec(
 
     Args:
       arrays: arrays (or anything with a shape) under today's names, see `layouts.to_linen`.
-      classifier: what no array tells, if it is known: "unpooled" looks like "gap", "token_unpooled"
-        like "token". Without it the common ones: "map" with attention pooling, "token" with a class
-        token, else "gap".
+      classifier: what no array tells, if it is known: "unpooled" and "first" look like "gap",
+        "token_unpooled" like "token". Without it the common ones: "map" with attention pooling,
+        "token" with a class token, else "gap", with a warning.
       image_size: (height, width) that the stored position embeddings are for, if it is known.
         Without it a square grid is assumed where possible.
       likely_size: (height, width) to believe where no square grid is possible and it fits. Without
@@ -33,16 +36,22 @@ def read_spec(
       untold: other fields that no array tells, see `ImageModel.untold`.
       where: the file's name, for messages.
 
-    Raises UserError that names missing, unexpected and mis-shaped arrays, the first twenty of each.
+    Raises UserError for a classifier that the network can't have, or with the names of missing,
+    unexpected and mis-shaped arrays, the first twenty of each.
     """
     shapes = {key: tuple(array.shape) for key, array in arrays.items()}
     family = next((f for f in reversed(FAMILIES) if f.recognizes(shapes)), FAMILIES[0])
-    spec = family.from_shapes(shapes, Hints(classifier, image_size, likely_size, where))
+    if classifier is not None and classifier not in family.classifiers:
+        raise UserError(
+            f"{where}: its classifier is said to be {classifier!r}, but a {family.kind} has "
+            f"{' or '.join(family.classifiers)}: mend what was given or noted beside it"
+        )
+    spec = family.from_shapes(shapes, Hints(classifier, image_size, likely_size, untold, where))
     for field in untold or {}:
         if field not in family.untold:
             raise UserError(
-                f"{where}: {field} is noted beside it, but {spec.description} takes only "
-                f"{', '.join(family.untold) or 'no such notes'}: mend or remove the notes"
+                f"{where}: {field} is given or noted beside it, but {spec.description} takes only "
+                f"{', '.join(family.untold) or 'nothing of that kind'}: leave it out"
             )
     spec = spec.replace(**(untold or {}))
     check_arrays(arrays, spec, where=where)
@@ -71,3 +80,13 @@ def check_arrays(arrays: Mapping[str, Any], spec: Spec, *, where: str) -> None:
     if any(problems):
         found_problems = "; ".join(filter(None, problems))
         raise UserError(f"{where} does not fit {spec.description}: {found_problems}")
+
+
+def nonfinite(arrays: Mapping[str, Any]) -> list[str]:
+    """The arrays that hold NaN or infinity: "NAME COUNT of SIZE". One is in memory at a time."""
+    bad = []
+    for name, array in arrays.items():
+        values = np.asarray(array)
+        if count := values.size - np.count_nonzero(np.isfinite(values)):
+            bad.append(f"{name} {count:,} of {values.size:,}")
+    return bad

@@ -19,7 +19,16 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints what the arrays and the notes beside them tell."""
-    from vit_jax.checkpoints import container, hub, huggingface, open_arrays, read_layout
+    from vit_jax.checkpoints import (
+        NONFINITE,
+        container,
+        hub,
+        huggingface,
+        nonfinite,
+        open_arrays,
+        read_layout,
+    )
+    from vit_jax.models.shapes import listing
     from vit_jax.pretrained import class_labels, find_weights, preprocess_for, read_weights
 
     path, asked = find_weights(args.weights)
@@ -29,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
         layout = read_layout(stored, tower=asked)
         count = len(stored) - len(layout.left_out)
         types = sorted({str(a.dtype) for a in layout.arrays.values()})
+        bad = nonfinite(layout.arrays)
     kind, place, names = container(path), hub.origin(path), hub.other_names(path)
     licence = huggingface.licence(path)
     size = sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
@@ -48,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
             "stored_types": types,
             "key_style": layout.style,
             "bytes": size,
+            "nonfinite": bad,
             "labels": labels,
             "preprocess": preprocess,
         }
@@ -65,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         "head": head,
         "preprocessing": preprocess,
         "stored as": f"{kind}, {', '.join(types)}; {count} arrays, {layout.style} keys",
+        "values": f"no weights to use: {listing(NONFINITE, bad)}" if bad else "all finite",
         "size": f"{size / 2**20:,.1f} MiB",
     }
     for title, text in lines.items():

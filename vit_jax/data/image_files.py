@@ -156,7 +156,7 @@ class _Listing:
         self._changed = False
         try:
             self._known: dict[str, list[str]] = dict(json.loads(self._file.read_text()))
-        except (OSError, ValueError, TypeError):  # Not there, or damaged.
+        except (OSError, ValueError, TypeError, RecursionError):  # Not there, or damaged.
             self._known = {}
 
     def entries(self, folder: str) -> list[list[str]]:

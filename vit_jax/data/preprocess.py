@@ -126,12 +126,13 @@ class Preprocess:
         return to_uint8(image) if self.dtype == "uint8" else np.ascontiguousarray(image, np.float32)
 
 
-def parse(spec: str, *, train: bool = True) -> Preprocess:
+def parse(spec: str, *, train: bool = True, max_pixels: int = MAX_PIXELS) -> Preprocess:
     """Parses a specification: operations joined by "|", applied from left to right.
 
     Args:
       spec: e.g. "resize_small(256)|central_crop(224)|value_range(-1, 1)".
       train: False refuses random operations, which have no place in an evaluation.
+      max_pixels: the longest side that an operation may ask for.
 
     Raises:
       UserError: says which operation is wrong, at which position, and what was expected.
@@ -147,7 +148,7 @@ def parse(spec: str, *, train: bool = True) -> Preprocess:
     for part in spec.split("|"):
         start = position + len(part) - len(part.lstrip())
         where = f"in {_short(spec)} at position {start}"
-        step, text = _parse_op(part.strip(), where)
+        step, text = _parse_op(part.strip(), where, max_pixels)
         if step.random and not train:
             raise UserError(
                 f"{text} {where} is random, expected operations that always give the "
@@ -170,7 +171,7 @@ def parse(spec: str, *, train: bool = True) -> Preprocess:
 _CALL = re.compile(r"([A-Za-z_]\w*)\s*(?:\(([\w\s.,=()+'\"-]*)\))?", re.ASCII)
 
 
-def _parse_op(text: str, where: str) -> tuple[Step, str]:
+def _parse_op(text: str, where: str, max_pixels: int) -> tuple[Step, str]:
     """Returns the step and its canonical spelling."""
     match = _CALL.fullmatch(text)
     if not match:
@@ -188,7 +189,7 @@ def _parse_op(text: str, where: str) -> tuple[Step, str]:
         given, named = _literals(arguments)
         bound = inspect.signature(OPS[name]).bind(*given, **named)
         values = {
-            key: _convert(key, value, parameters[key].annotation)
+            key: _convert(key, value, parameters[key].annotation, max_pixels)
             for key, value in bound.arguments.items()
         }
         step = OPS[name](**values)
@@ -224,7 +225,7 @@ def _literals(arguments: str) -> tuple[list[Any], dict[str, Any]]:
     return given, dict(named)
 
 
-def _convert(name: str, value: Any, kind: Any) -> Any:
+def _convert(name: str, value: Any, kind: Any, max_pixels: int) -> Any:
     if get_origin(kind) is Literal:
         if type(value) is str and value in get_args(kind):
             return value
@@ -248,8 +249,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             raise UserError(f"{name} is {_short(value)}, expected a number, or one a channel: 3")
         return tuple(map(float, values[:1] if len(set(values)) == 1 else values))
     pair = value if kind is Size and isinstance(value, tuple) else (value, value)
-    if len(pair) != 2 or not all(type(v) is int and 0 < v <= MAX_PIXELS for v in pair):
-        shape = f"1 to {MAX_PIXELS} pixels" + (" or (height, width)" if kind is Size else "")
+    if len(pair) != 2 or not all(type(v) is int and 0 < v <= max_pixels for v in pair):
+        shape = f"1 to {max_pixels} pixels" + (" or (height, width)" if kind is Size else "")
         raise UserError(f"{name} is {_short(value)}, expected {shape}")
     return pair if kind is Size else value
 

@@ -87,11 +87,14 @@ def _observe(model: ImageModel, params: Any, pixels: jax.Array) -> Seen:
 def reading(tower: Tower, seen: Seen) -> np.ndarray:
     """float32 (t,): how much of each token the head reads; sums to 1.
 
-    That is the class token, the mean of attention pooling's heads, or all patches alike.
+    That is the class token or first patch, the mean of attention pooling's heads, or all patches
+    alike.
     """
     weights = np.zeros(len(seen.tokens), np.float32)
     if tower.model.has_class_token:
         weights[0] = 1
+    elif tower.model.classifier == "first":
+        weights[tower.first_patch] = 1
     elif seen.pooling is not None:
         return seen.pooling.mean(axis=0)
     else:

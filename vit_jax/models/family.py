@@ -57,12 +57,14 @@ class Hints(NamedTuple):
       classifier: how the network pools, see `VisionTransformer`.
       image_size: that the position embeddings are for.
       likely_size: to believe where no square grid is possible and it fits.
+      untold: fields of `ImageModel.untold`; None if nobody noted any.
       where: the file's name, for messages.
     """
 
     classifier: str | None = None
     image_size: Size | None = None
     likely_size: Size | None = None
+    untold: Mapping[str, Any] | None = None
     where: str = "the checkpoint"
 
 
@@ -368,7 +370,9 @@ class Spec:
 
 def traced_shapes(module: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter. All blocks have the same shapes, so one is traced."""
-    params = jax.eval_shape(module.clone(num_layers=1).init, jax.random.key(0), inputs)["params"]
+    init = module.clone(num_layers=1).init
+    # The key is made while tracing, or it would be a number moved to a device.
+    params = jax.eval_shape(lambda x: init(jax.random.key(0), x), inputs)["params"]
     first = re.compile(rf"(.*\b(?:{'|'.join(module.blocks)})_)0(/.+)")
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

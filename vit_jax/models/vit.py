@@ -47,13 +47,19 @@ from vit_jax.models.resnet import (
 )
 from vit_jax.models.stack import BlockLoop, run_blocks
 
-CLASSIFIERS = ("token", "gap", "map", "unpooled", "token_unpooled")
-POOLED = ("token", "gap", "map")  # Those that give one vector, so one answer, an image.
+CLASSIFIERS = ("token", "gap", "map", "first", "unpooled", "token_unpooled")
+POOLED = ("token", "gap", "map", "first")  # Those that give one vector, so one answer, an image.
 POSITION_EMBEDDINGS = ("learned", "sincos2d")
 
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 # Fixed sines and cosines leave no trace in a file; most networks saw images of this size.
 _USUAL_SIZE = (224, 224)
+# What none of the original's networks has, with the words for it.
+_UNLIKE = {
+    "qkv_bias": "attention without biases",
+    "layer_scale": "layer scale",
+    "num_registers": "registers",
+}
 # Of a stored layer scale no array tells what it was at first.
 _LAYER_SCALE = 1e-5
 
@@ -224,6 +230,17 @@ class Encoder(BlockFields):
         return layer_norm(self, "encoder_norm")(x), features
 
 
+def _guessed(pooled: str, hints: Hints) -> str:
+    """How tokens are pooled where there is neither a class token nor a word of it."""
+    if pooled == "gap":
+        _log.warning(
+            "%s: no array tells how its tokens are pooled; taken as their mean (gap). If that is "
+            "wrong, tell: load(..., classifier=...), one of %s",
+            *(hints.where, ", ".join(c for c in CLASSIFIERS if c in ("first", "unpooled"))),
+        )
+    return pooled
+
+
 @register
 class VisionTransformer(ImageModel):
     """A Vision Transformer for images of any size, shape and number of channels.
@@ -234,8 +251,8 @@ class VisionTransformer(ImageModel):
       hidden_size: width of a token, d.
       num_layers, num_heads, mlp_dim: depth, attention heads and hidden width of the blocks.
       classifier: what the head sees: "token" the class token, "gap" the mean of the patch tokens,
-        "map" what attention pooling makes of all tokens, "unpooled" every patch token,
-        "token_unpooled" every token with the class token first.
+        "map" what attention pooling makes of all tokens, "first" the token of the first patch,
+        "unpooled" every patch token, "token_unpooled" every token with the class token first.
       representation_size: width of the tanh layer `pre_logits` before the head; None for no layer.
       head_bias_init: initial value of the head's bias (its kernel starts at zero).
       dropout_rate, attention_dropout_rate, stochastic_depth_rate: active only with train=True,
@@ -358,6 +375,8 @@ class VisionTransformer(ImageModel):
             x = x[:, self.num_prefix_tokens :].astype(jnp.float32).mean(axis=1)
         elif self.classifier == "map":
             x = MAPHead(**fields_for(MAPHead, self), name="MAPHead_0")(x)
+        elif self.classifier == "first":
+            x = x[:, self.num_prefix_tokens]
         elif self.classifier == "unpooled":
             x = x[:, self.num_prefix_tokens :]
 
@@ -464,8 +483,21 @@ class VisionTransformer(ImageModel):
         )
         if model.resnet is not None:
             channels = shapes["conv_root/kernel"][2]
-        classifier = hints.classifier if hints.classifier in CLASSIFIERS else None
+        classifier = hints.classifier
         pooled = "map" if "MAPHead_0/probe" in shapes else "gap"
+        unlike = [f for f in _UNLIKE if getattr(model, f) != getattr(cls, f)]
+        if hints.untold is None and unlike:
+            _log.warning(
+                "%s: it has %s, so it is no network of the original's, and no array tells its "
+                "activation and layer_norm_epsilon: taken as %s and %g. If that is wrong, tell: "
+                "load(..., activation=..., layer_norm_epsilon=...)",
+                *(
+                    hints.where,
+                    " and ".join(_UNLIKE[f] for f in unlike),
+                    model.activation,
+                    model.layer_norm_epsilon,
+                ),
+            )
         if fixed_positions:
             size = hints.image_size or hints.likely_size or _USUAL_SIZE
             if not hints.image_size:
@@ -474,7 +506,7 @@ class VisionTransformer(ImageModel):
                     "images of %dx%d pixels",
                     *(hints.where, *size),
                 )
-            classifier = classifier or ("token" if "cls" in shapes else pooled)
+            classifier = classifier or ("token" if "cls" in shapes else _guessed(pooled, hints))
             return Spec(model.clone(classifier=classifier), size, channels)
         tokens = shapes[_POSITIONS][1]
         if classifier is None:
@@ -486,7 +518,8 @@ class VisionTransformer(ImageModel):
                 and math.isqrt(tokens) ** 2 != tokens
                 and math.isqrt(tokens - 1) ** 2 == tokens - 1
             )
-            classifier = "token" if "cls" in shapes or lacks_class_token else pooled
+            has_class_token = "cls" in shapes or lacks_class_token
+            classifier = "token" if has_class_token else _guessed(pooled, hints)
         model = model.clone(classifier=classifier)
         size = reading.size_of_grid(model, tokens - model.has_class_token, hints)
         return Spec(model, size, channels)

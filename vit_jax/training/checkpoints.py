@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from vit_jax.checkpoints.digests import digest
 from vit_jax.errors import NO_ROOM, UserError, error_chain, first_line
 from vit_jax.files import is_bucket
 from vit_jax.training.distributed import allgather, is_main_process
@@ -235,31 +235,6 @@ def _fields(state: TrainState) -> dict[str, Any]:
 
 def _scheduled(step: int, every: int | None) -> bool:
     return every is not None and (step % every == 0 if every else step == 0)
-
-
-@jax.jit
-def digest(state: Any) -> jax.Array:
-    """A sum over the bits and places of the values of each array, the same on any devices.
-
-    Args:
-      state: a tree of arrays of 8 to 32 bits.
-
-    Returns:
-      uint32 (arrays,). Any damage changes it, but for one in 2^32.
-    """
-
-    def of(x: jax.Array) -> jax.Array:
-        word = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-        for axis in range(x.ndim):  # Mixed in the manner of MurmurHash3.
-            place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            bits = bits ^ (place * jnp.uint32(0x9E3779B1))
-            bits = bits * jnp.uint32(0x85EBCA6B)
-            bits = bits ^ (bits >> 15)
-        bits = bits * jnp.uint32(0xC2B2AE35)
-        return (bits ^ (bits >> 13)).sum(dtype=jnp.uint32)
-
-    return jnp.stack([of(x) for x in jax.tree.leaves(state)])
 
 
 def _ignore_late_callbacks(hook: Callable, problem: Any) -> None:

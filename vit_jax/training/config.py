@@ -275,13 +275,14 @@ def config_to_json(config: ConfigDict) -> str:
 
 
 def config_from_json(text: str) -> ConfigDict:
-    """The configuration that `config_to_json` wrote."""
-    values = json.loads(text)
-    values["model"] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()
-    }
-    values["profile"] = tuple(values.get("profile", ()))
-    return ConfigDict(values)
+    """The configuration that `config_to_json` wrote; a field that is younger has its default.
+
+    Raises UserError for unknown fields and other types, ValueError and AttributeError for what is
+    no such JSON.
+    """
+    config = default_config()
+    _merge(config, json.loads(text), "config")
+    return config
 
 
 # Where a run starts.

@@ -15,9 +15,17 @@ from vit_jax.evaluation.images import evaluate_images
 from vit_jax.evaluation.metrics import Scores
 from vit_jax.evaluation.report import Report, choose_examples, environment, write_report
 from vit_jax.files import as_path, is_bucket
-from vit_jax.pretrained import WEIGHTS, Pretrained, load
+from vit_jax.models import variant
+from vit_jax.pretrained import (
+    WEIGHTS,
+    Pretrained,
+    find_weights,
+    load,
+    read_weights,
+    untold_fields,
+)
 from vit_jax.training.checkpoints import saved_steps
-from vit_jax.training.config import default_config, eval_spec, flatten
+from vit_jax.training.config import default_config, eval_spec, flatten, weights_source
 from vit_jax.training.inputs import open_split
 from vit_jax.training.workdir import (
     CHECKPOINTS,
@@ -129,12 +137,18 @@ def evaluate_workdir(workdir: str | os.PathLike, *, batch_size: int = 64) -> Rep
 def _load_checkpoint(folder: epath.Path, config: ConfigDict, labels: tuple[str, ...]) -> Pretrained:
     """The network of a checkpoint."""
     preprocess = eval_spec(config)
+    # What no array tells: of the weights that the run started from, its network's name, its fields.
+    fields = variant(config.model.name) if config.model.name else {}
+    if path := weights_source(config):
+        fields = read_weights(*find_weights(path), values=False)[1].architecture()
+    fields = fields | dict(config.model)
     with open_arrays(local_copy(folder) if is_bucket(folder) else folder) as stored:
         part = "ema/" if any(k.startswith("ema/") for k in stored) else "params/"
         params = {k.removeprefix(part): x for k, x in stored.items() if k.startswith(part)}
         spec = read_spec(
             params,
-            classifier=config.model.get("classifier"),
+            classifier=fields.get("classifier"),
+            untold={name: fields[name] for name in untold_fields() if name in fields},
             image_size=data.parse(preprocess, train=False).output_size,
             where=str(folder),
         )

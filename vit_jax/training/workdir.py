@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from vit_jax.buckets import Claim, GrowingFiles, check_claim
 from vit_jax.checkpoints.hub import needs_credentials
 from vit_jax.errors import UserError
-from vit_jax.files import as_path, atomic_write, bucket_errors, is_bucket
+from vit_jax.files import as_path, atomic_write, bucket_errors, is_bucket, open_file
 from vit_jax.pretrained import WEIGHTS
 from vit_jax.training.config import config_from_json, config_to_json, differing_fields
 
@@ -156,7 +156,7 @@ def write_config(workdir: epath.Path, config: ConfigDict, fingerprints: Mapping[
         try:
             before = json.loads(file.read_text())
             changed = [name for name in fingerprints if before.get(name) != fingerprints[name]]
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             _log.warning(
                 "%s is lost or damaged and is written anew: whether these are the images that "
                 "the run began with can't be checked",
@@ -180,7 +180,7 @@ def write_config(workdir: epath.Path, config: ConfigDict, fingerprints: Mapping[
 def is_workdir(path: str | os.PathLike) -> bool:
     """Whether a path is the workdir of a run, here or in a bucket that can be read."""
     if not is_bucket(path):
-        return os.path.isfile(os.path.join(path, CONFIG))
+        return os.path.isfile(os.path.join(os.path.expanduser(path), CONFIG))
     if not needs_credentials(os.fspath(path)):
         return False
     with bucket_errors(path):
@@ -192,13 +192,15 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     damaged."""
     file = as_path(workdir) / CONFIG
     try:
-        with bucket_errors(file):
-            return config_from_json(file.read_text())
+        with open_file(file) as opened:
+            content = opened.read()
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{workdir} is no workdir of a training run: it holds no {CONFIG}") from e
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except OSError as e:
+        raise UserError(f"{file} can't be read ({e.strerror}): choose another workdir") from e
+    try:
+        return config_from_json(content.decode())
+    except (ValueError, AttributeError, RecursionError) as e:
         raise UserError(f"{file} is damaged ({e}): choose another workdir") from e
 
 
@@ -320,8 +322,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 def _records(path: epath.Path) -> list[tuple[dict[str, Any], bytes]]:
     """The records of a file, each with its line as it stands there, line end included."""
     try:
-        with bucket_errors(path):
-            lines = path.read_bytes().split(b"\n")
+        with open_file(path) as file:
+            lines = file.read().split(b"\n")
     except OSError as error:
         raise UserError(
             f"Cannot read {path} ({error.strerror}); expected the {METRICS} of a training run: "
