@@ -23,7 +23,7 @@ ALLOWED = {
     "buckets": set(),
     "page": set(),
     "models": set(),
-    "checkpoints": {"models", "buckets"},
+    "checkpoints": {"models", "data", "buckets"},
     "data": {"models", "buckets"},
     "tokenizers": set(),
     "sharding": {"models"},
@@ -44,7 +44,9 @@ ALLOWED = {
 HEAVY = (
     "cv2",
     "grain",
+    "huggingface_hub",
     "matplotlib",
+    "PIL",
     "tensorflow",
     "tensorflow_datasets",
     "orbax",

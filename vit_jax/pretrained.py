@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax import checkpoints, data
 from vit_jax.buckets import local_copy
-from vit_jax.checkpoints import hub
+from vit_jax.checkpoints import hub, huggingface
 from vit_jax.checkpoints.hub import class_names
 from vit_jax.checkpoints.labels import check_loss, ranked
 from vit_jax.errors import UserError
@@ -339,13 +339,15 @@ def load(
     Args:
       source: a file of weights (.npz, .safetensors or an Orbax folder; of a file with several
         networks, "FILE:img" takes one), the workdir of a training run, or a name or address of
-        published weights ("augreg/B_16", "imagenet21k/ViT-B_16", "gs://...", "https://..."; see
-        `checkpoints.hub.resolve`), which are downloaded once. Files and workdirs may be in buckets.
+        published weights ("augreg/B_16", "imagenet21k/ViT-B_16", "facebook/dinov2-small",
+        "gs://...", "https://..."; see `checkpoints.hub.resolve`), which are downloaded once. Files
+        and workdirs may be in buckets.
       num_classes: None keeps the stored head; a number gives a new head of zeros, for fine-tuning,
         even if the stored one has as many classes.
       image_size: None keeps the stored position embeddings; a size in pixels, one number or
         (height, width), resamples them.
-        Images are then squeezed to that size, values in the recorded range.
+        Images are then made that large as recorded: by the same method, with the same crop and
+        values.
       pre_logits: None keeps the tanh layer before the head with a kept head and drops it with a new
         one (the paper's fine-tuning); True and False say so outright.
       classifier: how tokens are pooled, where neither the arrays nor notes beside them tell it or
@@ -422,9 +424,14 @@ def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
     if path.is_dir() and not checkpoints.is_orbax(path):
         if (path / WEIGHTS).is_file():
             return path / WEIGHTS, tower
+        if weights := huggingface.weights_in(path):
+            return weights, tower
         if (path / "config.json").is_file():
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
-        raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
+        raise UserError(
+            f"{path} is no workdir of a training run and no folder of timm or transformers: it "
+            f"holds no {WEIGHTS} and no model.safetensors"
+        )
     return path, tower
 
 
@@ -581,11 +588,13 @@ def original_preprocess(image_size: tuple[int, int]) -> str:
 def preprocess_for(notes: Notes | None, stored: Spec, new: Spec) -> str:
     """How images are made ready for stored weights, perhaps resampled for `new.image_size`.
 
-    Without notes it is the original's preprocessing; for another size too, but with the recorded
-    range of values.
+    Without notes it is the original's preprocessing. For another size it is the recorded one with
+    its method, crop and values; where that can't be, the original's with the recorded values.
     """
     if notes and new.image_size == stored.image_size:
         return notes.preprocess
+    if notes and (text := data.at_size(notes.preprocess, stored.image_size, new.image_size)):
+        return text
     resize = original_preprocess(new.image_size).split("|")[0]
     if not notes:
         return f"{resize}|{new.value_range}"

@@ -126,8 +126,8 @@ def test_a_file_without_permission_is_refused(good):
 
 def test_an_archive_of_something_else_is_named(tmp_path):
     refuse(
-        write_zip(tmp_path / "model.npz", ("model/data.pkl", b"\x80\x02")),
-        "zip archive, but no .npz checkpoint: it holds 'model/data.pkl'",
+        write_zip(tmp_path / "model.npz", ("model/data.txt", b"\x80\x02")),
+        "zip archive, but no .npz checkpoint: it holds 'model/data.txt'",
     )
 
 

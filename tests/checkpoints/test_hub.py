@@ -23,6 +23,13 @@ R+Ti/16,i21k,0.8,R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0
 EMPTY_NPZ = b"PK\x05\x06" + bytes(18)  # The shortest complete archive.
 
 
+ADAPTED = f"""name,ds,final_val,filename,adapt_ds,adapt_final_val,adapt_filename
+Ti/16,i21k,0.4,{TI},cifar100,0.7,{TI}--cifar100-steps_10k-lr_0.03-res_224
+Ti/16,i21k,0.4,{TI},cifar100,0.8,{TI}--cifar100-steps_10k-lr_0.01-res_224
+Ti/16,i21k,0.4,{TI},imagenet2012,0.9,{TI}--imagenet2012-steps_20k-lr_0.03-res_384
+"""
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     for name in ("VIT_JAX_OFFLINE", "VIT_JAX_MIRROR", "XDG_CACHE_HOME"):
@@ -80,6 +87,10 @@ def mirror(monkeypatch):
             f"{TI}--imagenet2012-steps_20k-lr_0.03-res_384",
             f"vit_models/augreg/{TI}--imagenet2012-steps_20k-lr_0.03-res_384.npz",
         ),
+        ("big_vision/vit_s16_i1k_90ep", "big_vision/vit_s16_i1k_90ep.npz"),
+        ("deit3/bv_deit_3_base_384_21k", "big_vision/zoo/deit3/bv_deit_3_base_384_21k.npz"),
+        ("siglip2/siglip2_g-opt16_384", "big_vision/siglip2/siglip2_g-opt16_384.npz"),
+        ("flexivit/flexivit_s_i1k", "big_vision/flexivit/flexivit_s_i1k.npz"),
         ("gs://big_vision/vit_s16_i1k_90ep.npz", "big_vision/vit_s16_i1k_90ep.npz"),
         ("gs://bucket/a b/ü?.npz", "bucket/a%20b/%C3%BC%3F.npz"),
     ],
@@ -91,6 +102,19 @@ def test_names_have_an_address(name, place):
 def test_addresses_stay_as_they_are_but_for_odd_characters():
     assert url_for("https://host:8/a/b.npz?x=1&y=%20") == "https://host:8/a/b.npz?x=1&y=%20"
     assert url_for("https://host/a b.npz") == "https://host/a%20b.npz"
+
+
+def test_a_model_and_a_data_set_mean_the_best_that_was_fine_tuned_to_it(mirror):
+    mirror.content["/vit_models/augreg/index.csv"] = ADAPTED.encode()
+    place = f"{STORE}/vit_models/augreg/{TI}--"
+    assert url_for("augreg/Ti_16+cifar100") == f"{place}cifar100-steps_10k-lr_0.01-res_224.npz"
+    assert url_for("augreg/Ti_16+imagenet2012").startswith(f"{place}imagenet2012-")
+    with pytest.raises(
+        UserError, match="no Ti_16 fine-tuned to 'pets', only to cifar100, imagenet"
+    ):
+        url_for("augreg/Ti_16+pets")
+    with pytest.raises(UserError, match="no B_16 fine-tuned to 'pets', only to nothing"):
+        url_for("augreg/B_16+pets")
 
 
 @pytest.mark.parametrize("name", ["augreg/Ti_16", "Ti_16", "ViT-Ti_16"])

@@ -40,6 +40,7 @@ def index(tmp_path, monkeypatch):
                                 "adapt_ds": adapt,
                                 "adapt_resolution": 224,
                                 "filename": stem,
+                                "adapt_final_val": 0.7 if (ds, decay) == ("i21k", 1) else 0.6,
                                 "adapt_final_test": 0.9 - decay / 10 + number / 100,
                                 "adapt_filename": f"{stem}--{adapt}-res_224",
                             }
@@ -71,7 +72,12 @@ def test_fine_tuned_ones_are_listed_if_the_query_or_the_order_asks_for_them(caps
 
 def test_the_table_shows_files_and_the_column_it_is_sorted_by(capsys):
     _, out, _ = run(capsys, "--augreg", "name=='Ti/16'", "--sort", "wd", "--top", "2")
-    header, first, second, last = out.splitlines()
+    header, first, second, last, recommended, best = out.splitlines()
+    assert recommended == "augreg/Ti_16, recommended: Ti_16-i21k-300ep-wd_3"
+    assert best == (
+        "augreg/Ti_16+imagenet2012, best after fine-tuning: "
+        "Ti_16-i21k-300ep-wd_1--imagenet2012-res_224 (0.7 on its held-out part)"
+    )
     assert header.split() == ["name", "ds", "final_val", "final_test", "wd", "filename"]
     assert first.split() == ["Ti/16", "i21k", "0.43", "0", "3", "Ti_16-i21k-300ep-wd_3"]
     assert second.endswith("Ti_16-i1k-300ep-wd_3")

@@ -116,3 +116,71 @@ def test_crop_heights_are_uniform_as_in_the_original():
 
 def test_a_image_too_narrow_for_any_crop_is_taken_whole():
     assert random_box((5, 1000), RNG(0), 0.05, 1.0) == (0, 0, 5, 1000)
+
+
+# Pillow's methods.
+
+METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [(20, 30), (7, 123), (95, 11), (60, 90), (1, 1)])
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_resizing_by_pillow_is_pillow_s_to_the_last_grey_level(method, size, channels):
+    image = RNG(channels).integers(0, 256, (60, 90, channels), dtype=np.uint8)
+    result = parse(f"resize({size}, method='pil_{method}')")(image)
+    for c in range(channels):
+        plane = Image.fromarray(image[..., c])
+        expected = plane.resize(size[::-1], Image.Resampling[method.upper()])
+        np.testing.assert_array_equal(result[..., c], np.asarray(expected))
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (91, 53), (64, 64), (33, 100)])
+@pytest.mark.parametrize(("small", "crop"), [(40, 35), (37, 28), (33, 33)])
+def test_the_shorter_side_and_the_middle_are_those_of_torchvision(shape, small, crop):
+    """The longer side is cut off to a whole pixel, half a margin rounded to even."""
+    image = RNG(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    ops = f"resize_small({small}, method='pil_bicubic')|central_crop({crop}, round_even=True)"
+
+    height, width = (int(small * side / min(shape)) for side in shape)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = round((height - crop) / 2.0), round((width - crop) / 2.0)
+    expected = resized.crop((left, top, left + crop, top + crop))
+
+    np.testing.assert_array_equal(parse(ops)(image), np.asarray(expected))
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("shape", [(60, 90), (91, 53), (64, 64), (33, 100), (300, 201)])
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("small", "crop"), [(40, 35), (37, 28), (33, 33)])
+def test_torchvision_itself_gives_the_same(shape, method, small, crop):
+    transforms = pytest.importorskip("torchvision.transforms")
+    image = RNG(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    ops = f"resize_small({small}, method='pil_{method}')|central_crop({crop}, round_even=True)"
+
+    steps = [transforms.Resize(small, transforms.InterpolationMode(method))]
+    steps.append(transforms.CenterCrop(crop))
+    levels = transforms.Compose(steps)(Image.fromarray(image))
+    values = transforms.Normalize(mean, std)(transforms.ToTensor()(levels))
+
+    np.testing.assert_array_equal(parse(ops)(image), np.asarray(levels))
+    found = parse(f"{ops}|normalize({mean}, {std})")(image)
+    np.testing.assert_allclose(found, values.permute(1, 2, 0), atol=2e-6)
+
+
+def test_what_is_cut_at_random_is_resized_by_pillow_too():
+    crop = parse("inception_crop(24, method='pil_bicubic')")
+    top, left, height, width = crop.crop_box((60, 90), RNG(3))
+    part = Image.fromarray(IMAGE[top : top + height, left : left + width])
+    expected = part.resize((24, 24), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(crop(IMAGE, RNG(3)), np.asarray(expected))
+
+
+def test_pillow_s_levels_stay_whole_on_the_way_to_the_device():
+    ops = parse("inception_crop(24, method='pil_bicubic')|flip|value_range(-1, 1)")
+    host, normalize = ops.split(as_uint8=True)
+    levels = host(IMAGE, RNG(1))
+    assert levels.dtype == np.uint8
+    np.testing.assert_array_equal(normalize(levels), ops(IMAGE, RNG(1)))

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.checkpoints.formats import (
     ENDINGS,
     check_ending,
+    container,
     is_orbax,
     open_arrays,
     read_npz,
@@ -38,6 +39,7 @@ __all__ = [
     "Spec",
     "check_arrays",
     "check_ending",
+    "container",
     "is_orbax",
     "library_notes",
     "load_weights",

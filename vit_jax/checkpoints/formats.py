@@ -1,8 +1,9 @@
-"""Files of weights: .npz, .safetensors and Orbax folders behind one door.
+"""Files of weights: .npz, .safetensors, torch's .pth and Orbax folders behind one door.
 
-Arrays stay in their file until they are read. Nothing is ever unpickled, and what a file claims is
-compared with its size before memory is taken. What is read is what was written: .npz files have
-checksums of their own, the other two get some here (`digests`), beside what others expect in them.
+Arrays stay in their file until they are read. No code in a file is ever run, and what it claims is
+compared with its size before memory is taken. What is read is what was written: zip archives have
+checksums of their own, .safetensors files and Orbax folders get some here (`digests`), beside what
+others expect in them.
 """
 
 import contextlib
@@ -26,12 +27,14 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from vit_jax.checkpoints import pth
 from vit_jax.checkpoints.digests import crc32c, digest
 from vit_jax.errors import UserError, first_line
 from vit_jax.files import atomic_write
 
 # Packed arrays may take so many times the bytes of their file, and so many bytes in any case.
 _UNPACKED, _ALWAYS = 20, 512 << 20
+_LARGEST_INDEX = 16 << 20  # Bytes of the .json that names the files of sharded weights.
 _HEADER = 1 << 14  # Bytes of an .npy header that are read; NumPy takes less.
 _BATCH = 1 << 25  # Bytes of the arrays that Orbax writes together.
 _CRC = "crc32c"  # Under which the checksums stand among what a file holds beside its arrays.
@@ -134,7 +137,8 @@ def open_arrays(path: str | os.PathLike) -> Iterator[dict[str, LazyArray]]:
         size, opener = os.path.getsize(path) if os.path.isfile(path) else 0, _opener_of_file(path)
     with opener(path) as arrays:
         unpacked = sum(array.nbytes for array in arrays.values())
-        if unpacked > max(_UNPACKED * size, _ALWAYS):
+        # Of an index each of its files is looked at.
+        if opener is not _open_shards and unpacked > max(_UNPACKED * size, _ALWAYS):
             raise UserError(
                 f"{path} has {size:,} bytes and would unpack to {unpacked:,}, expected at most "
                 f"{_UNPACKED} times its size: if it is to be trusted, write it again unpacked"
@@ -164,19 +168,37 @@ def _opener_of_file(path: Path) -> Callable:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+            is_pth = pth.is_pth(file)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except OSError as e:
         raise UserError(f"{path} can't be read ({e.strerror})") from e
+    if is_pth:
+        return _open_pth
     if start[:4] == b"PK\x03\x04":
         return _open_npz
     if start[8:] == b"{":
         return _open_safetensors
+    if start[:1] == b"{" and path.name.endswith(".index.json"):
+        return _open_shards
     found = f"a file that starts with {start!r}" if start else "an empty file"
+    if start[:1] == b"\x80":
+        found = "a pickle that torch.save didn't write, or wrote before 2018"
     raise UserError(
-        f"{path} holds no weights: expected an .npz or .safetensors file or an Orbax folder, "
+        f"{path} holds no weights: expected an .npz, .safetensors or .pth file or an Orbax folder, "
         f"found {found}"
     )
+
+
+def container(path: str | os.PathLike) -> str:
+    """What kind of file `open_arrays` opens, in words."""
+    if os.path.isdir(path):
+        return "Orbax"
+    with open(path, "rb") as file:
+        start, is_pth = file.read(9), pth.is_pth(file)
+    if is_pth:
+        return "torch's zip archive" if start[:2] == b"PK" else "torch's pickle before 1.6"
+    return {b"PK": ".npz", b'{"': "several files"}.get(start[:2], ".safetensors")
 
 
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
@@ -377,6 +399,49 @@ def _write_safetensors(path: str | os.PathLike, arrays: Mapping[str, Array]) -> 
             file.write(little.reshape(-1).view(np.uint8).data)
         file.seek(0)
         file.write(head())  # As long as before.
+
+
+@contextlib.contextmanager
+def _open_shards(path: Path) -> Iterator[dict[str, LazyArray]]:
+    """Of an index, {"weight_map": {array: file beside it}}, all of its files."""
+    with contextlib.ExitStack() as stack:
+        with _explained(path):
+            if path.stat().st_size > _LARGEST_INDEX:
+                raise ValueError(f"expected an index of {_LARGEST_INDEX:,} bytes at most")
+            files = json.loads(path.read_bytes())["weight_map"]
+            shards: dict[str, dict[str, LazyArray]] = {}
+            names = sorted(set(files.values()))
+            for name in names:
+                if os.path.basename(name) != name or name == path.name:
+                    raise ValueError(f"{name!r} is no file beside it")
+        for name in names:
+            if not (path.parent / name).is_file():
+                raise UserError(f"{path} names {name}, which is not beside it: fetch it, too")
+            shards[name] = stack.enter_context(open_arrays(path.parent / name))
+        with _explained(path, "it and its files are of different weights, fetch them again"):
+            arrays = {name: shards[file][name] for name, file in files.items()}
+        yield arrays
+
+
+# .pth
+
+
+@contextlib.contextmanager
+def _open_pth(path: Path) -> Iterator[dict[str, LazyArray]]:
+    def read(name: str) -> np.ndarray:
+        with _explained(f"{path}: array {name!r}"):
+            return tensors[name][2]()
+
+    with open(path, "rb") as file:
+        with _explained(path):
+            try:
+                tensors = pth.read_pth(file, str(path))
+            except UserError as e:
+                raise UserError(f"{path}: {e}") from e
+        yield {
+            name: LazyArray(shape, dtype, functools.partial(read, name))
+            for name, (shape, dtype, _) in tensors.items()
+        }
 
 
 # Orbax

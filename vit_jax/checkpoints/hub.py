@@ -15,7 +15,7 @@ import urllib.parse
 from importlib import resources
 from pathlib import Path
 
-from vit_jax.checkpoints import augreg
+from vit_jax.checkpoints import augreg, huggingface
 from vit_jax.errors import UserError
 from vit_jax.files import cache_folder, has_credentials
 
@@ -27,6 +27,7 @@ _TEXT = 256 << 20  # Bytes that such a file may have.
 
 _DATA = resources.files("vit_jax.checkpoints")
 _FOLDERS = tomllib.loads((_DATA / "published.toml").read_text("utf-8"))
+_TIMM: dict[str, str] = _FOLDERS.pop("timm")  # Names of timm's, and ours of the same weights.
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def resolve(
         "augreg/MODEL" for the recommended AugReg checkpoint of a model, "augreg/FILE" for any of
         them; without a folder an AugReg model or file ("Ti_16"), or an official name ("ViT-B_16"),
         which means the paper's ImageNet-21k weights if there are any, else the recommended AugReg
-        ones; a gs://, https:// or http:// address.
+        ones; a repository of huggingface.co, "timm/NAME", "facebook/NAME" or "hf-hub:ORG/NAME"; a
+        gs://, https:// or http:// address.
       cache_dir: where to keep downloads; None for the environment's choice, see above.
       offline: True forbids the network; None for the environment's choice.
 
@@ -55,6 +57,15 @@ def resolve(
         return path
     if isinstance(name, os.PathLike):
         raise UserError(f"no such file: {path}")
+    same = _TIMM.get(name.removeprefix("timm/")) if name.startswith("timm/") else None
+    if same:
+        _log.warning(
+            "%s are Google's %s, which are taken; hf-hub:%s is timm's copy", *(name, same), name
+        )
+        name = same
+    if found := huggingface.repository(name):
+        is_offline = _is_offline() if offline is None else offline
+        return huggingface.fetch(found, cache_dir=cache_dir, offline=is_offline)
     url = url_for(name, cache_dir=cache_dir, offline=offline)
     sidecars = sidecar_files(url)
     try:
@@ -71,7 +82,7 @@ def needs_credentials(address: str) -> bool:
     weights, nor where there is no network, no credentials or nothing that could use them."""
     bucket = address.removeprefix("gs://").partition("/")[0]
     public = {folder["place"].partition("/")[0] for folder in _FOLDERS.values()}
-    if bucket in public | {"big_vision"} or _is_offline():
+    if bucket in public or _is_offline():
         return False
     return has_credentials()
 
@@ -100,18 +111,23 @@ def url_for(
     if not folder:
         folder, stem = _default_collection(stem)
     if folder == "augreg" and stem:
-        if stem in augreg.MODELS:
+        model, _, adapted_to = stem.partition("+")
+        if model in augreg.MODELS:
             try:
-                index = fetch(AUGREG_INDEX, cache_dir=cache_dir, offline=offline)
+                rows = augreg.read_index(fetch(AUGREG_INDEX, cache_dir=cache_dir, offline=offline))
             except UserError as e:
-                if stem not in augreg.RECOMMENDED:
+                if adapted_to or model not in augreg.RECOMMENDED:
                     raise
-                place = _store_url(f"vit_models/augreg/{augreg.RECOMMENDED[stem]}.npz")
+                place = _store_url(f"vit_models/augreg/{augreg.RECOMMENDED[model]}.npz")
                 raise UserError(
                     f"to use {name} without a network, fetch {place} by hand and give its path; "
                     f"its name is looked up in a table, and {e}"
                 ) from e
-            stem = augreg.recommended(augreg.read_index(index), stem)
+            if adapted_to:
+                stem = str(augreg.best_adapted(rows, model, adapted_to)["adapt_filename"])
+            else:
+                stem = augreg.recommended(rows, model)
+            stem = stem.removesuffix(".npz")
         if augreg.is_file_name(stem):
             return _store_url(f"vit_models/augreg/{stem}.npz")
     elif folder in _FOLDERS and re.fullmatch(r"[\w.+-]*\w", stem):
@@ -120,6 +136,8 @@ def url_for(
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     near = list(dict.fromkeys(known[n] for n in close))
     hint = f"did you mean {' or '.join(near)}?" if near else "vit-jax models lists them"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not near:
+        hint += f", and one of huggingface.co would be hf-hub:{name}"
     raise UserError(f"no such file: {name}, and no published weights of that name; {hint}")
 
 
@@ -149,6 +167,26 @@ def sources(model: str) -> list[str]:
         if stem.removesuffix("-224") == model and folder not in ("augreg", "mixer/imagenet21k"):
             listed.append(name)
     return listed
+
+
+def origin(weights: Path) -> str | None:
+    """Where a file was downloaded from, if it lies in a cache."""
+    if found := huggingface.origin(weights):
+        return f"huggingface.co/{found[0]}, commit {found[1]}"
+    try:
+        host, *rest = weights.relative_to(cache_folder()).parts
+    except ValueError:
+        return None
+    return f"https://{host}/{'/'.join(rest)}" if rest and "%" not in host else None
+
+
+def other_names(weights: Path) -> list[str]:
+    """Under which other names the same weights are known, here and in timm."""
+    place, config = origin(weights), huggingface.read_config(weights.parent) or {}
+    tag = (config.get("pretrained_cfg") or {}).get("tag")
+    timm = f"{config.get('architecture')}.{tag}"
+    found = [f"timm/{name}" for name, same in _TIMM.items() if place == url_for(same)]
+    return found + ([f"timm/{timm}"] if tag else []) + ([_TIMM[timm]] if timm in _TIMM else [])
 
 
 def sidecar_files(url: str) -> tuple[str, ...]:

@@ -52,6 +52,8 @@ def open_network(
 def library_notes(layout: Layout, spec: Spec) -> dict[str, Any] | None:
     """What the notes beside weights of PyTorch's would say, see `pretrained.Notes`; None for a file
     of another kind."""
+    from vit_jax.data import from_config  # Slow to import.
+
     if not layout.about:
         return None
     mean, std = layout.about["mean"], layout.about["std"]
@@ -61,10 +63,14 @@ def library_notes(layout: Layout, spec: Spec) -> dict[str, Any] | None:
     untold = {name: getattr(spec, name) for name in spec.untold}
     is_plain = mean == std == (0.5,) * 3
     values = "value_range(-1, 1)" if is_plain else f"normalize({mean}, {std})"
+    try:
+        preprocess = from_config(layout.about["config"], spec.image_size)
+    except UserError as e:
+        raise UserError(f"the configuration beside the file: {e}") from e
     return {
         "classifier": spec.classifier,
         "image_size": spec.image_size,
-        "preprocess": f"resize({size})|{values}",
+        "preprocess": preprocess or f"resize({size})|{values}",
         "labels": layout.about["labels"],
         "untold": {name: value for name, value in untold.items() if value != defaults[name]},
     }

@@ -8,7 +8,6 @@ A file of theirs doesn't tell heads, epsilon and GELU. They come from the config
 else from what the library does.
 """
 
-import json
 import logging
 import math
 import re
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vit_jax.checkpoints import huggingface
 from vit_jax.checkpoints.formats import LazyArray, rows
 from vit_jax.errors import UserError
 from vit_jax.models.shapes import listing
@@ -313,7 +313,7 @@ def read_torch(
     """
     taken, prefix, inside = _unwrap(arrays)
     is_timm = "patch_embed.proj.weight" in inside
-    config = _read_config(path) if path else {}
+    config = (huggingface.read_config(path.parent) if path else None) or {}
     try:
         settings, labels = _settings(config), _labels(config)
         stated = _stated_values(config)
@@ -321,7 +321,7 @@ def read_torch(
         raise UserError(
             f"the config.json beside it is damaged ({type(e).__name__}: {e}): mend or remove it"
         ) from e
-    name = config.get("file", "")
+    name = path.name if path else ""
     is_facebook = bool(prefix) or name.endswith((".pth", ".pt", ".tar"))
     layout = (
         _timm_layout(inside, settings, "timm" if settings or not is_facebook else "fb")
@@ -384,6 +384,7 @@ def read_torch(
     }
     kind = f"{layout.kind} ({prefix})" if prefix else layout.kind
     about = (stated or _values(layout.kind, name)) | {"labels": labels, "known_from": places}
+    about["config"] = config
     return TorchFile(found, kind, tuple(left_out), hints, about)
 
 
@@ -593,26 +594,6 @@ _ACTIVATIONS = {
     "silu": None,  # Of SwiGLU.
 }
 _POOLS = {"token": "token", "avg": "gap", "map": "map", "": None}
-
-
-def _read_config(weights: Path) -> Mapping[str, Any]:
-    """The config.json beside a file of theirs; nothing of it if there is none or it is a run's.
-
-    Under "file" stands the file's name, under "preprocessor" what preprocessor_config.json says.
-    Raises UserError for damage.
-    """
-    found = {}
-    for name in ("config", "preprocessor_config"):
-        file = weights.parent / f"{name}.json"
-        try:
-            found[name] = json.loads(file.read_bytes()) if file.is_file() else {}
-            if type(found[name]) is not dict:
-                raise ValueError("it is no JSON object")
-        except (OSError, ValueError, RecursionError) as e:
-            raise UserError(f"{file} can't be read ({e}): mend or remove it") from e
-    is_theirs = found["config"].keys() & {"model_type", "architecture"}
-    config = found["config"] if is_theirs else {}
-    return config | {"preprocessor": found["preprocessor_config"], "file": weights.name}
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

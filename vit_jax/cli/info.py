@@ -21,7 +21,15 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints what the arrays and the notes beside them tell."""
-    from vit_jax.checkpoints import NONFINITE, nonfinite, open_arrays, read_layout
+    from vit_jax.checkpoints import (
+        NONFINITE,
+        container,
+        hub,
+        huggingface,
+        nonfinite,
+        open_arrays,
+        read_layout,
+    )
     from vit_jax.escape import printable, to_json
     from vit_jax.models.shapes import listing
     from vit_jax.pretrained import class_labels, find_weights, preprocess_for, read_weights
@@ -34,10 +42,16 @@ def run(args: argparse.Namespace) -> None:
         count = len(stored) - len(layout.left_out)
         types = sorted({str(a.dtype) for a in layout.arrays.values()})
         bad = nonfinite(layout.arrays)
+    kind, place, names = container(path), hub.origin(path), hub.other_names(path)
+    licence = huggingface.licence(path)
     size = sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
     if args.json:
         facts = {
             "file": str(path),
+            "kind": kind,
+            "origin": place,
+            "names": names,
+            "licence": licence,
             "architecture": spec.name,
             **spec.facts(),
             "parameters": spec.num_parameters,
@@ -63,16 +77,20 @@ def run(args: argparse.Namespace) -> None:
         head += " (each for itself, by a sigmoid)"
     lines = {
         "file": path,
+        "from": place,
+        "also named": ", ".join(names),
+        "licence": licence,
         **spec.summary(),
         "head": head,
         "preprocessing": preprocess,
-        "stored as": f"{', '.join(types)}; {count} arrays, {layout.style} keys",
+        "stored as": f"{kind}, {', '.join(types)}; {count} arrays, {layout.style} keys",
         **_told(layout),
         "values": f"no weights to use: {listing(NONFINITE, bad)}" if bad else "all finite",
         "size": f"{size / 2**20:,.1f} MiB",
     }
     for title, text in lines.items():
-        print(f"{title:<14} {printable(str(text))}")
+        if text:
+            print(f"{title:<14} {printable(str(text))}")
 
 
 def _told(layout) -> dict[str, str]:
@@ -82,8 +100,7 @@ def _told(layout) -> dict[str, str]:
     places = [
         f"{field} from {place}" for field, place in layout.about.get("known_from", {}).items()
     ]
-    lines = {
+    return {
         "not in the file": "; ".join(places),
         "left out": listing("arrays", [*layout.left_out]),
     }
-    return {title: text for title, text in lines.items() if text}

@@ -1,6 +1,7 @@
 """`vit-jax models`: the models by name, and the table of the AugReg checkpoints."""
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from vit_jax.errors import UserError
 
 _IMAGE = (224, 224)  # What every published model was pre-trained at.
+
+_ADAPTED = "imagenet2012"  # What "best after fine-tuning" is said of.
 
 # The columns of the AugReg table that a line of text has room for, beside the one it is sorted by.
 _SHOWN = ("name", "ds", "final_val", "final_test", "filename")
@@ -130,6 +133,22 @@ def _print_augreg(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> N
     for line in table:
         print("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip())
     print(f'{len(rows):,} checkpoints. Load one with vit_jax.load("augreg/FILENAME").')
+    _print_choices(sorted({str(row["name"]) for row in rows}))
+
+
+def _print_choices(models: Sequence[str]) -> None:
+    """Of models, by the names in the table, the recommended checkpoint and the best in the end."""
+    from vit_jax.checkpoints import augreg, hub
+
+    rows = augreg.read_index(hub.fetch(hub.AUGREG_INDEX))
+    for model in (name.replace("/", "_").replace("+", "_") for name in models):
+        with contextlib.suppress(UserError):  # Not of every model there is one.
+            print(f"augreg/{model}, recommended: {augreg.recommended(rows, model)}")
+            best = augreg.best_adapted(rows, model, _ADAPTED)
+            print(
+                f"augreg/{model}+{_ADAPTED}, best after fine-tuning: {best['adapt_filename']} "
+                f"({best['adapt_final_val']:.4g} on its held-out part)"
+            )
 
 
 def _text(value: Any) -> str:

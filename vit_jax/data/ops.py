@@ -1,8 +1,8 @@
 """The operations of a preprocessing text that cut, resize, convert and normalise; see `preprocess`.
 
 To add an operation, write a function with `@op`, here or in `augment`: its parameters are the
-operation's, its annotations say what they may be (`Size`, `Pixels`, `PerChannel`, int, float or
-bool), and it returns a `Step`.
+operation's, its annotations say what they may be (`Size`, `Pixels`, `PerChannel`, `Method`, int,
+float or bool), and it returns a `Step`.
 """
 
 import functools
@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NewType
+from typing import TYPE_CHECKING, Any, Literal, NewType
 
 import cv2
 import numpy as np
@@ -29,6 +29,8 @@ PerChannel = tuple[float, ...]  # One for each channel, or one for all; written 
 
 # Of what an operation makes of an image: as much, in floats, as an image file may decode to.
 MAX_AREA = MAX_BYTES // 12
+# How to resize: as TensorFlow does, or as Pillow does what it calls so.
+Method = Literal["bilinear", "pil_nearest", "pil_bilinear", "pil_bicubic", "pil_lanczos"]
 
 SAME_SIZE: Size = (-1, -1)
 
@@ -119,7 +121,9 @@ OPS: dict[str, Callable[..., Step]] = {}
 
 
 def spelled(value: Any) -> str:
-    """A number, or several, as they are written in a preprocessing text."""
+    """A number, several, or a word, as they are written in a preprocessing text."""
+    if isinstance(value, str):
+        return repr(value)
     if isinstance(value, tuple):
         same = len(set(value)) == 1
         return spelled(value[0]) if same else f"({', '.join(map(spelled, value))})"
@@ -208,7 +212,11 @@ def whole_range(image: np.ndarray) -> np.ndarray:
 
 @op
 def inception_crop(
-    size: Size, area_min: float = 0.05, area_max: float = 1.0, antialias: bool = False
+    size: Size,
+    area_min: float = 0.05,
+    area_max: float = 1.0,
+    antialias: bool = False,
+    method: Method = "bilinear",
 ) -> Step:
     """A random part of the image, resized to `size` without keeping its aspect.
 
@@ -220,7 +228,7 @@ def inception_crop(
     if not 0 < area_min <= area_max <= 1:
         raise UserError("expected 0 < area_min <= area_max <= 1")
     crop = functools.partial(random_box, area_min=area_min, area_max=area_max)
-    return replace(resize(size, antialias), crop=crop, random=True)
+    return replace(resize(size, antialias, method), crop=crop, random=True)
 
 
 def random_box(
@@ -255,33 +263,51 @@ def flip() -> Step:
 
 
 @op
-def resize(size: Size, antialias: bool = False) -> Step:
+def resize(size: Size, antialias: bool = False, method: Method = "bilinear") -> Step:
     """The whole image resized to `size`; its aspect isn't kept.
 
     Bilinear with half-pixel centres, as `tf.image.resize`. With `antialias`, what is made smaller
     is averaged under a triangle as wide as the reduction; without, pixels between are passed over.
+    The other methods are Pillow's, on whole grey levels and always antialiased.
     """
-    apply = functools.partial(_resized, size=size, antialias=antialias)
+    _check_method(method, antialias)
+    apply = functools.partial(_resized, size=size, antialias=antialias, method=method)
     return Step(apply, size=size, can_round=True)
 
 
 @op
-def resize_small(size: Pixels, antialias: bool = False) -> Step:
-    """The shorter side resized to `size`; the aspect is kept, to the nearest pixel."""
+def resize_small(size: Pixels, antialias: bool = False, method: Method = "bilinear") -> Step:
+    """The shorter side resized to `size`; the aspect is kept, to the nearest pixel.
+
+    With a method of Pillow's, to a whole pixel below, as torchvision does.
+    """
+    _check_method(method, antialias)
 
     def apply(image: np.ndarray, rng: np.random.Generator, rounded: bool = False) -> np.ndarray:
         height, width = image.shape[:2]
-        scale = size / min(height, width)
+        scale, short = size / min(height, width), min(height, width)
         result = round(height * scale), round(width * scale)
-        return _resized(image, rng, result, antialias, rounded)
+        if method != "bilinear":
+            result = int(size * height / short), int(size * width / short)
+        return _resized(image, rng, result, antialias, rounded, method)
 
     return Step(apply, size=None, can_round=True)
 
 
+def _check_method(method: Method, antialias: bool) -> None:
+    if antialias and method != "bilinear":
+        raise UserError(f"{method} is always antialiased: leave antialias out")
+
+
 def _resized(
-    image: np.ndarray, _: Any, size: Size, antialias: bool, rounded: bool = False
+    image: np.ndarray,
+    _: Any,
+    size: Size,
+    antialias: bool,
+    rounded: bool = False,
+    method: Method = "bilinear",
 ) -> np.ndarray:
-    """float32, or uint8 if `rounded`."""
+    """float32, or uint8 if `rounded` or by a method of Pillow's."""
     height, width, channels = image.shape
     between = size[0] * width if antialias and width > size[1] else 0
     if max(size[0] * size[1] * channels, between - image.size) > 3 * MAX_AREA:
@@ -289,6 +315,8 @@ def _resized(
             f"resize: {height} x {width} pixels would become {size[0]:,} x {size[1]:,} of "
             f"{channels} channels, expected {MAX_AREA:,} pixels at most, of 3; remove the image"
         )
+    if method != "bilinear":
+        return _resized_by_pillow(images.to_uint8(image), size, method)
     if not antialias or (height <= size[0] and width <= size[1]):
         return images.resize(image, size, rounded=rounded)
     # First the rows, then the columns, each a product with a matrix that is nearly all zeros.
@@ -297,6 +325,16 @@ def _resized(
     result = _triangles(width, size[1]) @ columns
     resized = result.reshape(size[1], size[0], channels).swapaxes(0, 1)
     return images.to_uint8(resized) if rounded else resized
+
+
+def _resized_by_pillow(image: np.ndarray, size: Size, method: Method) -> np.ndarray:
+    from PIL import Image
+
+    resampling = Image.Resampling[method.removeprefix("pil_").upper()]
+    # Two channels would be grey and alpha, by which Pillow weighs the other.
+    parts = [image] if image.shape[2] == 3 else np.moveaxis(image, 2, 0)
+    resized = [np.array(Image.fromarray(part).resize(size[::-1], resampling)) for part in parts]
+    return resized[0] if image.shape[2] == 3 else np.stack(resized, axis=2)
 
 
 def _triangles(before: int, after: int) -> "csr_array":
@@ -320,12 +358,17 @@ def _triangles(before: int, after: int) -> "csr_array":
 
 
 @op
-def central_crop(size: Size) -> Step:
-    """The middle of the image, which must be as large as `size` at least."""
+def central_crop(size: Size, round_even: bool = False) -> Step:
+    """The middle of the image, which must be as large as `size` at least.
+
+    Half of an odd margin is rounded down, or with `round_even`, as torchvision does, to an even
+    number.
+    """
 
     def apply(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
-        height, width = _margin("central_crop", image, size)
-        return images.cut(image, (height // 2, width // 2, *size))
+        margin = _margin("central_crop", image, size)
+        top, left = (round(m / 2) if round_even else m // 2 for m in margin)
+        return images.cut(image, (top, left, *size))
 
     return Step(apply, size=size, is_geometric=True)
 

@@ -12,7 +12,7 @@ import inspect
 import re
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
@@ -197,7 +197,7 @@ def parse(spec: str, *, train: bool = True, max_pixels: int = MAX_PIXELS) -> Pre
     return Preprocess("|".join(texts), tuple(steps))
 
 
-_CALL = re.compile(r"([A-Za-z_]\w*)\s*(?:\(([\w\s.,=()+-]*)\))?", re.ASCII)
+_CALL = re.compile(r"([A-Za-z_]\w*)\s*(?:\(([\w\s.,=()+'\"-]*)\))?", re.ASCII)
 
 
 def _parse_op(text: str, where: str, max_pixels: int) -> tuple[Step, str]:
@@ -250,11 +250,16 @@ def _literals(arguments: str) -> tuple[list[Any], dict[str, Any]]:
         given = [ast.literal_eval(arg) for arg in call.args]
         named = [(str(keyword.arg), ast.literal_eval(keyword.value)) for keyword in call.keywords]
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise UserError("not a list of numbers") from None
+        raise UserError("not a list of numbers and names in quotes") from None
     return given, dict(named)
 
 
 def _convert(name: str, value: Any, kind: Any, max_pixels: int) -> Any:
+    if get_origin(kind) is Literal:
+        if type(value) is str and value in get_args(kind):
+            return value
+        names = ", ".join(map(repr, get_args(kind)))
+        raise UserError(f"{name} is {_short(value)}, expected one of {names}")
     if kind is bool:
         if type(value) is bool:
             return value

@@ -4,6 +4,7 @@ Nothing slow is imported with this module: `vit-jax train --help` lists the fiel
 """
 
 import difflib
+import functools
 import json
 import math
 import os
@@ -329,14 +330,17 @@ def _local_weights(config: ConfigDict) -> list[str]:
 
 
 def train_spec(config: ConfigDict) -> str:
-    """What training does to an image."""
+    """What training does to an image: by default the method and the values are the weights'."""
+    if config.pp.train:
+        return config.pp.train
+    method, values = _method_and_values(_recorded(config))
     augment, _ = data.AUGREG[config.augment]
-    parts = [f"inception_crop({config.pp.crop})", "flip", augment, "value_range(-1, 1)"]
-    return config.pp.train or "|".join(filter(None, parts))
+    parts = [f"inception_crop({config.pp.crop}{method})", "flip", augment, values]
+    return "|".join(filter(None, parts))
 
 
 def eval_spec(config: ConfigDict) -> str:
-    """What evaluation does to an image.
+    """What evaluation does to an image: by default what is recorded with the weights.
 
     Raises UserError if it is to be cut larger than it was resized.
     """
@@ -349,9 +353,42 @@ def eval_spec(config: ConfigDict) -> str:
         raise UserError(
             f"config.pp.resize {resize} is less than config.pp.crop {crop}: raise it, or use 0"
         )
+    recorded = _recorded(config)
     if resize:
-        return f"resize_small({resize})|central_crop({crop})|value_range(-1, 1)"
-    return original_preprocess((crop, crop))
+        method, values = _method_and_values(recorded)
+        return f"resize_small({resize}{method})|central_crop({crop})|{values}"
+    return recorded or original_preprocess((crop, crop))
+
+
+def _method_and_values(recorded: str | None) -> tuple[str, str]:
+    """What a recorded preprocessing resizes with, and its last operation."""
+    method = re.search(r", method='\w+'", recorded or "")
+    return method[0] if method else "", (recorded or "value_range(-1, 1)").rpartition("|")[2]
+
+
+def _recorded(config: ConfigDict) -> str | None:
+    """What is recorded with the weights that a run starts from, for images of config.pp.crop.
+
+    None from scratch, for weights without notes, and for those that can't be read, of which
+    whoever loads them will tell; or if images don't get their size by it, or values at its end.
+    """
+    try:
+        source = weights_source(config)
+        return _recorded_in(source, config.pp.crop) if source else None
+    except UserError:
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def _recorded_in(source: str, crop: int) -> str | None:
+    from vit_jax.pretrained import find_weights, preprocess_for, read_weights
+
+    path, tower = find_weights(source)
+    _, spec, notes = read_weights(path, tower, values=False)
+    text = preprocess_for(notes, spec, spec.replace(image_size=(crop, crop)))
+    preprocess = data.parse(text)
+    fits = notes and preprocess.output_size == (crop, crop) and preprocess.normalize
+    return preprocess.spec if fits else None
 
 
 def mixup(config: ConfigDict) -> float:

@@ -1,0 +1,125 @@
+"""Weights of timm and transformers in the repositories of huggingface.co, through its own library.
+
+Its environment variables hold: HF_HOME and HF_HUB_CACHE for its cache, which timm and transformers
+share, HF_TOKEN, HF_ENDPOINT for a mirror, HF_HUB_OFFLINE.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from vit_jax.errors import UserError, first_line
+
+# Whose repositories need no prefix. Others do, or every misspelt path would be asked for.
+ORGANISATIONS = ("facebook", "google", "microsoft", "timm")
+_PREFIX = "hf-hub:"
+
+_BESIDE = ("config.json", "preprocessor_config.json", "README.md")
+# The first that is there is taken; of several files the index is opened.
+_WEIGHTS = (
+    ("model.safetensors",),
+    ("model.safetensors.index.json", "model-*.safetensors"),
+    ("pytorch_model.bin",),
+    ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+)
+
+
+def repository(name: str) -> str | None:
+    """The repository that a name means, ORG/NAME or ORG/NAME@REVISION; None if it means none."""
+    if name.startswith(_PREFIX):
+        return name.removeprefix(_PREFIX)
+    return name if name.partition("/")[0] in ORGANISATIONS else None
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The file to open in a folder that was downloaded, or written by timm or transformers."""
+    files = [folder / names[0] for names in _WEIGHTS]
+    return next((file for file in files if file.is_file()), None)
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The config.json of timm or transformers in a folder; None if there is none, or it is a run's.
+
+    What preprocessor_config.json says stands under "preprocessor". Raises UserError for damage.
+    """
+    found: dict[str, Any] = {}
+    for name in ("config", "preprocessor_config"):
+        file = folder / f"{name}.json"
+        try:
+            found[name] = json.loads(file.read_bytes()) if file.is_file() else {}
+            if type(found[name]) is not dict:
+                raise ValueError("it is no JSON object")
+        except (OSError, ValueError, RecursionError) as e:
+            raise UserError(f"{file} can't be read ({e}): mend or remove it") from e
+    is_theirs = found["config"].keys() & {"model_type", "architecture"}
+    return found["config"] | {"preprocessor": found["preprocessor_config"]} if is_theirs else None
+
+
+def licence(weights: Path) -> str | None:
+    """The licence of weights, by the config.json or the card beside them."""
+    config = read_config(weights.parent) or {}
+    if named := (config.get("pretrained_cfg") or {}).get("license"):
+        return str(named)
+    card = weights.parent / "README.md"
+    text = card.read_text("utf-8", "replace")[:10_000] if config and card.is_file() else ""
+    match = re.search(r"\A---\n(?:.*\n)*?license: *(\S+)", text.partition("\n---")[0])
+    return match[1] if match else None
+
+
+def origin(weights: Path) -> tuple[str, str] | None:
+    """(repository, commit) of a file in the library's cache; None of any other."""
+    parts = weights.parts[-4:]
+    if len(parts) < 4 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
+        return None
+    return parts[0].removeprefix("models--").replace("--", "/"), parts[2]
+
+
+def fetch(repository: str, *, cache_dir: str | os.PathLike | None, offline: bool) -> Path:
+    """The folder of a repository's weights and what describes them, downloaded if need be.
+
+    Args:
+      repository: see `repository`.
+      cache_dir: where to keep it, in place of the library's own choice.
+      offline: whether only what is there may be used.
+
+    Raises UserError if there are no such weights or they can't be downloaded.
+    """
+    from huggingface_hub import constants, errors, snapshot_download, utils
+
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+    repo, _, revision = repository.partition("@")
+    page = f"{constants.ENDPOINT}/{repo}"
+    options: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision or None}
+    try:
+        for names in _WEIGHTS:
+            wanted = [*_BESIDE, *names]
+            folder = snapshot_download(
+                repo, allow_patterns=wanted, local_files_only=offline, **options
+            )
+            if weights_in(Path(folder)):
+                return Path(folder)
+        problem = f"holds none of {', '.join(names[0] for names in _WEIGHTS)}: see {page}"
+    except errors.GatedRepoError:
+        problem = (
+            f"is for those who accepted its terms: do so at {page}, make a token, and set HF_TOKEN"
+        )
+    except errors.RevisionNotFoundError:
+        problem = f"has no revision {revision!r}: see {page}"
+    except errors.RepositoryNotFoundError:
+        problem = f"is not at {page}, or is private: check the name, or set HF_TOKEN"
+    except errors.LocalEntryNotFoundError as e:
+        problem = f"can't be reached at {page} ({first_line(e.__cause__ or e)}): try again later"
+        if offline or constants.HF_HUB_OFFLINE:
+            problem = (
+                "is not in the cache, and downloads are switched off: unset VIT_JAX_OFFLINE and "
+                f"HF_HUB_OFFLINE, or fetch the files of {page} by hand and name their folder"
+            )
+    except errors.HFValidationError:
+        problem = "is no name: expected ORG/NAME or ORG/NAME@REVISION"
+    except Exception as e:  # Of the network or the disk.
+        problem = f"can't be fetched from {page} ({first_line(e)[:300]}): try again later"
+    raise UserError(f"the repository {repo} {problem}")
