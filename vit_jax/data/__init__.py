@@ -22,6 +22,8 @@ _HOMES = {
     "parse": "preprocess",
     "OPERATIONS": "preprocess",
     "find_levels": "levels",
+    "at_size": "recorded",
+    "from_config": "recorded",
     "AUGREG": "augment",
     "Readers": "workers",
     "choose_readers": "workers",
