@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import simplejpeg
 import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vit_jax.data import headers, images
@@ -296,6 +298,35 @@ def test_a_camera_raw_file_is_no_image_of_its_preview():
     data = tiff(np.zeros((8, 8, 3), "u1"), photometric="rgb", subfiletype=1)
     with pytest.raises(UserError, match="camera's raw file, of which only the preview"):
         images.decode(data)
+
+
+MANY = np.random.default_rng(0).integers(0, 999, (40, 60, 12)).astype(np.uint16)
+WHOLE = [
+    *(encoded(kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")),
+    encoded("JPEG", progressive=True),
+    encoded("TIFF", compression="tiff_lzw"),
+    tiff(MANY, photometric="minisblack", planarconfig="contig"),
+    tiff(MANY, photometric="minisblack", planarconfig="contig", compression="zlib", tile=(16, 16)),
+    npy(MANY),
+]
+
+
+@given(
+    st.sampled_from(WHOLE),
+    st.lists(st.tuples(st.floats(0, 0.999), st.binary(min_size=1, max_size=4)), max_size=6),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_file_is_read_or_refused_in_one_line(data, changes):
+    damaged = bytearray(data)
+    for place, content in changes:
+        at = int(place**3 * len(damaged))  # Mostly near the beginning.
+        damaged[at : at + len(content)] = content
+    try:
+        header = headers.read_header(bytes(damaged))
+        image = images.decode(bytes(damaged), channels=header.channels, remarks=[])
+        assert image.shape[2] == header.channels
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017
 
 
 def test_headers_are_read_without_opencv():

@@ -182,6 +182,13 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "1": "the image of 1x1 pixels is smaller than one patch of 4x4",
     },
     "pp.resize": {"0": SAME, "20": SAME, "8": "config.pp.resize 8 is less than config.pp.crop 16"},
+    "levels": {
+        "full": SAME,
+        "10, 200": OTHER,
+        "percentile": OTHER,
+        "12 bit": "whose values end at 255, expected values of up to 4,095",
+        "all": "config.levels is 'all', expected full",
+    },
     "augment": {name: SAME if name == "none" else OTHER for name in AUGREG},
     "mixup": {"0": SAME, "0.2": OTHER, "1e-30": SAME, "1e30": OTHER},
     "cutmix": {"0": SAME, "1.0": OTHER, "1e30": OTHER},

@@ -255,11 +255,13 @@ def _tiff_header(data: bytes) -> Header:
             "or single channels, or a palette, CMYK or YCbCr of 8 bits; convert it"
         )
     else:  # Of the further samples, 1 and 2 are alpha.
-        channels = page.samplesperpixel - sum(int(kind) in (1, 2) for kind in page.extrasamples)
+        channels = int(page.samplesperpixel) - sum(
+            int(kind) in (1, 2) for kind in page.extrasamples
+        )
     dtype = np.dtype(np.uint8 if bits <= 8 and page.sampleformat == 1 else page.dtype or object)
     if dtype.kind not in "iuf" or channels < 1:
         raise UserError(f"a TIFF file of {channels} channels of {dtype}, expected numbers")
-    size = (page.imagelength, page.imagewidth)
+    size = (int(page.imagelength), int(page.imagewidth))  # Damage makes lists of them.
     return Header("TIFF", size, channels=channels, dtype=dtype.newbyteorder("=").name)
 
 
@@ -291,8 +293,11 @@ def left_out(data: bytes, header: Header) -> list[str]:
     kind, found = header.kind, []
     if kind == "TIFF":
         page = tiff_page(data)
-        several = len(page.parent.pages) > 1
         alpha = any(int(one) in (1, 2) for one in page.extrasamples)
+        try:
+            several = len(page.parent.pages) > 1
+        except Exception:  # Of any kind, where what follows the first page is damaged.
+            several = True
     else:
         several = (
             (kind == "GIF" and _gif_frames(data) > 1)

@@ -232,6 +232,8 @@ def _decode_tiff(data: bytes, header: Header, flag: int, name: str) -> np.ndarra
         if image is None or image.dtype.name != header.dtype:
             return None
         image = image[..., [2, 1, 0, 3][: image.shape[2]]] if image.ndim == 3 else image
+    if image.shape[:2] != header.size or image.ndim > 3:  # As damage may have it.
+        return None
     if int(page.photometric or 0) == 0 and image.dtype.kind == "u":  # White is zero.
         image = np.iinfo(image.dtype).max - image
     return _turned(image.astype(header.dtype, copy=False), int(page.tags.valueof(274, 1)))
