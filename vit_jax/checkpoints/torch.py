@@ -363,7 +363,7 @@ def read_torch(
                 found[target.replace("{i}", block)] = _lazily(part, OPS[op].to, heads)
             except ValueError:
                 raise UserError(
-                    f"{taken[key]} has shape {tuple(array.shape)}, which {heads} heads don't divide"
+                    f"{taken[key]} has shape {tuple(array.shape)}, not divided by {heads} heads"
                 ) from None
     if unknown:
         raise UserError(

@@ -737,9 +737,12 @@ class VisionTransformer(ImageModel):
             lines["positions"] = self.position_embedding
         if self.num_registers:
             lines["registers"] = str(self.num_registers)
-        usual = (*self.untold, "qkv_bias", "fc_norm", "mlp")
+        usual = ("activation", "layer_norm_epsilon", "qkv_bias", "layer_scale", "position_resize")
+        added = ("cls_has_position", "unread_class_token", "distilled", "fc_norm", "mlp")
         unusual = [
-            f"{f} {getattr(self, f)}" for f in usual if getattr(self, f) != getattr(type(self), f)
+            f"{f} {getattr(self, f)}"
+            for f in usual + added
+            if getattr(self, f) != getattr(type(self), f)
         ]
         return lines | ({"unlike the original": ", ".join(unusual)} if unusual else {})
 
