@@ -3,6 +3,7 @@
 The networks of tests/official/torch are those libraries' own, with what they answer.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from vit_jax import create_model, load
 from vit_jax.checkpoints import load_weights, open_arrays, read_layout, to_tree, torch
 from vit_jax.checkpoints.convert import convert
 from vit_jax.checkpoints.export import export
+from vit_jax.data import parse
 from vit_jax.errors import UserError
 from vit_jax.models import Spec
 from vit_jax.pretrained import Pretrained
@@ -92,7 +94,37 @@ def test_written_for_its_library_again_it_is_the_same_file(name, tmp_path):
     again = load(path)
     assert again.spec.replace(layer_scale=vit.spec.layer_scale) == vit.spec
     np.testing.assert_allclose(again(case.images), vit(case.images), atol=1e-6)
-    assert again.preprocess == vit.preprocess
+    assert again.preprocess == as_theirs(vit.preprocess)
+
+
+def as_theirs(preprocess: str) -> str:
+    """What is written of it: that of TensorFlow they don't do."""
+    return re.sub(r"resize\(([^)'m]+\)?)\)\|", r"resize(\1, method='pil_bilinear')|", preprocess)
+
+
+@pytest.mark.parametrize("library", ["timm", "hf"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "resize(16, method='pil_bicubic')|value_range(-1, 1)",
+        "resize_small(18, method='pil_bicubic')|central_crop(16{even})|normalize(0.4, 0.2)",
+        "resize_small(23, method='pil_lanczos')|central_crop(16{even})|normalize(0.1, 0.5)",
+    ],
+)
+def test_the_preprocessing_is_written_and_comes_back(text, library, tmp_path, caplog):
+    text = text.format(even=", round_even=True" if library == "timm" else "")
+    vit = dataclasses.replace(ours("the original"), preprocess=text)
+    again = load(exported(vit, tmp_path, library))
+    assert again.preprocess == parse(text).spec
+    assert "doesn't resize" not in caplog.text
+
+
+def test_a_preprocessing_that_they_do_not_do_is_told(tmp_path, caplog):
+    exported(ours("the original"), tmp_path, "timm")
+    assert (
+        "timm doesn't resize images as 'resize(16)|value_range(-1, 1)' does: "
+        "resize(16, method='pil_bilinear') is written in its place"
+    ) in caplog.text
 
 
 # Networks of ours that their libraries have no own name for, but compute.
@@ -143,7 +175,7 @@ def test_ours_are_written_so_that_they_compute_the_same_or_refused(name, library
         return
     again = load(exported(vit, tmp_path, library), pre_logits=vit.spec.representation_size and True)
     close(again(images(vit.spec)), vit(images(vit.spec)))
-    assert again.preprocess == vit.preprocess
+    assert again.preprocess == as_theirs(vit.preprocess)
 
 
 @pytest.mark.parametrize("name", ["timm-deit3", "fb-dinov2-reg", "hf-dinov2", "fb-mae-fine-tuned"])
@@ -154,7 +186,7 @@ def test_they_can_be_fine_tuned_on_other_images(name, tmp_path):
     assert vit.spec.grid_size == (6, 4)
     before = load(path, heads=3)
     assert {k: v.shape for k, v in flatten_dict(vit.params, sep="/").items()} == vit.spec.shapes()
-    assert before.preprocess.split("|")[1] == vit.preprocess.split("|")[1]
+    assert before.preprocess.split("|")[-1] == vit.preprocess.split("|")[-1]
 
 
 # What a file is.
@@ -301,10 +333,13 @@ def test_labels_and_values_come_from_the_files_beside(tmp_path):
     config["id2label"] = {str(i): name for i, name in enumerate("abcde")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    values |= {"image_processor_type": "ViTImageProcessor", "size": 12, "resample": 2}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     vit = load(path)
     assert vit.labels == tuple("abcde")
-    assert vit.preprocess == "resize(12)|normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))"
+    assert vit.preprocess == (
+        "resize(12, method='pil_bilinear')|normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))"
+    )
 
 
 def test_no_value_is_read_to_know_what_it_is(tmp_path, monkeypatch):

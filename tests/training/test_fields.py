@@ -137,11 +137,6 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
     },
     "pretrained_dir": {"{saved}": OTHER, "{new}": "no weights at {new}/ViT-Ti_16.npz"},
     "dtype": {"float32": SAME, "bfloat16": OTHER},
-    "levels": {
-        "full": SAME,
-        "percentile": OTHER,
-        "dark": "config.levels is 'dark', expected full",
-    },
     "dataset": {
         "digits": SAME,
         "{photos}": OTHER,

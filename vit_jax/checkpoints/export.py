@@ -1,11 +1,13 @@
 """Folders of weights that timm and Hugging Face's transformers load, and compute the same with."""
 
 import json
+import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +26,17 @@ _NAMES = {"timm": "timm", "hf": "transformers"}
 _TIMM_ACTIVATIONS = {"gelu_tanh": "gelu_tanh", "gelu_erf": "gelu", "quick_gelu": "quick_gelu"}
 _HF_ACTIVATIONS = _TIMM_ACTIVATIONS | {"gelu_tanh": "gelu_pytorch_tanh"}
 
+# What these libraries do to images: squeeze them, or cut the middle out, and normalise.
+_PREPROCESS = re.compile(
+    r"(?:resize\((?P<whole>[\d, ()]+), method='pil_(?P<squeeze>\w+)'\)"
+    r"|resize_small\((?P<short>\d+), method='pil_(?P<method>\w+)'\)"
+    r"\|central_crop\((?P<crop>\d+|\(\d+, \d+\))(?P<even>, round_even=True)?\))"
+    r"\|(?:value_range|normalize)\("
+)
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers.
+
+_log = logging.getLogger(__name__)
+
 
 def export(
     folder: str | os.PathLike,
@@ -41,8 +54,8 @@ def export(
       folder: where to; it is made if it isn't there.
       library: one of LIBRARIES.
       arrays, spec: a Vision Transformer, under today's names.
-      labels, preprocess: see `pretrained.Pretrained`. Of the preprocessing mean and deviation are
-        written, and that images are squeezed to the size; the libraries have their own resize.
+      labels, preprocess: see `pretrained.Pretrained`. Of a preprocessing that the library doesn't
+        do, mean and deviation are written and that images are squeezed to the size, and said.
       force: whether files that are there may be replaced.
 
     Returns:
@@ -60,11 +73,14 @@ def export(
     }
     _refuse(library, refusals)
     own = _for_timm if library == "timm" else _for_transformers
-    written, config, table = own(dict(arrays), spec, _values(preprocess), labels)
+    values, resizing = _values(preprocess, spec.channels), _resizing(library, preprocess, spec)
+    written, config, table = own(dict(arrays), spec, labels)
     tensors = torch.write_torch(written, table, spec.num_layers)
     files: dict[str, Any] = {"config.json": config}
     if library == "hf":
-        files["preprocessor_config.json"] = _processor(spec, _values(preprocess))
+        files["preprocessor_config.json"] = _processor(spec, values, resizing)
+    else:
+        config["pretrained_cfg"] |= _timm_preprocessing(spec, values, resizing)
     folder = Path(folder)
     names = ["model.safetensors", *files]
     if not force and (there := [name for name in names if (folder / name).exists()]):
@@ -88,21 +104,63 @@ def _refuse(library: str, problems: Mapping[str, bool]) -> None:
         )
 
 
-def _values(preprocess: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of values from 0 to 1. Raises UserError for another range."""
+def _values(preprocess: str, channels: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of values from 0 to 1, of each channel. Raises UserError for
+    another range."""
     if match := re.search(r"normalize\((.+)\)$", preprocess):
-        mean, std = json.loads(
-            f"[{match[1]}]".replace("(", "[").replace(")", "]").replace(",]", "]")
-        )
-        return mean, std
-    if match := re.search(r"value_range\((.+), (.+)\)$", preprocess):
+        text = match[1].replace("(", "[").replace(")", "]").replace(",]", "]")
+        mean, std = json.loads(f"[{text}]")
+    elif match := re.search(r"value_range\((.+), (.+)\)$", preprocess):
         low, high = float(match[1]), float(match[2])
-        return [-low / (high - low)] * 3, [1 / (high - low)] * 3
-    raise UserError(f"no range of values can be told from the preprocessing {preprocess!r}")
+        mean, std = -low / (high - low), 1 / (high - low)
+    else:
+        raise UserError(f"no range of values can be told from the preprocessing {preprocess!r}")
+    mean, std = (np.broadcast_to(x, channels).tolist() for x in (mean, std))
+    return mean, std
+
+
+class _Resizing(NamedTuple):
+    """`short` pixels for the shorter side, from which the middle is cut; None for a squeeze."""
+
+    method: str
+    short: int | None
+
+
+def _resizing(library: str, preprocess: str, spec: Spec) -> _Resizing:
+    """How images are resized, or how the library comes nearest, which is said."""
+    height, width = spec.image_size
+    size = str(height) if height == width else f"({height}, {width})"
+    if found := _PREPROCESS.match(preprocess):
+        if found["whole"] == size:
+            return _Resizing(found["squeeze"], None)
+        # Of an odd rest each library leaves the odd pixel on the side that it says.
+        if found["crop"] == size and bool(found["even"]) == (library == "timm"):
+            return _Resizing(found["method"], int(found["short"]))
+    nearest = f"resize({size}, method='pil_bilinear')"
+    _log.warning(
+        "%s doesn't resize images as %s does: %s is written in its place",
+        *(_NAMES[library], repr(preprocess), nearest),
+    )
+    return _Resizing("bilinear", None)
+
+
+def _timm_preprocessing(spec: Spec, values: Any, resizing: _Resizing) -> dict[str, Any]:
+    crop = 1.0
+    if resizing.short:  # The shortest fraction of which timm makes that size again.
+        longer = max(spec.image_size)
+        fractions = (round(longer / resizing.short, digits) for digits in range(1, 17))
+        crop = next(f for f in fractions if f and math.floor(longer / f) == resizing.short)
+    return {
+        "interpolation": resizing.method,
+        "crop_pct": crop,
+        "crop_mode": "center" if resizing.short else "squash",
+        "mean": values[0],
+        "std": values[1],
+    }
 
 
 def _for_timm(
-    arrays: Arrays, spec: Spec, values: Any, labels: Sequence[str] | None
+    arrays: Arrays, spec: Spec, labels: Sequence[str] | None
 ) -> tuple[Arrays, dict[str, Any], torch.Table]:
     swiglu, channels = spec.mlp == "swiglu", spec.channels
     prefix = spec.num_prefix_tokens
@@ -148,7 +206,7 @@ def _for_timm(
     if not swiglu:
         args["act_layer"] = _TIMM_ACTIVATIONS[spec.activation]
     heads = ["head", "head_dist"] if spec.distilled == "heads" else "head"
-    config = {
+    config: dict[str, Any] = {
         "architecture": architecture,
         "num_classes": spec.num_classes or 0,
         "num_features": spec.hidden_size,
@@ -158,11 +216,6 @@ def _for_timm(
             "num_classes": spec.num_classes or 0,
             "input_size": [channels, *spec.image_size],
             "fixed_input_size": True,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
-            "mean": values[0],
-            "std": values[1],
             "first_conv": "patch_embed.proj",
             "classifier": heads,
         },
@@ -173,7 +226,7 @@ def _for_timm(
 
 
 def _for_transformers(
-    arrays: Arrays, spec: Spec, values: Any, labels: Sequence[str] | None
+    arrays: Arrays, spec: Spec, labels: Sequence[str] | None
 ) -> tuple[Arrays, dict[str, Any], torch.Table]:
     is_siglip = spec.classifier == "map"
     is_dinov2 = not is_siglip and (
@@ -287,16 +340,18 @@ def _prefixed(table: torch.Table, prefix: str) -> torch.Table:
     }
 
 
-def _processor(spec: Spec, values: Any) -> dict[str, Any]:
-    height, width = spec.image_size
+def _processor(spec: Spec, values: Any, resizing: _Resizing) -> dict[str, Any]:
+    size = dict(zip(("height", "width"), spec.image_size, strict=True))
+    cut = {"do_center_crop": True, "crop_size": size} if resizing.short else {}
     return {
-        "image_processor_type": "ViTImageProcessor",
+        # This one cuts, that one doesn't.
+        "image_processor_type": "BitImageProcessor" if cut else "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 2,
+        "size": {"shortest_edge": resizing.short} if cut else size,
+        "resample": _RESAMPLE[resizing.method],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": values[0],
         "image_std": values[1],
-    }
+    } | cut

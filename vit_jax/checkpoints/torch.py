@@ -656,7 +656,11 @@ def _stated_values(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]] | 
     mean, std = timm.get("mean") or hf.get("image_mean"), timm.get("std") or hf.get("image_std")
     if not (mean and std):
         return None
-    return {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+    return {"mean": _floats(mean), "std": _floats(std)}
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(map(float, values if isinstance(values, list) else [values]))
 
 
 def _values(kind: str, file: str) -> dict[str, tuple[float, ...]]:
