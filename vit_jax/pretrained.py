@@ -376,8 +376,14 @@ def load(
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
     told |= {"classifier": classifier} if classifier else {}
-    wishes = dict(heads=heads, pre_logits=pre_logits, allow_nonfinite=allow_nonfinite)
-    arrays, spec, notes = read_weights(path, tower, likely_size=size, told=told, **wishes)
+    arrays, spec, notes = read_weights(
+        *(path, tower),
+        likely_size=size,
+        told=told,
+        allow_nonfinite=allow_nonfinite,
+        heads=heads,
+        pre_logits=pre_logits,
+    )
     arrays, new = spec.adapt(
         arrays,
         num_classes=None if num_classes is None else int(num_classes),
@@ -456,6 +462,8 @@ def read_weights(
     *,
     likely_size: tuple[int, int] | None = None,
     told: Mapping[str, Any] | None = None,
+    values: bool = True,
+    allow_nonfinite: bool = False,
     **wishes: Any,
 ) -> tuple[dict[str, np.ndarray], Spec, "Notes | None"]:
     """(arrays, spec, notes) of what `find_weights` gave.
@@ -464,7 +472,8 @@ def read_weights(
       path, tower: a file, and of several networks in it the one to take.
       likely_size: see `checkpoints.read_spec`.
       told: fields that no array tells, the classifier among them; they go before the notes.
-      **wishes: values, allow_nonfinite: see `checkpoints.load_weights`.
+      values, allow_nonfinite: see `checkpoints.load_weights`.
+      **wishes: heads, pre_logits: see `checkpoints.open_network`.
 
     Raises UserError if the file can't be read, or the notes are about other weights.
     """
@@ -477,18 +486,14 @@ def read_weights(
             hints["untold"] = {}
     hints["classifier"] = told.pop("classifier", None)
     hints |= {"untold": told} if told else {}
-    arrays, spec = checkpoints.load_weights(path, tower=tower, **wishes, **hints)
-    return arrays, spec, notes or _library_notes(path, spec, wishes.get("heads"))
-
-
-def _library_notes(path: Path, spec: Spec, heads: int | None) -> "Notes | None":
-    """What a file of PyTorch's and the config.json beside it say, as notes; else None."""
-    with checkpoints.open_arrays(path) as stored:
-        layout = checkpoints.read_layout(stored, path, heads=heads)
-    notes = checkpoints.library_notes(layout, spec)
-    if notes is None:
-        return None
-    return Notes(**notes | {"labels": tuple(notes["labels"]) if notes["labels"] else None})
+    with checkpoints.open_network(path, tower=tower, **wishes, **hints) as (layout, spec):
+        # Of a file of PyTorch's, what it and the config.json beside it say.
+        found = None if notes else checkpoints.library_notes(layout, spec)
+        if found:
+            labels = found["labels"]
+            notes = Notes(**found | {"labels": tuple(labels) if labels else None})
+        arrays = checkpoints.read_values(layout, path, allow_nonfinite) if values else {}
+    return arrays, spec, notes
 
 
 # What the official layouts have no place for is kept in a small .json file beside the weights.

@@ -27,7 +27,7 @@ from vit_jax.checkpoints.infer import (
     open_network,
     read_spec,
 )
-from vit_jax.checkpoints.layouts import STYLES, read_layout, to_linen, to_style
+from vit_jax.checkpoints.layouts import STYLES, Layout, read_layout, to_linen, to_style
 from vit_jax.errors import UserError
 from vit_jax.models.family import Spec
 from vit_jax.models.shapes import listing
@@ -49,6 +49,7 @@ __all__ = [
     "read_layout",
     "read_npz",
     "read_spec",
+    "read_values",
     "save_weights",
     "split_tower",
     "to_linen",
@@ -86,16 +87,22 @@ def load_weights(
     or infinite. No value is read before they are known to fit.
     """
     with open_network(path, tower=tower, **hints) as (layout, spec):
-        arrays = layout.arrays.items() if values else ()
-        with np.errstate(over="ignore"):  # What is no float32 is told below.
-            found = {k: np.asarray(v, np.float32) for k, v in arrays}
+        return read_values(layout, path, allow_nonfinite) if values else {}, spec
+
+
+def read_values(
+    layout: Layout, path: str | os.PathLike, allow_nonfinite: bool = False
+) -> dict[str, np.ndarray]:
+    """The arrays of an open file in float32. Raises UserError as `load_weights`."""
+    with np.errstate(over="ignore"):  # What is no float32 is told below.
+        found = {key: np.asarray(array, np.float32) for key, array in layout.arrays.items()}
     if not allow_nonfinite and (bad := nonfinite(found)):
         raise UserError(
             f"{path} holds weights that are no numbers, {listing(NONFINITE, bad)}: the run "
             "that wrote it has diverged, or it is damaged; take an earlier checkpoint, or, to look "
             "at this one, load(..., allow_nonfinite=True)"
         )
-    return found, spec
+    return found
 
 
 def save_weights(

@@ -56,21 +56,25 @@ def library_notes(layout: Layout, spec: Spec) -> dict[str, Any] | None:
 
     if not layout.about:
         return None
-    mean, std = layout.about["mean"], layout.about["std"]
-    height, width = spec.image_size
-    size = height if height == width else (height, width)
     defaults = {f.name: f.default for f in dataclasses.fields(spec.module)}
     untold = {name: getattr(spec, name) for name in spec.untold}
-    is_plain = mean == std == (0.5,) * 3
-    values = "value_range(-1, 1)" if is_plain else f"normalize({mean}, {std})"
+    mean, std = (list(layout.about[name]) for name in ("mean", "std"))
+    size = dict(zip(("height", "width"), spec.image_size, strict=True))
+    # What these libraries do where nothing else is said.
+    usual = (
+        {"preprocessor": {"size": size, "resample": 2, "image_mean": mean, "image_std": std}}
+        if layout.style.startswith("HF")
+        else {"pretrained_cfg": {"mean": mean, "std": std}}
+    )
     try:
         preprocess = from_config(layout.about["config"], spec.image_size)
+        preprocess = preprocess or from_config(usual, spec.image_size)
     except UserError as e:
         raise UserError(f"the configuration beside the file: {e}") from e
     return {
         "classifier": spec.classifier,
         "image_size": spec.image_size,
-        "preprocess": preprocess or f"resize({size})|{values}",
+        "preprocess": preprocess,
         "labels": layout.about["labels"],
         "untold": {name: value for name, value in untold.items() if value != defaults[name]},
     }
