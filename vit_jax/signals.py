@@ -73,7 +73,8 @@ class Answered(contextlib.AbstractContextManager):
         with signals:
             while number := signals.recv(1):
                 if number[0] in self.numbers:
-                    self.now(number[0])
+                    with contextlib.suppress(Exception):  # The next signal is answered, too.
+                        self.now(number[0])
 
 
 class NothingToSave(Answered):

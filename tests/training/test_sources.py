@@ -13,14 +13,14 @@ import pytest
 from tests.data.test_tfds import Photos, build
 from tests.images import listed, write_photos
 from tests.training.conftest import TINY
-from vit_jax import data
+from vit_jax import data, load
 from vit_jax.cli import main
 from vit_jax.errors import UserError
 from vit_jax.training import outputs, run
 from vit_jax.training.inputs import open_data
 from vit_jax.training.options import load_config, override
 from vit_jax.training.run import introduce
-from vit_jax.training.workdir import read_config
+from vit_jax.training.workdir import read_config, read_metrics
 
 FIELDS = (
     *("total_steps=6", "warmup_steps=1", "progress_every=1", "eval_every=3", "checkpoint_every=6"),
@@ -221,3 +221,28 @@ def test_the_original_command_line_trains_on_the_stock_cifar10(shared, tmp_path)
     subprocess.run(command, check=True)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+
+
+def test_weights_of_12_bits_are_fine_tuned_and_reported_with_their_levels(tiny, tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (24, 8, 8, 1), np.uint16)
+    np.savez(tmp_path / "images.npz", images=values, labels=np.arange(24) % 2)
+    first = tiny(*FIELDS, f"dataset={tmp_path / 'images.npz'}", "levels=12 bit")
+    run(first, tmp_path / "first")
+    text = "levels(0, 4095)|resize(8)|value_range(-1, 1)"
+    assert load(tmp_path / "first").preprocess == text
+    again = tiny(*FIELDS, f"dataset={tmp_path / 'images.npz'}", "pp.crop=8")
+    again.update(model_or_filename=str(tmp_path / "first"))
+    again.model.name = again.pp.train = again.pp.eval = ""
+    found = open_data(again)
+    assert found.eval_ops.spec == text
+    assert found.train_ops.levels == found.eval_ops.levels
+    assert "levels(0, 4095), as recorded with the weights" in found.notes
+    # Of an unfinished run, of which nothing but checkpoints is left.
+    (tmp_path / "first" / "weights.npz").unlink()
+    unfinished = outputs.evaluate_workdir(tmp_path / "first")
+    finished = [
+        x["test/loss"]
+        for x in read_metrics(tmp_path / "first" / "metrics.jsonl")
+        if "test/loss" in x
+    ]
+    assert unfinished.scores.loss == pytest.approx(finished[-1], rel=1e-5)

@@ -112,15 +112,14 @@ def _seed_and_places(args: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(args: argparse.Namespace) -> None:
     """Prints what was written."""
-    import json
-
     from vit_jax import data
+    from vit_jax.escape import to_json
 
     counts = data.prepare_tfds(
         args.source, args.destination, corrupt=args.corrupt, **_seed_and_places(args)
     )
     if args.json:
-        print(json.dumps({"destination": args.destination, "splits": counts}, indent=1))
+        print(to_json({"destination": args.destination, "splits": counts}, indent=1))
         return
     parts = ", ".join(f"{count:,} in {split}" for split, count in counts.items())
     print(f"{args.destination} holds {parts}: train with --config.dataset={args.destination}")
@@ -128,10 +127,9 @@ def prepare(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> int:
     """Prints a summary; 1 if there is something that training would suffer from."""
-    import json
-
     from vit_jax.data import check as checking
     from vit_jax.data.splits import open_all, open_source
+    from vit_jax.escape import to_json
 
     options = _seed_and_places(args)
     if args.split:
@@ -143,7 +141,7 @@ def check(args: argparse.Namespace) -> int:
         result = checking.check(sources, progress=progress)
     written = checking.write_report(result, args.out, args.source) if args.out else []
     if args.json:
-        print(json.dumps(checking.as_dict(result), indent=1))
+        print(to_json(checking.as_dict(result), indent=1))
     else:
         print(checking.summary(result))
         if listed := checking.details(result, limit=5):

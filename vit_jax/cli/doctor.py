@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_jax.cli import add_command
+from vit_jax.escape import to_json
 
 # Programs for other processes, and the words for what may be wrong.
 _TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -46,7 +47,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints what was found; 1 if something is wrong."""
     found = examine()
-    print(json.dumps(found, indent=1) if args.json else _text(found))
+    print(to_json(found, indent=1) if args.json else _text(found))
     return 1 if found["faults"] else 0
 
 

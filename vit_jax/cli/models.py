@@ -2,11 +2,11 @@
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vit_jax.errors import UserError
+from vit_jax.escape import to_json
 
 _IMAGE = (224, 224)  # What every published model was pre-trained at.
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--sort and --top are for --augreg: add it")
     rows = list(_models())
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print(to_json(rows, indent=1))
         return
     print(
         f"{'name':<20} {'parameters':>11} {'GFLOPs':>8} {'width':>5} {'layers':>6} {'heads':>5} "
@@ -120,7 +120,7 @@ def _pretrained_part(row: dict[str, Any]) -> dict[str, Any]:
 
 def _print_augreg(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print(to_json(rows, indent=1))
         return
     if not rows:
         print("no AugReg checkpoint fits the query")

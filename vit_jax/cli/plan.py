@@ -1,12 +1,12 @@
 """`vit-jax plan`: what a run will need, before it is started."""
 
 import argparse
-import json
 import re
 from typing import Any
 
 from vit_jax.cli import add_command, positive
 from vit_jax.errors import UserError
+from vit_jax.escape import to_json
 from vit_jax.signals import tell
 
 _UNITS = {"": 2**30, "G": 1e9, "GB": 1e9, "GIB": 2**30, "M": 1e6, "MB": 1e6, "MIB": 2**20}
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         found["hours"] = found["seconds_per_step"] * found["total_steps"] / 3600
         if args.price:
             found["cost"] = found["hours"] * found["devices"] * args.price
-    print(json.dumps(found, indent=1) if args.json else _text(found, args.mfu, tflops))
+    print(to_json(found, indent=1) if args.json else _text(found, args.mfu, tflops))
     return 1 if found["fits"] is False else 0
 
 

@@ -4,11 +4,11 @@ import argparse
 import ctypes
 import dataclasses
 import glob
-import json
 import os
 import sys
 
 from vit_jax.errors import UserError
+from vit_jax.escape import to_json
 from vit_jax.signals import EXIT_AGAIN, NothingToSave
 
 # mallopt's parameters, from malloc.h, and values: no block of its own for what is large; nothing
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             initialize(*place, heartbeat_timeout_s=silence)
             result = training.run(config, args.workdir)
         if is_main_process():
-            print(json.dumps(dataclasses.asdict(result)) if args.json else result.summary)
+            print(to_json(dataclasses.asdict(result)) if args.json else result.summary)
         return 0 if result.finished else EXIT_AGAIN
 
 

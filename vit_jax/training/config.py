@@ -372,15 +372,31 @@ def _recorded(config: ConfigDict) -> str | None:
     None from scratch, for weights without notes, and for those that can't be read, of which
     whoever loads them will tell; or if images don't get their size by it, or values at its end.
     """
+    return _recorded_with_levels(config)[0]
+
+
+def recorded_levels(config: ConfigDict) -> str:
+    """The operation `levels` that is recorded with the weights that a run starts from; else ""."""
+    return _recorded_with_levels(config)[1]
+
+
+def _recorded_with_levels(config: ConfigDict) -> tuple[str | None, str]:
+    from vit_jax.checkpoints import split_tower
+
     try:
         source = weights_source(config)
-        return _recorded_in(source, config.pp.crop) if source else None
+        if source is None:
+            return None, ""
+        file = split_tower(source)[0]
+        changed = os.stat(file).st_mtime_ns if os.path.exists(file) else 0
+        return _recorded_in(source, config.pp.crop, changed)
     except UserError:
-        return None
+        return None, ""
 
 
 @functools.lru_cache(maxsize=8)
-def _recorded_in(source: str, crop: int) -> str | None:
+def _recorded_in(source: str, crop: int, changed: int) -> tuple[str | None, str]:
+    """Read once; `changed` is the file's time, by which others of that name are told."""
     from vit_jax.pretrained import find_weights, preprocess_for, read_weights
 
     path, tower = find_weights(source)
@@ -388,7 +404,9 @@ def _recorded_in(source: str, crop: int) -> str | None:
     text = preprocess_for(notes, spec, spec.replace(image_size=(crop, crop)))
     preprocess = data.parse(text)
     fits = notes and preprocess.output_size == (crop, crop) and preprocess.normalize
-    return preprocess.spec if fits else None
+    first, _, rest = preprocess.spec.partition("|")
+    levels, rest = (first, rest) if preprocess.levels else ("", preprocess.spec)
+    return (rest if fits else None), levels
 
 
 def mixup(config: ConfigDict) -> float:

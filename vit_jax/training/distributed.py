@@ -222,12 +222,12 @@ def share_of_cores() -> int:
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """A block without communication that all processes get through, or none: a UserError of one is
-    raised by all."""
+    """A block without communication that all processes get through, or none: an error of one is
+    raised by all, by the others as a UserError."""
     error = None
     try:
         yield
-    except UserError as e:
+    except Exception as e:  # Whatever it is, the others must not wait for ever.
         error = e
     problems = allgather(None if error is None else str(error))
     if error is not None:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.sharding import divisible, make_global_batch, process_slice
-from vit_jax.training.config import eval_spec, train_spec
+from vit_jax.training.config import eval_spec, recorded_levels, train_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,33 @@ class RunData:
         )
 
 
+def preprocessing(
+    config: ConfigDict, train: data.Source
+) -> tuple[data.Preprocess, data.Preprocess, list[str]]:
+    """What is done to images in training and in an evaluation, with the levels of the images to
+    train on, and what a person should know about it. Raises UserError if they can't be found."""
+    train_ops = data.parse(train_spec(config))
+    eval_ops = data.parse(eval_spec(config), train=False)
+    notes: list[str] = []
+    if not (train_ops.levels or eval_ops.levels):
+        levels = "" if config.levels else recorded_levels(config)
+        if levels:
+            notes = [f"{levels}, as recorded with the weights"]
+        else:
+            levels, notes = data.find_levels(train, config.levels)
+        if levels:  # A part of the text, so that it is recorded with the weights.
+            train_ops = data.parse(f"{levels}|{train_ops.spec}")
+            eval_ops = data.parse(f"{levels}|{eval_ops.spec}", train=False)
+    elif config.levels:
+        raise UserError(
+            f"config.levels {config.levels!r} and the levels of config.pp.train or config.pp.eval "
+            "both say what values are black and white: leave one out"
+        )
+    if train_ops.levels:
+        notes += [f"{name} rounds them to whole ones" for name in train_ops.works_on_uint8]
+    return train_ops, eval_ops, notes
+
+
 def open_split(config: ConfigDict, split: str) -> data.Source:
     """Images of a configuration's data set, e.g. of its split "train[:98%]"."""
     places = {"data_dir": config.tfds_data_dir, "manual_dir": config.tfds_manual_dir}
@@ -113,8 +140,6 @@ def open_data(
 
     Raises UserError if the data can't be opened, or training and evaluation don't fit together.
     """
-    train_ops = data.parse(train_spec(config))
-    eval_ops = data.parse(eval_spec(config), train=False)
     splits = (config.splits.train, config.splits.test)
     train, test = sources or (open_split(config, split) for split in splits)
     if train.labels != test.labels:
@@ -127,19 +152,7 @@ def open_data(
             f"config.loss is softmax, which knows one class an image, but images of "
             f"{config.dataset} may have several: use --config.loss=sigmoid"
         )
-    notes: list[str] = []
-    if not (train_ops.levels or eval_ops.levels):
-        levels, notes = data.find_levels(train, config.levels)
-        if levels:  # A part of the text, so that it is recorded with the weights.
-            train_ops = data.parse(f"{levels}|{train_ops.spec}")
-            eval_ops = data.parse(f"{levels}|{eval_ops.spec}", train=False)
-    elif config.levels:
-        raise UserError(
-            f"config.levels {config.levels!r} and the levels of config.pp.train or config.pp.eval "
-            "both say what values are black and white: leave one out"
-        )
-    if train_ops.levels:
-        notes += [f"{name} rounds them to whole ones" for name in train_ops.works_on_uint8]
+    train_ops, eval_ops, notes = preprocessing(config, train)
     shapes = _shape(train_ops, train), _shape(eval_ops, train)
     if shapes[0] != shapes[1]:
         raise UserError(

@@ -28,8 +28,8 @@ from vit_jax.pretrained import (
     untold_fields,
 )
 from vit_jax.training.checkpoints import saved_steps
-from vit_jax.training.config import default_config, eval_spec, flatten, weights_source
-from vit_jax.training.inputs import open_split
+from vit_jax.training.config import default_config, flatten, weights_source
+from vit_jax.training.inputs import open_split, preprocessing
 from vit_jax.training.workdir import (
     CHECKPOINTS,
     CONFIG,
@@ -179,7 +179,7 @@ def evaluate_workdir(workdir: str | os.PathLike, *, batch_size: int = 64) -> Rep
 
 def _load_checkpoint(folder: epath.Path, config: ConfigDict, labels: tuple[str, ...]) -> Pretrained:
     """The network of a checkpoint."""
-    preprocess = eval_spec(config)
+    preprocess = preprocessing(config, open_split(config, config.splits.train))[1].spec
     # What no array tells: of the weights that the run started from, its network's name, its fields.
     fields = variant(config.model.name) if config.model.name else {}
     if path := weights_source(config):

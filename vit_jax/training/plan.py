@@ -71,6 +71,9 @@ def plan(
     Raises UserError if the configuration makes no run, or the number of classes is not known.
     """
     make_mesh(config)  # Says whether the devices divide the batch.
+    if config.levels == "percentile":  # Found in images, which may not be here; any take as much.
+        config = config.copy_and_resolve_references()
+        config.levels = "0, 255"
     task = open_data(config, (_source(config, classes),) * 2)
     shape = task.image_shape
     if config.model.name:

@@ -174,7 +174,9 @@ def train(
         profile = stack.enter_context(Profile(config.profile, trace_folder(folder)))
         stop = SharedStop(own_stop)
         stack.callback(gc.unfreeze)
-        own_stop.say = log.say
+        if is_main_process():  # The others' logs go nowhere.
+            stack.callback(setattr, own_stop, "say", own_stop.say)
+            own_stop.say = log.say
         log.say(context.introduction)
         if damaged:
             log.say(damaged)
