@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from tests.test_pretrained import make
 from vit_jax import data, load, training
+from vit_jax.checkpoints.export import export
 from vit_jax.checkpoints.huggingface import licence
 from vit_jax.cli import main
 from vit_jax.errors import UserError
@@ -15,26 +17,30 @@ from vit_jax.training.config import check_config, eval_spec, train_spec
 
 VALUES = "normalize((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))"
 CONFIG = {
-    "architecture": "vit_tiny_patch16_224",
-    "pretrained_cfg": {
-        "tag": "augreg_in21k_ft_in1k",
-        "license": "apache-2.0",
-        "crop_pct": 0.8,
-        "interpolation": "bicubic",
-        "mean": [0.4, 0.5, 0.6],
-        "std": [0.2, 0.2, 0.3],
-    },
+    "tag": "augreg_in21k_ft_in1k",
+    "license": "apache-2.0",
+    "crop_pct": 0.8,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.2, 0.3],
 }
 TEXT = f"resize_small(20, method='pil_bicubic')|central_crop(16, round_even=True)|{VALUES}"
 
 
+def written(folder, library: str):
+    vit = make(labels=None)
+    export(folder, library, flatten_dict(vit.params, sep="/"), vit.spec, preprocess=vit.preprocess)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """A folder as timm leaves it; the names in the file are ours."""
-    (tmp_path / "theirs").mkdir()
-    make(labels=None).save(tmp_path / "theirs" / "model.safetensors")
-    (tmp_path / "theirs" / "model.json").unlink()
-    (tmp_path / "theirs" / "config.json").write_text(json.dumps(CONFIG))
+    """A folder as timm leaves it."""
+    path = written(tmp_path / "theirs", "timm") / "config.json"
+    config = json.loads(path.read_text()) | {"architecture": "vit_tiny_patch16_224"}
+    config["pretrained_cfg"] |= CONFIG
+    path.write_text(json.dumps(config))
     return tmp_path / "theirs"
 
 
@@ -84,9 +90,10 @@ def test_fine_tuning_takes_method_and_values_and_evaluates_alike(folder):
     assert (train_spec(own), eval_spec(own)) == ("flip|value_range(0, 1)", "value_range(0, 1)")
 
 
-def test_without_anything_recorded_fine_tuning_is_the_original_s(folder):
-    (folder / "config.json").unlink()
-    config = config_for(folder)
+def test_without_anything_recorded_fine_tuning_is_the_original_s(tmp_path):
+    make().save(tmp_path / "plain.npz")
+    (tmp_path / "plain.json").unlink()
+    config = config_for(tmp_path / "plain.npz")
 
     assert train_spec(config) == "inception_crop(32)|flip|value_range(-1, 1)"
     assert eval_spec(config) == "resize(32)|value_range(-1, 1)"
@@ -110,8 +117,8 @@ def test_info_tells_what_stands_beside_the_weights(folder, capsys):
     )
 
 
-def test_transformers_card_and_preprocessor(folder):
-    (folder / "config.json").write_text('{"model_type": "vit"}')
+def test_transformers_card_and_preprocessor(tmp_path):
+    folder = written(tmp_path / "theirs", "hf")
     asked = {"size": 16, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(asked))
     (folder / "README.md").write_text("---\ntags:\n- x\nlicense: cc-by-4.0\n---\nlicense: mit\n")

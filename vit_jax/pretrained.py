@@ -488,7 +488,7 @@ def read_weights(
     hints |= {"untold": told} if told else {}
     with checkpoints.open_network(path, tower=tower, **wishes, **hints) as (layout, spec):
         # Of a file of PyTorch's, what it and the config.json beside it say.
-        found = None if notes else checkpoints.library_notes(layout, spec)
+        found = None if notes else checkpoints.library_notes(layout, spec, path)
         if found:
             labels = found["labels"]
             notes = Notes(**found | {"labels": tuple(labels) if labels else None})

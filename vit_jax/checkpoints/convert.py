@@ -71,7 +71,7 @@ def convert(
         )
     with open_network(path, tower=tower, heads=heads, **_noted(path, tower)) as opened:
         layout, spec = opened
-        arrays, told = layout.arrays, library_notes(layout, spec)
+        arrays, told = layout.arrays, library_notes(layout, spec, path)
         endings = (".json", ".txt", ".model") if spec.classifies_by_text else (".json",)
         pairs = [(path.with_suffix(ending), target.with_suffix(ending)) for ending in endings]
         sidecars = [

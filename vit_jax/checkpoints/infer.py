@@ -49,7 +49,7 @@ def open_network(
         yield layout, read_spec(layout.arrays, **{**layout.hints, **hints}, where=str(path))
 
 
-def library_notes(layout: Layout, spec: Spec) -> dict[str, Any] | None:
+def library_notes(layout: Layout, spec: Spec, path: str | os.PathLike) -> dict[str, Any] | None:
     """What the notes beside weights of PyTorch's would say, see `pretrained.Notes`; None for a file
     of another kind."""
     from vit_jax.data import from_config  # Slow to import.
@@ -70,7 +70,7 @@ def library_notes(layout: Layout, spec: Spec) -> dict[str, Any] | None:
         preprocess = from_config(layout.about["config"], spec.image_size)
         preprocess = preprocess or from_config(usual, spec.image_size)
     except UserError as e:
-        raise UserError(f"the configuration beside the file: {e}") from e
+        raise UserError(f"{path}, the configuration beside it: {e}") from e
     return {
         "classifier": spec.classifier,
         "image_size": spec.image_size,
