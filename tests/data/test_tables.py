@@ -16,6 +16,7 @@ from vit_jax.data import (
     parse,
     read,
     remarks,
+    tables,
     train_batches,
 )
 from vit_jax.data.source import Source, held_out_splits
@@ -395,3 +396,25 @@ def test_a_large_table_is_light(tmp_path):
     source = open_source(str(tmp_path / "many.csv"), "train")
     assert (len(source), len(source.labels)) == (count, 1000)
     assert source.keys.nbytes + source.label_ids.nbytes < 40 * count
+
+
+def test_paths_without_endings_are_looked_up_and_not_searched_for(photos, tmp_path, monkeypatch):
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    count = 2_000
+    (image, *_) = listed(photos, "train")
+    names = [f"{i}.jpg" for i in range(count)]
+    (tmp_path / names[0]).write_bytes(image.read_bytes())
+    monkeypatch.setattr(tables, "list_folder", lambda folder: map(Name, names))
+    table = write(tmp_path / "labels.csv", "path,label", *(f"{i},{i % 2}" for i in range(count)))
+    assert len(open_source(table, "train")) == count - count // 5
+    assert compared < 10 * count  # Each with each would be four millions.

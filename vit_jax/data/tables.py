@@ -278,7 +278,7 @@ def _find_images(
         real = ""
         for part in row.path.replace("\\", "/").split("/"):
             found = [part]
-            if part not in ("", ".", "..", *names(real)):
+            if part not in ("", ".", "..") and part not in names(real):
                 found = spellings(real).get(_plain(part), [])
             if len(found) > 1:
                 raise UserError(
