@@ -27,6 +27,8 @@ cv2.setNumThreads(0)
 # A broken image is reported once, by us.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
+_LARGEST_FILE = 2 << 30  # Bytes: four times those of the largest image that is decoded.
+
 Box = tuple[int, int, int, int]  # (top, left, height, width)
 
 
@@ -265,9 +267,17 @@ def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
 
 
 def content(path: str | os.PathLike) -> bytes:
-    """The bytes of an image file. Raises UserError naming it if it can't be read."""
+    """The bytes of an image file. Raises UserError naming it if it can't be read, or is larger than
+    any image."""
     try:
         with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > _LARGEST_FILE:
+                raise UserError(
+                    f"{os.fspath(path)}: {size:,} bytes, expected an image file of "
+                    f"{_LARGEST_FILE:,} at most; replace or remove it"
+                )
+            file.seek(0)
             return file.read()
     except OSError as error:
         reason = error.strerror or type(error).__name__
