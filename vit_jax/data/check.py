@@ -61,6 +61,7 @@ class CheckedSplit:
       types: type of the values: how many images have it.
       values: float32, some of the values of every image.
       remarks: what decoding leaves out, or finds odd: how many images it is true of.
+      damaged: of each image that may be damaged, why; the text names it.
     """
 
     count: int
@@ -73,6 +74,7 @@ class CheckedSplit:
     types: dict[str, int]
     values: np.ndarray
     remarks: dict[str, int]
+    damaged: list[str]
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def check(
         values = [np.empty(0, np.float32)]
         types: Counter[str] = Counter()
         remarks: Counter[str] = Counter()
+        damaged: list[str] = []
         pool = ThreadPoolExecutor(threads)
         try:
             for block, found in zip(blocks, pool.map(look, blocks), strict=True):
@@ -178,7 +181,8 @@ def check(
                 unreadable += found[2]
                 values += found[3]
                 types.update(found[4])
-                remarks.update(found[5])
+                remarks.update(text for _, text in found[5])
+                damaged += [f"{image}: {text}" for image, text in found[5] if _DAMAGE in text]
                 done += len(block)
                 progress(done, total)
         finally:
@@ -198,6 +202,7 @@ def check(
             types=dict(sorted(types.items())),
             values=np.concatenate(values),
             remarks=dict(sorted(remarks.items())),
+            damaged=damaged,
         )
     everything = np.concatenate(facts)
 
@@ -223,7 +228,7 @@ def _look(
     source: Source, count: int, indices: Iterable[int]
 ) -> tuple[np.ndarray, list, list, list, list, list]:
     """Facts and labels of the images that can be read; names of others, and why they can't; `count`
-    values of each, and types and remarks."""
+    values of each, types, and remarks with names."""
     facts, labels, unreadable, values, types, remarks = [], [], [], [], [], []
     for index in indices:
         try:
@@ -236,7 +241,7 @@ def _look(
         except UserError as error:
             unreadable.append((source.describe(index), str(error)))
             continue
-        remarks += said
+        remarks += [(source.describe(index), text) for text in said]
         types.append(image.dtype.name)
         values.append(sample(image, count).ravel()[: 2 * count].astype(np.float32))
         digest = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
@@ -327,9 +332,11 @@ def details(result: Check, limit: int | None = None) -> str:
         return ["\n    = ".join(group) for group in named]
 
     unreadable = [text for split in result.splits.values() for text in split.unreadable]
+    damaged = [text for split in result.splits.values() for text in split.damaged]
     within = [g for g in result.identical if len({(p.split, p.label) for p in g}) == 1]
     lines = [
         *section("Unreadable", unreadable),
+        *section("Perhaps damaged", damaged),
         *section("The same pixels in several splits", groups(result.leaks)),
         *section("The same pixels under several classes", groups(result.contradictions)),
         *section("The same pixels several times", groups(within)),
@@ -356,6 +363,7 @@ def as_dict(result: Check) -> dict[str, Any]:
                 "types": split.types,
                 "values": _range(split.values),
                 "remarks": split.remarks,
+                "damaged": split.damaged,
                 "duplicates": result.duplicates(name),
             }
             for name, split in result.splits.items()

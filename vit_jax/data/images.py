@@ -6,6 +6,7 @@ threads at once, and nested threads only slow each other down.
 
 import io
 import os
+import re
 
 import cv2
 import numpy as np
@@ -142,7 +143,8 @@ def _decode_jpeg(
             return None
         # The whole image was decoded, and something was left.
         if remarks is not None:
-            remarks.append(f"of which libjpeg says: {str(warning)[:80]}")
+            text = re.sub(r"\d+ ", "... ", str(warning)[:80])  # One remark, however many they are.
+            remarks.append(f"of which libjpeg says: {text}")
         return _imdecode(data, flag)
     if is_cmyk:
         return _imdecode(data, flag)
