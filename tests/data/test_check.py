@@ -151,6 +151,15 @@ def test_values_that_lie_in_a_sliver_are_a_problem(tmp_path, capsys):
     assert text.count(", uint16") == 2  # Of train and test.
 
 
+def test_values_come_from_all_over_each_image():
+    rows = np.arange(120, dtype=np.uint8)[:, None, None]
+    pixels = np.ascontiguousarray(np.broadcast_to(rows, (120, 100, 12)))
+    source = Source("m", ("a", "b"), 12, range(200), np.arange(200) % 2, lambda key: pixels, str)
+    found = check({"train": source}).splits["train"].values
+    assert len(found) <= 2 * checking._VALUES
+    assert (found.min() < 20, found.max() >= 100) == (True, True)
+
+
 def test_what_decoding_leaves_out_is_counted_and_damage_a_problem(clean, capsys):
     half = cv2.imencode(".jpg", image(9, 64, 64))[1].tobytes()
     (clean / "train" / "a" / "half.jpg").write_bytes(half[: len(half) // 2] + b"\xff\xd9")

@@ -179,7 +179,7 @@ def check(
                 seen.append(found[0])
                 labels += [same.setdefault(ids, ids) for ids in found[1]]
                 unreadable += found[2]
-                values += found[3]
+                values.append(found[3])
                 types.update(found[4])
                 remarks.update(text for _, text in found[5])
                 damaged += [f"{image}: {text}" for image, text in found[5] if _DAMAGE in text]
@@ -226,10 +226,11 @@ _FACTS = np.dtype(
 
 def _look(
     source: Source, count: int, indices: Iterable[int]
-) -> tuple[np.ndarray, list, list, list, list, list]:
+) -> tuple[np.ndarray, list, list, np.ndarray, list, list]:
     """Facts and labels of the images that can be read; names of others, and why they can't; `count`
     values of each, types, and remarks with names."""
-    facts, labels, unreadable, values, types, remarks = [], [], [], [], [], []
+    facts, labels, unreadable, types, remarks = [], [], [], [], []
+    values = [np.empty(0, np.float32)]
     for index in indices:
         try:
             said: list[str] = []
@@ -243,7 +244,9 @@ def _look(
             continue
         remarks += [(source.describe(index), text) for text in said]
         types.append(image.dtype.name)
-        values.append(sample(image, count).ravel()[: 2 * count].astype(np.float32))
+        some = sample(image, count).ravel()
+        places = np.linspace(0, len(some) - 1, min(len(some), 2 * count)).astype(int)
+        values.append(some[places].astype(np.float32))
         digest = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
         digest.update(image.data)
         # A few pixels tell of most images that they are coloured.
@@ -252,7 +255,7 @@ def _look(
         )
         facts.append((index, digest.digest(), image.shape[:2], image.shape[2], grey))
         labels.append((label,) if np.ndim(label) == 0 else tuple(np.flatnonzero(label).tolist()))
-    return np.array(facts, _FACTS), labels, unreadable, values, types, remarks
+    return np.array(facts, _FACTS), labels, unreadable, np.concatenate(values), types, remarks
 
 
 def _equal(values: np.ndarray) -> list[np.ndarray]:
