@@ -139,6 +139,8 @@ def test_eight_bits_need_none_and_a_sliver_is_told():
     assert data.find_levels(source(np.uint8, high=256)[0], "full") == ("", [])
     (note,) = data.find_levels(source(high=4096)[0], "")[1]
     assert "of 65,535: set --config.levels='12 bit' if they have no more bits" in note
+    assert levels.sliver(np.full(99, 20), "uint8") == ""  # A dark photograph.
+    assert "at most 20 of 65,535" in levels.sliver(np.full(99, 20), "uint16")
     (note,) = data.find_levels(source(high=1000)[0], "")[1]
     assert "'10 bit'" in note
     (note,) = data.find_levels(source(high=65536)[0], "")[1]

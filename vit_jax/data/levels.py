@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from vit_jax.data.headers import read_header
-from vit_jax.data.ops import PerChannel, spelled
+from vit_jax.data.ops import NEARLY_ALL, PerChannel, short_reach, spelled
 from vit_jax.data.source import Source
 from vit_jax.data.workers import own_cores
 from vit_jax.errors import UserError
@@ -21,8 +21,7 @@ EXPECTED = (
 _SEEN = 16  # Images whose type is looked at before training.
 _SAMPLED = 256  # Images of whose values percentiles are taken.
 _PIXELS = 4096  # Of each of them.
-_PERCENTILES = (0.1, 99.9)
-_SLIVER = 1 / 4  # Of a type's range: where nearly all values lie below, it is hardly meant.
+_PERCENTILES = (0.1, NEARLY_ALL)
 
 
 def find_levels(source: Source, wish: str) -> tuple[str, list[str]]:
@@ -77,17 +76,14 @@ def find_levels(source: Source, wish: str) -> tuple[str, list[str]]:
 
 
 def sliver(values: np.ndarray, dtype: str) -> str:
-    """A warning if nearly all values are among the lowest of their type; "" otherwise."""
-    if dtype not in ("uint8", "uint16") or not len(values):
-        return ""
-    full = np.iinfo(dtype).max
-    reach = float(np.percentile(values, _PERCENTILES[1]))
-    if not 0 < reach < full * _SLIVER:
+    """A warning if nearly all values are among the lowest of 16 bits; "" otherwise. Of 8 bits they
+    may be: a dark photograph."""
+    if dtype != "uint16" or not (reach := short_reach(values)):
         return ""
     bits = max(math.ceil(math.log2(reach + 1)), 1)
     bits += bits % 2 if bits > 8 else 0  # Cameras have 10, 12 or 14.
     return (
-        f"{_PERCENTILES[1]} % of the values are at most {reach:,.0f} of {full:,}: "
+        f"{NEARLY_ALL} % of the values are at most {reach:,.0f} of 65,535: "
         f"set --config.levels='{bits} bit' if they have no more bits, or percentile"
     )
 

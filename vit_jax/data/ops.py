@@ -33,6 +33,7 @@ MAX_AREA = MAX_BYTES // 12
 Method = Literal["bilinear", "pil_nearest", "pil_bilinear", "pil_bicubic", "pil_lanczos"]
 
 SAME_SIZE: Size = (-1, -1)
+NEARLY_ALL = 99.9  # Per cent of the values of images.
 
 _log = logging.getLogger(__name__)
 
@@ -194,6 +195,13 @@ def _warn_once(text: str) -> None:
     _log.warning("%s", text)
 
 
+def short_reach(values: np.ndarray) -> float:
+    """What nearly all values of 16 bits are below, if that is less than a quarter of their range,
+    which then is hardly meant; 0 otherwise."""
+    reach = float(np.percentile(values, NEARLY_ALL)) if values.size else 0.0
+    return reach if reach < 65535 / 4 else 0.0
+
+
 def whole_range(image: np.ndarray) -> np.ndarray:
     """The image with values of 0 to 255: uint8 as it is, of 16 bits its whole range as float32.
 
@@ -206,7 +214,7 @@ def whole_range(image: np.ndarray) -> np.ndarray:
             f"the image is of type {image.dtype}, which doesn't tell what is black and what white: "
             "say it with config.levels, or put levels(lo, hi) first"
         )
-    if 0 < np.percentile(image[::8, ::8], 99.9) < 65535 / 4:
+    if short_reach(image[::8, ::8]):
         _warn_once(
             "an image of 16 bits has hardly a value above a quarter of 65,535, all of which counts "
             "as its range: if it has fewer bits, say so with levels"
