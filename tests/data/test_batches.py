@@ -417,6 +417,33 @@ def test_in_evaluation_it_is_not_counted(batch_size):
     assert all(b["image"].shape == (batch_size, 2, 2, 3) for b in batches)
 
 
+@pytest.mark.parametrize(
+    ("spec", "bad", "message"),
+    [
+        ("levels(0, 4095)", np.full((2, 2, 1), np.nan), "the image holds NaN"),
+        ("levels(0, 4095)", np.zeros((2, 2, 1), np.uint8), "levels: the image is of type uint8"),
+        ("rgb", np.zeros((2, 2, 1), np.float32), "the image is of type float32"),
+    ],
+)
+def test_images_of_bad_values_are_skipped_as_unreadable_ones(spec, bad, message, caplog):
+    good = np.full((2, 2, 1), 40, np.uint16)
+    source = replace(numbered(5), read_key=lambda key: bad if key == 3 else good)
+    (batch,) = eval_batches(source, parse(spec), batch_size=5, corrupt="skip")
+    assert batch["mask"].tolist() == [True, True, True, False, True]
+    assert f"Skipping numbered[3]: {message}" in caplog.text
+    with contextlib.closing(
+        train_batches(source, parse(spec), batch_size=5, seed=0, corrupt="skip")
+    ) as batches:
+        assert next(batches)["image"].all()
+    with pytest.raises(UserError, match=rf"numbered\[3\]: {message}"):
+        list(eval_batches(source, parse(spec), batch_size=5))
+    nothing = replace(source, read_key=lambda key: bad)
+    with pytest.raises(UserError, match=rf"none of its 5 .*, as numbered\[0\]: {message}"):
+        next(eval_batches(nothing, parse(spec), batch_size=5, corrupt="skip"))
+    with pytest.raises(UserError, match="levels: 2 channels, and the image has 1"):
+        next(eval_batches(source, parse("levels((0, 1), 9)"), batch_size=5, corrupt="skip"))
+
+
 def test_data_without_any_readable_image_is_an_error():
     source = numbered(5, unreadable=set(range(5)))
     for batches in (

@@ -151,10 +151,20 @@ def test_values_that_lie_in_a_sliver_are_a_problem(tmp_path, capsys):
     assert text.count(", uint16") == 2  # Of train and test.
 
 
+def test_values_come_from_all_over_each_image():
+    rows = np.arange(120, dtype=np.uint8)[:, None, None]
+    pixels = np.ascontiguousarray(np.broadcast_to(rows, (120, 100, 12)))
+    source = Source("m", ("a", "b"), 12, range(200), np.arange(200) % 2, lambda key: pixels, str)
+    found = check({"train": source}).splits["train"].values
+    assert len(found) <= 2 * checking._VALUES
+    assert (found.min() < 20, found.max() >= 100) == (True, True)
+
+
 def test_what_decoding_leaves_out_is_counted_and_damage_a_problem(clean, capsys):
     half = cv2.imencode(".jpg", image(9, 64, 64))[1].tobytes()
     (clean / "train" / "a" / "half.jpg").write_bytes(half[: len(half) // 2] + b"\xff\xd9")
-    (clean / "train" / "a" / "more.jpg").write_bytes(half[:-2] + bytes(30) + half[-2:])
+    for name, count in (("more", 30), ("most", 31)):
+        (clean / "train" / "a" / f"{name}.jpg").write_bytes(half[:-2] + bytes(count) + half[-2:])
     frames = [Image.fromarray(image(i, 64, 64)).convert("L") for i in (20, 21)]
     frames[0].save(clean / "train" / "b" / "two.gif", save_all=True, append_images=frames[1:])
     save(clean / "test" / "b" / "alpha.png", np.dstack([image(30), image(30)[..., 0]]))
@@ -166,7 +176,12 @@ def test_what_decoding_leaves_out_is_counted_and_damage_a_problem(clean, capsys)
     remarks = result.splits["train"].remarks
     assert remarks["of several pages or frames, of which the first is read"] == 1
     assert result.splits["test"].remarks == {"with transparency, which is dropped": 1}
-    assert any("may be damaged, of which libjpeg says: Corrupt" in p for p in result.problems)
+    said = "of which libjpeg says: Corrupt JPEG data: ... extraneous bytes"
+    assert any(p.startswith(f"2 images of train may be damaged, {said}") for p in result.problems)
+    listed = checking.details(result, limit=1)
+    assert f"Perhaps damaged\n  {clean}/train/a/more.jpg: {said}" in listed
+    assert "... and 1 more" in listed
+    assert len(checking.as_dict(result)["splits"]["train"]["damaged"]) == 2
     assert "test has images of several types, 1 of uint16 and 4 of uint8" in result.problems
     assert "1 image of several pages or frames, of which the first is read" in (
         checking.summary(result)

@@ -1,6 +1,7 @@
 """Decoding agrees with PIL, and damaged files are named."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -195,6 +196,14 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path):
     ]:
         with pytest.raises(UserError, match=f"{name}.*{reason}"):
             images.read(tmp_path / name)
+
+
+def test_a_file_too_large_for_an_image_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "sparse.png").touch()
+    os.truncate(tmp_path / "sparse.png", 15 * 10**12)
+    expected = r"sparse\.png: 15,000,000,000,000 bytes, expected .* 2,147,483,648 at most"
+    with pytest.raises(UserError, match=expected):
+        images.content(tmp_path / "sparse.png")
 
 
 def zip_bomb(side=24_000):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,6 +139,8 @@ def test_eight_bits_need_none_and_a_sliver_is_told():
     assert data.find_levels(source(np.uint8, high=256)[0], "full") == ("", [])
     (note,) = data.find_levels(source(high=4096)[0], "")[1]
     assert "of 65,535: set --config.levels='12 bit' if they have no more bits" in note
+    assert levels.sliver(np.full(99, 20), "uint8") == ""  # A dark photograph.
+    assert "at most 20 of 65,535" in levels.sliver(np.full(99, 20), "uint16")
     (note,) = data.find_levels(source(high=1000)[0], "")[1]
     assert "'10 bit'" in note
     (note,) = data.find_levels(source(high=65536)[0], "")[1]
@@ -160,7 +163,10 @@ def test_percentiles_are_those_of_all_values_or_of_each_channel(channels):
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ("", "images of float32, of values from 0 to .*: config.levels has to say what is black"),
+        (
+            "",
+            "looked at 16 are of float32, of values from 0 to .*: config.levels has to say what is",
+        ),
         ("full", "config.levels has to say"),
         ("all", r"config\.levels is 'all', expected full \(the whole range"),
         ("1, b", r"config\.levels is '1, b', expected full"),
@@ -170,6 +176,27 @@ def test_percentiles_are_those_of_all_values_or_of_each_channel(channels):
 def test_other_wishes_are_refused(wish, message):
     with pytest.raises(UserError, match=message):
         data.find_levels(source(np.float32)[0], wish)
+
+
+@pytest.mark.parametrize("wish", ["", "full"])
+def test_several_types_are_refused_or_told(wish):
+    made, _ = source(count=16)
+
+    def mixed(*dtypes):
+        return replace(
+            made, read_key=lambda key: made.read_key(key).astype(dtypes[key % len(dtypes)])
+        )
+
+    for other in ("f4", "i2"):
+        with pytest.raises(
+            UserError, match=r"8 are of (float32|int16) and 8 are of uint16, of values from"
+        ):
+            data.find_levels(mixed("u2", other), wish)
+    text, (note,) = data.find_levels(mixed("u1", "u2"), wish)
+    assert (text, "8 are of uint16 and 8 are of uint8: each counts by" in note) == ("", True)
+    text, (note,) = data.find_levels(made, wish)
+    assert text == "levels(0, 65535)"
+    assert "of the images looked at 16 are of uint16; one of 8 bits would be refused" in note
 
 
 def test_images_of_one_value_have_no_levels():

@@ -16,6 +16,7 @@ from vit_jax.data import (
     parse,
     read,
     remarks,
+    tables,
     train_batches,
 )
 from vit_jax.data.source import Source, held_out_splits
@@ -207,12 +208,15 @@ def test_a_column_for_each_class_is_read_as_labels(photos, one, zero):
         "image,a,b,split",
         f"{files[0]},1,1,train",
         f"{files[1]},0,1,train",
-        f"{files[2]},,0,train",
+        f"{files[2]},0,0,train",
     )
     source = open_source(several, "train")
     assert [source[i]["label"].tolist() for i in range(3)] == [[1, 1], [0, 1], [0, 0]]
     odd = write(photos / "odd.csv", "path,a,age", f"{files[0]},1,34")
     fails("no column is called label, and 'age' in line 2 is '34', not 0 or 1", odd)
+    for rest in (",1", ",1,", ",, 1"):
+        short = write(photos / "short.csv", "path,a,b", f"{files[0]},0,1", f"{files[1]}{rest}")
+        fails("'[ab]' in line 3 is '', not 0 or 1", short)
 
 
 def test_images_are_found_by_names_that_are_spelled_another_way(photos, tmp_path):
@@ -373,6 +377,27 @@ def test_mistakes_are_named_with_their_line(photos, tmp_path):
     fails("there is no such folder or file", str(tmp_path / "nowhere.csv"))
 
 
+def test_groups_that_differ_and_labels_that_may_be_missing_are_doubts(photos):
+    lines = lines_of(photos, "train")
+    rows = [f"{line},g{i // 2}" for i, line in enumerate(lines)]
+    table = write(photos / "groups.csv", "path,label,group", *rows, f"{lines[0]},g5")
+    said = "1 rows name an image again with another group, of which the first counts"
+    assert any(said in text for text in remarks(open_source(table, "train")))
+    named = [f"{line.split(',')[0]},{('NA', 'None', 'cat')[i % 3]}" for i, line in enumerate(lines)]
+    table = write(photos / "missing.csv", "path,label", *named)
+    said = "of missing.csv the classes 'NA', 'None' may be how a program writes"
+    assert any(said in text for text in remarks(open_source(table, "train")))
+
+
+def test_groups_may_be_any_text(photos):
+    rows = [
+        {"path": path, "label": label, "group": "\ud800" if i < 3 else f"g\t{i}"}
+        for i, (path, label) in enumerate(x.split(",") for x in lines_of(photos, "train"))
+    ]
+    table = write(photos / "odd.jsonl", *map(json.dumps, rows))
+    assert len(open_source(table, "train")) + len(open_source(table, "test")) == len(rows)
+
+
 @given(
     st.text(max_size=60),
     st.sampled_from(["", "path,label\n", "id;a;b\n", "Image\tclass\tgroup\n", '{"path": "']),
@@ -395,3 +420,25 @@ def test_a_large_table_is_light(tmp_path):
     source = open_source(str(tmp_path / "many.csv"), "train")
     assert (len(source), len(source.labels)) == (count, 1000)
     assert source.keys.nbytes + source.label_ids.nbytes < 40 * count
+
+
+def test_paths_without_endings_are_looked_up_and_not_searched_for(photos, tmp_path, monkeypatch):
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    count = 2_000
+    (image, *_) = listed(photos, "train")
+    names = [f"{i}.jpg" for i in range(count)]
+    (tmp_path / names[0]).write_bytes(image.read_bytes())
+    monkeypatch.setattr(tables, "list_folder", lambda folder: map(Name, names))
+    table = write(tmp_path / "labels.csv", "path,label", *(f"{i},{i % 2}" for i in range(count)))
+    assert len(open_source(table, "train")) == count - count // 5
+    assert compared < 10 * count  # Each with each would be four millions.

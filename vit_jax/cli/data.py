@@ -85,6 +85,9 @@ def _add_show(commands) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--augment", default="none", help="none, light1, ... strong2 (default: none)")
     what.add_argument("--pp", help='the operations, e.g. "resize(224)|flip"')
+    parser.add_argument(
+        "--levels", default="", help="black and white, if not 8-bit, as config.levels of a run"
+    )
     parser.add_argument("--crop", type=positive, default=224, help="pixels (default: 224)")
     parser.add_argument("--split", default="train", help="which part (default: train)")
     parser.add_argument("--count", type=positive, default=6, help="images (default: 6)")
@@ -167,10 +170,20 @@ def show(args: argparse.Namespace) -> None:
     config.augment, config.pp.crop = args.augment, args.crop
     config = check_config(config)
     parameter = mixup(config)
+    source = data.open_source(args.source, args.split, **_seed_and_places(args))
+    operations = data.parse(train_spec(config) if args.pp is None else args.pp)
+    if not operations.levels:
+        levels, notes = data.find_levels(source, args.levels)
+        if levels:
+            operations = data.parse(f"{levels}|{operations.spec}")
+        for note in notes:
+            print(note, file=sys.stderr)
+    elif args.levels:
+        raise UserError("--levels and --pp both say what values are black and white: leave one out")
     draw_page(
         args.out,
-        data.open_source(args.source, args.split, **_seed_and_places(args)),
-        data.parse(train_spec(config) if args.pp is None else args.pp),
+        source,
+        operations,
         count=args.count,
         seed=args.seed,
         mix=partial(mix_images, seed=args.seed, mixup=parameter) if parameter else None,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vit_jax.data import headers, images
+from vit_jax.data.ops import BadValues
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.source import Source
 from vit_jax.data.workers import (
@@ -66,8 +67,8 @@ def train_batches(
       workers: processes that do it in place of threads; 0 for threads, -1 to choose, see
         `choose_readers`, whose result may stand here, too (then `threads` says nothing).
       prefetch: batches read ahead, each by all threads or processes; memory grows with it.
-      corrupt: "error" stops at an unreadable image; "skip" logs it once and takes the next
-        readable one of the source in its place.
+      corrupt: "error" stops at an unreadable image, or one of NaN; "skip" logs it once and takes
+        the next readable one of the source in its place.
 
     Yields:
       {"image": (rows, h, w, c) of the preprocessing's type, "label": int32 (rows,)}, rows =
@@ -390,7 +391,8 @@ class Reader:
             opened = self._open(place, rng, position, skipped)
             if opened and (found := self._finish(opened, rng, skipped)):
                 return found
-        raise UserError(f"{self.source.name}: none of its {count} images can be read")
+        reason = f", as {skipped[0][1]}" if skipped else ""
+        raise UserError(f"{self.source.name}: none of its {count} images can be read{reason}")
 
     def _open(
         self, index: int, rng: np.random.Generator, position: int, skipped: Skipped
@@ -427,10 +429,14 @@ class Reader:
         try:
             return self._preprocess(pixels, rng, cropped=box is not None), label, index
         except UserError as error:
-            raise UserError(f"{name}: {error}") from None
+            named = UserError(f"{name}: {error}")
+            if not isinstance(error, BadValues):  # So it is with the other images.
+                raise named from None
+            self._leave_out(index, named, skipped)
+            return None
 
     def _leave_out(self, index: int, error: UserError, skipped: Skipped) -> None:
         if not self._skip:
-            raise error
+            raise error from None
         self._unreadable.add(index)
         skipped.append((index, str(error)))

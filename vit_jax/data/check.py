@@ -61,6 +61,7 @@ class CheckedSplit:
       types: type of the values: how many images have it.
       values: float32, some of the values of every image.
       remarks: what decoding leaves out, or finds odd: how many images it is true of.
+      damaged: of each image that may be damaged, why; the text names it.
     """
 
     count: int
@@ -73,6 +74,7 @@ class CheckedSplit:
     types: dict[str, int]
     values: np.ndarray
     remarks: dict[str, int]
+    damaged: list[str]
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,17 @@ def check(
         values = [np.empty(0, np.float32)]
         types: Counter[str] = Counter()
         remarks: Counter[str] = Counter()
+        damaged: list[str] = []
         pool = ThreadPoolExecutor(threads)
         try:
             for block, found in zip(blocks, pool.map(look, blocks), strict=True):
                 seen.append(found[0])
                 labels += [same.setdefault(ids, ids) for ids in found[1]]
                 unreadable += found[2]
-                values += found[3]
+                values.append(found[3])
                 types.update(found[4])
-                remarks.update(found[5])
+                remarks.update(text for _, text in found[5])
+                damaged += [f"{image}: {text}" for image, text in found[5] if _DAMAGE in text]
                 done += len(block)
                 progress(done, total)
         finally:
@@ -198,6 +202,7 @@ def check(
             types=dict(sorted(types.items())),
             values=np.concatenate(values),
             remarks=dict(sorted(remarks.items())),
+            damaged=damaged,
         )
     everything = np.concatenate(facts)
 
@@ -221,10 +226,11 @@ _FACTS = np.dtype(
 
 def _look(
     source: Source, count: int, indices: Iterable[int]
-) -> tuple[np.ndarray, list, list, list, list, list]:
+) -> tuple[np.ndarray, list, list, np.ndarray, list, list]:
     """Facts and labels of the images that can be read; names of others, and why they can't; `count`
-    values of each, and types and remarks."""
-    facts, labels, unreadable, values, types, remarks = [], [], [], [], [], []
+    values of each, types, and remarks with names."""
+    facts, labels, unreadable, types, remarks = [], [], [], [], []
+    values = [np.empty(0, np.float32)]
     for index in indices:
         try:
             said: list[str] = []
@@ -236,9 +242,11 @@ def _look(
         except UserError as error:
             unreadable.append((source.describe(index), str(error)))
             continue
-        remarks += said
+        remarks += [(source.describe(index), text) for text in said]
         types.append(image.dtype.name)
-        values.append(sample(image, count).ravel()[: 2 * count].astype(np.float32))
+        some = sample(image, count).ravel()
+        places = np.linspace(0, len(some) - 1, min(len(some), 2 * count)).astype(int)
+        values.append(some[places].astype(np.float32))
         digest = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
         digest.update(image.data)
         # A few pixels tell of most images that they are coloured.
@@ -247,7 +255,7 @@ def _look(
         )
         facts.append((index, digest.digest(), image.shape[:2], image.shape[2], grey))
         labels.append((label,) if np.ndim(label) == 0 else tuple(np.flatnonzero(label).tolist()))
-    return np.array(facts, _FACTS), labels, unreadable, values, types, remarks
+    return np.array(facts, _FACTS), labels, unreadable, np.concatenate(values), types, remarks
 
 
 def _equal(values: np.ndarray) -> list[np.ndarray]:
@@ -327,9 +335,11 @@ def details(result: Check, limit: int | None = None) -> str:
         return ["\n    = ".join(group) for group in named]
 
     unreadable = [text for split in result.splits.values() for text in split.unreadable]
+    damaged = [text for split in result.splits.values() for text in split.damaged]
     within = [g for g in result.identical if len({(p.split, p.label) for p in g}) == 1]
     lines = [
         *section("Unreadable", unreadable),
+        *section("Perhaps damaged", damaged),
         *section("The same pixels in several splits", groups(result.leaks)),
         *section("The same pixels under several classes", groups(result.contradictions)),
         *section("The same pixels several times", groups(within)),
@@ -356,6 +366,7 @@ def as_dict(result: Check) -> dict[str, Any]:
                 "types": split.types,
                 "values": _range(split.values),
                 "remarks": split.remarks,
+                "damaged": split.damaged,
                 "duplicates": result.duplicates(name),
             }
             for name, split in result.splits.items()

@@ -6,6 +6,7 @@ threads at once, and nested threads only slow each other down.
 
 import io
 import os
+import re
 
 import cv2
 import numpy as np
@@ -26,6 +27,8 @@ from vit_jax.files import open_file
 cv2.setNumThreads(0)
 # A broken image is reported once, by us.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+_LARGEST_FILE = 2 << 30  # Bytes: four times those of the largest image that is decoded.
 
 Box = tuple[int, int, int, int]  # (top, left, height, width)
 
@@ -140,7 +143,8 @@ def _decode_jpeg(
             return None
         # The whole image was decoded, and something was left.
         if remarks is not None:
-            remarks.append(f"of which libjpeg says: {str(warning)[:80]}")
+            text = re.sub(r"\d+ ", "... ", str(warning)[:80])  # One remark, however many they are.
+            remarks.append(f"of which libjpeg says: {text}")
         return _imdecode(data, flag)
     if is_cmyk:
         return _imdecode(data, flag)
@@ -265,9 +269,17 @@ def read(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
 
 
 def content(path: str | os.PathLike) -> bytes:
-    """The bytes of an image file. Raises UserError naming it if it can't be read."""
+    """The bytes of an image file. Raises UserError naming it if it can't be read, or is larger than
+    any image."""
     try:
         with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > _LARGEST_FILE:
+                raise UserError(
+                    f"{os.fspath(path)}: {size:,} bytes, expected an image file of "
+                    f"{_LARGEST_FILE:,} at most; replace or remove it"
+                )
+            file.seek(0)
             return file.read()
     except OSError as error:
         reason = error.strerror or type(error).__name__

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from vit_jax.data.headers import read_header
-from vit_jax.data.ops import PerChannel, spelled
+from vit_jax.data.ops import NEARLY_ALL, PerChannel, short_reach, spelled
 from vit_jax.data.source import Source
 from vit_jax.data.workers import own_cores
 from vit_jax.errors import UserError
@@ -21,8 +21,7 @@ EXPECTED = (
 _SEEN = 16  # Images whose type is looked at before training.
 _SAMPLED = 256  # Images of whose values percentiles are taken.
 _PIXELS = 4096  # Of each of them.
-_PERCENTILES = (0.1, 99.9)
-_SLIVER = 1 / 4  # Of a type's range: where nearly all values lie below, it is hardly meant.
+_PERCENTILES = (0.1, NEARLY_ALL)
 
 
 def find_levels(source: Source, wish: str) -> tuple[str, list[str]]:
@@ -37,9 +36,10 @@ def find_levels(source: Source, wish: str) -> tuple[str, list[str]]:
 
     Returns:
       e.g. ("levels(0, 4095)", ["values 0 to 4095 become 0 to 255"]); "" where nothing is to be
-      done: 8 bits that nothing was said about, or images of several types.
+      done: 8 bits that nothing was said about, or images of both 8 and 16 bits.
 
-    Raises UserError for another wish, a type without a whole range, or images of one value only.
+    Raises UserError for another wish, a type without a whole range among those that were found, or
+    images of one value only.
     """
     if bits := re.fullmatch(r"(\d{1,2})[ -]?bits?", wish.strip()):
         return _told((0.0,), (2.0 ** int(bits[1]) - 1,), "")
@@ -56,35 +56,34 @@ def find_levels(source: Source, wish: str) -> tuple[str, list[str]]:
         return _percentiles(source)
     if set(types) <= {"uint8"}:
         return "", []
-    if len(types) > 1:
-        found = " and ".join(f"{count} of {name}" for name, count in sorted(types.items()))
-        return "", [f"of the first images looked at {found}: each counts by the range of its type"]
-    (name,) = types
-    if name != "uint16":
-        values = np.concatenate(_sampled(source, _SEEN) or [np.zeros((1, 1))])
+    seen = "of the images looked at " + " and ".join(
+        f"{count} are of {name}" for name, count in sorted(types.items())
+    )
+    if set(types) - {"uint8", "uint16"}:
+        values = np.concatenate([v.ravel() for v in _sampled(source, _SEEN)])
+        ends = f", of values from {values.min():.6g} to {values.max():.6g}" if len(values) else ""
         raise UserError(
-            f"{source.name}: images of {name}, of values from {values.min():.6g} to "
-            f"{values.max():.6g}: config.levels has to say what is black and what white: "
-            "percentile, or lo, hi"
+            f"{source.name}: {seen}{ends}: config.levels has to say what "
+            "is black and what white: percentile, or lo, hi"
         )
+    if len(types) > 1:
+        return "", [f"{seen}: each counts by the range of its type"]
+    seen += "; one of 8 bits would be refused"
     if wish:
-        return _told((0.0,), (65535.0,), "")
-    doubt = sliver(np.concatenate([v.ravel() for v in _sampled(source, _SEEN)]), name)
-    return _told((0.0,), (65535.0,), doubt)
+        return _told((0.0,), (65535.0,), seen)
+    doubt = sliver(np.concatenate([v.ravel() for v in _sampled(source, _SEEN)]), "uint16")
+    return _told((0.0,), (65535.0,), "; ".join(filter(None, [seen, doubt])))
 
 
 def sliver(values: np.ndarray, dtype: str) -> str:
-    """A warning if nearly all values are among the lowest of their type; "" otherwise."""
-    if dtype not in ("uint8", "uint16") or not len(values):
-        return ""
-    full = np.iinfo(dtype).max
-    reach = float(np.percentile(values, _PERCENTILES[1]))
-    if not 0 < reach < full * _SLIVER:
+    """A warning if nearly all values are among the lowest of 16 bits; "" otherwise. Of 8 bits they
+    may be: a dark photograph."""
+    if dtype != "uint16" or not (reach := short_reach(values)):
         return ""
     bits = max(math.ceil(math.log2(reach + 1)), 1)
     bits += bits % 2 if bits > 8 else 0  # Cameras have 10, 12 or 14.
     return (
-        f"{_PERCENTILES[1]} % of the values are at most {reach:,.0f} of {full:,}: "
+        f"{NEARLY_ALL} % of the values are at most {reach:,.0f} of 65,535: "
         f"set --config.levels='{bits} bit' if they have no more bits, or percentile"
     )
 

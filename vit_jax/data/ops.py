@@ -33,6 +33,7 @@ MAX_AREA = MAX_BYTES // 12
 Method = Literal["bilinear", "pil_nearest", "pil_bilinear", "pil_bicubic", "pil_lanczos"]
 
 SAME_SIZE: Size = (-1, -1)
+NEARLY_ALL = 99.9  # Per cent of the values of images.
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,10 @@ class Normalize:
     def __str__(self) -> str:
         """E.g. "-1 to 1"; with a range for each channel, all of them."""
         return ", ".join("{:g} to {:g}".format(*ends) for ends in zip(*self.bounds, strict=True))
+
+
+class BadValues(UserError):
+    """The values of one image can't be taken, whatever others are like."""
 
 
 def _float32(values: Any) -> Any:
@@ -160,7 +165,7 @@ def levels(lo: PerChannel, hi: PerChannel) -> Step:
         if count not in (1, image.shape[2]):
             raise UserError(f"levels: {count} channels, and the image has {image.shape[2]}")
         if image.dtype.kind in "iu" and high.max() > np.iinfo(image.dtype).max:
-            raise UserError(
+            raise BadValues(
                 f"levels: the image is of type {image.dtype}, whose values end at "
                 f"{np.iinfo(image.dtype).max:,}, expected values of up to {high.max():,g}"
             )
@@ -170,7 +175,7 @@ def levels(lo: PerChannel, hi: PerChannel) -> Step:
 
 
 def _to_levels(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """float32 (h, w, c), lo..hi as 0..255. Raises UserError for what is no number."""
+    """float32 (h, w, c), lo..hi as 0..255. Raises BadValues for what is no number."""
     pixels = image.astype(np.float32)
     pixels -= _float32(low)
     pixels *= _float32(255 / (high - low))
@@ -181,7 +186,7 @@ def _to_levels(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarr
             f"{high.max():g}) cuts them off: is it of another range?"
         )
     if image.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise UserError("the image holds NaN or infinite values; replace them")
+        raise BadValues("the image holds NaN or infinite values; replace them")
     return np.clip(pixels, 0, 255, out=pixels)
 
 
@@ -190,19 +195,26 @@ def _warn_once(text: str) -> None:
     _log.warning("%s", text)
 
 
+def short_reach(values: np.ndarray) -> float:
+    """What nearly all values of 16 bits are below, if that is less than a quarter of their range,
+    which then is hardly meant; 0 otherwise."""
+    reach = float(np.percentile(values, NEARLY_ALL)) if values.size else 0.0
+    return reach if reach < 65535 / 4 else 0.0
+
+
 def whole_range(image: np.ndarray) -> np.ndarray:
     """The image with values of 0 to 255: uint8 as it is, of 16 bits its whole range as float32.
 
-    Raises UserError for other types, of which the range isn't told by the type.
+    Raises BadValues for other types, of which the range isn't told by the type.
     """
     if image.dtype == np.uint8:
         return image
     if image.dtype != np.uint16:
-        raise UserError(
+        raise BadValues(
             f"the image is of type {image.dtype}, which doesn't tell what is black and what white: "
             "say it with config.levels, or put levels(lo, hi) first"
         )
-    if 0 < np.percentile(image[::8, ::8], 99.9) < 65535 / 4:
+    if short_reach(image[::8, ::8]):
         _warn_once(
             "an image of 16 bits has hardly a value above a quarter of 65,535, all of which counts "
             "as its range: if it has fewer bits, say so with levels"

@@ -24,6 +24,7 @@ import numpy as np
 from vit_jax.data.image_files import ENDINGS, channels_of, content_below, packed
 from vit_jax.data.source import Source, Splits, held_out_splits, some_of, split_name
 from vit_jax.errors import UserError
+from vit_jax.escape import printable
 from vit_jax.files import list_folder, open_file
 
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -37,7 +38,7 @@ _COLUMNS = {
     "split": ("split",),
     "group": ("group",),
 }
-_HOT = {"0": False, "0.0": False, "": False, "1": True, "1.0": True}
+_HOT = {"0": False, "0.0": False, "1": True, "1.0": True}
 
 
 class _Row(NamedTuple):
@@ -153,6 +154,12 @@ def _read_table(path: str, notes: list[str], doubts: list[str]) -> list[_Row]:
                 raise UserError(
                     f"{row.where}: no label for {row.path}; write one or remove the line"
                 )
+    labels = {label for found in seen for label in found}
+    if missing := sorted(n for n in labels if n.casefold() in ("na", "n/a", "none", "null")):
+        doubts.append(
+            f"of {name} the classes {some_of(missing)} may be how a program writes that a label is "
+            "missing: remove their rows if so"
+        )
     columns = _columns(tuple(record))
     for kind, column in columns.items():
         if column.strip().casefold() not in (kind, "labels"):
@@ -244,7 +251,7 @@ def _row(where: str, record: Any) -> _Row:
             "a class, or remove the line"
         )
     split, group = (str(cells.get(kind) or "").strip() for kind in ("split", "group"))
-    return _Row(where, path.strip(), labels, several, split, group)
+    return _Row(where, path.strip(), labels, several, split, printable(group))
 
 
 def _find_images(
@@ -278,7 +285,7 @@ def _find_images(
         real = ""
         for part in row.path.replace("\\", "/").split("/"):
             found = [part]
-            if part not in ("", ".", "..", *names(real)):
+            if part not in ("", ".", "..") and part not in names(real):
                 found = spellings(real).get(_plain(part), [])
             if len(found) > 1:
                 raise UserError(
@@ -317,13 +324,14 @@ def _groups(parts: dict[str, list[_Row]], notes: list[str], doubts: list[str]) -
     is alone."""
     first: dict[str, _Row] = {}
     split_of: dict[str, str] = {}
-    groups, across, repeats, differing = [], set(), 0, 0
+    groups, across, repeats, differing, regrouped = [], set(), 0, 0, 0
     for split, part in parts.items():
         for row in part:
             path = os.path.normpath(row.path)
             earlier = first.setdefault(path, row)
             repeats += earlier is not row
             differing += earlier.labels != row.labels
+            regrouped += earlier.group != row.group
             groups.append(earlier.group or path)
             if split_of.setdefault(groups[-1], split) != split:
                 across.add(groups[-1])
@@ -333,6 +341,11 @@ def _groups(parts: dict[str, list[_Row]], notes: list[str], doubts: list[str]) -
         doubts.append(
             f"{differing:,} rows name an image again with another label; write several labels of "
             "an image in one row, as cat;dog"
+        )
+    if regrouped:
+        doubts.append(
+            f"{regrouped:,} rows name an image again with another group, of which the first "
+            "counts; give an image the same group everywhere"
         )
     if across:
         doubts.append(f"in several splits are the images or groups {some_of(sorted(across))}")
