@@ -75,6 +75,8 @@ def test_every_flipped_bit_among_the_values_of_an_orbax_folder_is_refused(tmp_pa
             load_weights(path)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_flipped_bit_in_a_checkpoint_of_a_run_is_refused_or_changes_no_value(tmp_path):
     state = TrainState.create(
         params=to_tree(ARRAYS), tx=make_optimizer(default_config(), 10), ema=True

@@ -126,6 +126,8 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_what_only_reads_works_where_there_is_no_unix(weights, whole, photos, tmp_path):
     commands = [
         ["models"],

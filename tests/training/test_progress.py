@@ -197,6 +197,8 @@ def test_a_dumb_terminal_gets_plain_lines():
     assert "step 300/600  loss" in text
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_one_device_has_no_column_of_its_own(tiny, tmp_path, capfd, no_image):
     """Its img/s would be those of the run once more."""
     run(tiny("total_steps=10"), tmp_path / "run")

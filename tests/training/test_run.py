@@ -371,6 +371,8 @@ def test_what_a_finished_run_has_lost_with_its_checkpoints_is_told(lost, whole, 
     assert times(workdir) == before
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_lines_of_metrics_that_are_lost_are_told_and_the_best_weights_so_far_are_kept(
     tiny, tmp_path, capsys, monkeypatch
 ):
@@ -454,6 +456,8 @@ def test_a_run_starts_from_the_weights_of_another(whole, tiny, tmp_path, capsys)
     jax.tree.map(np.testing.assert_array_equal, before["Transformer"], after["Transformer"])
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_weights_of_other_channels_are_made_ready_and_the_first_line_says_how(
     whole, tiny, tmp_path, capsys
 ):
@@ -476,8 +480,14 @@ def images_of_12_bits(classes=2, per_class=12, channels=1):
     ("wish", "operation", "told"),
     [
         ("", "levels(0, 65535)", "set --config.levels='12 bit' if they have no more bits"),
-        ("12 bit", "levels(0, 4095)", "levels(0, 4095) makes of them 0 to 255"),
-        ("100, 2000", "levels(100, 2000)", "levels(100, 2000) makes of them 0 to 255"),
+        pytest.param(
+            *("12 bit", "levels(0, 4095)", "levels(0, 4095) makes of them 0 to 255"),
+            marks=[pytest.mark.slow, pytest.mark.ci],
+        ),
+        pytest.param(
+            *("100, 2000", "levels(100, 2000)", "levels(100, 2000) makes of them 0 to 255"),
+            marks=[pytest.mark.slow, pytest.mark.ci],
+        ),
         ("percentile", "levels(", "the 0.1th and 99.9th percentiles of 24 images"),
     ],
 )
