@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from vit_jax.checkpoints import open_arrays, read_npz
+from vit_jax.checkpoints import open_arrays, pth, read_npz
 from vit_jax.errors import UserError
 
 # A small writer of pickles: what torch writes, and what it would never write.
@@ -208,6 +208,11 @@ BOMBS = {
     "frozenset": Raw(b"(" + NESTED + b"\x91"),
     "pairs": Raw(b"ccollections\nOrderedDict\n](" + NESTED + b"e\x85R"),
     "shape": Raw(b"ctorch._utils\n_rebuild_tensor_v2\n(" + encode(FLOATS) + 3 * NESTED + b"tR"),
+    "copies": Raw(
+        b"](" + 2000 * b"K\x01K\x02\x86" + b"e\x85q\x020"
+        b"ccollections\nOrderedDict\nq\x01](" + 20_000 * b"h\x01h\x02R" + b"e"
+    ),
+    "itself": Raw(b"}q\x01(" + b"".join(encode(n) + b"h\x01" for n in pth.WRAPPERS) + b"u"),
     "storage": Raw(NESTED + b"Q"),
     "name": Raw(NESTED + NESTED + b"\x93"),
     "size": Raw(b"\x8e" + struct.pack("<q", 1 << 60)),
@@ -234,7 +239,7 @@ def test_a_bomb_takes_neither_memory_nor_time(tmp_path, write, bomb):
         with contextlib.suppress(UserError):
             read_npz(tmp_path / "w.pth")
         return
-    if bomb == "memo":
+    if bomb in ("memo", "copies"):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert int(out.stdout.split()[-1]) < 100, out
         return

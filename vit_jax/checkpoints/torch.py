@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.checkpoints import huggingface
+from vit_jax.checkpoints import huggingface, pth
 from vit_jax.checkpoints.formats import LazyArray, rows
 from vit_jax.errors import UserError
 from vit_jax.models.shapes import listing
@@ -248,7 +248,7 @@ _ANCHOR = re.compile(
 )
 # What may stand before it, the parts of a training checkpoint in the order of choice.
 _WRAPPERS = (
-    *("state_dict_ema", "model_ema", "ema", "teacher", "student", "state_dict", "model", "net"),
+    *pth.WRAPPERS,
     *("module", "_orig_mod", "backbone", "base_model", "base_encoder", "encoder"),
 )
 _HF_NAMES = ("vit", "deit", "dinov2", "dinov2_with_registers", "vision_model")
