@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from vit_jax.checkpoints import open_arrays, pth, read_npz
+from vit_jax.checkpoints.formats import container
 from vit_jax.errors import UserError
 
 # A small writer of pickles: what torch writes, and what it would never write.
@@ -331,7 +332,7 @@ def test_damage_is_one_line_or_harmless(tmp_path_factory, write, data):
             assert array.nbytes <= 8 * len(content)
 
 
-def test_sharded_weights_are_opened_by_their_index(tmp_path):
+def test_sharded_weights_are_opened_by_their_index(tmp_path, caplog):
     a, b = np.arange(3, dtype=np.float32), np.ones((2, 2), np.float32)
     save_file({"a": a}, tmp_path / "model-1.safetensors")
     write_zip(tmp_path / "model-2.bin", {"b": tensor(FLOATS, (2, 2))}, STORAGES)
@@ -347,6 +348,14 @@ def test_sharded_weights_are_opened_by_their_index(tmp_path):
     assert found["b"].shape == b.shape
     with open_arrays(index) as arrays:
         assert list(arrays) == ["a", "b"]
+    write({"b": "model-2.bin"} | {"a": "model-1.safetensors"})
+    assert "left out" not in caplog.text
+    save_file({"a": a, "c": a}, tmp_path / "model-1.safetensors")
+    assert read_npz(index).keys() == {"a", "b"}
+    assert "left out, for it doesn't name them: c (model-1.safetensors)" in caplog.text
+    index.write_text(json.dumps({"weight_map": places}, indent=1))
+    assert container(index) == "several files"
+    assert container(tmp_path / "model-1.safetensors") == ".safetensors"
     for wrong, text in [
         ({"a": "model-3.safetensors"}, "names model-3.safetensors, which is not beside it"),
         ({"a": "../x"}, "no file beside it"),
@@ -357,6 +366,11 @@ def test_sharded_weights_are_opened_by_their_index(tmp_path):
         write(wrong)
         with pytest.raises(UserError, match=text):
             read_npz(index)
+    other = tmp_path / "other.index.json"
+    other.write_text(json.dumps({"weight_map": {"a": index.name}}, indent=1))
+    write({"a": other.name})
+    with pytest.raises(UserError, match=r"names other\.index\.json, which is an index too"):
+        read_npz(index)
     index.write_text("{}")
     with pytest.raises(UserError, match="can't be read"):
         read_npz(index)
