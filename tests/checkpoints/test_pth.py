@@ -210,8 +210,10 @@ BOMBS = {
     "pairs": Raw(b"ccollections\nOrderedDict\n](" + NESTED + b"e\x85R"),
     "shape": Raw(b"ctorch._utils\n_rebuild_tensor_v2\n(" + encode(FLOATS) + 3 * NESTED + b"tR"),
     "copies": Raw(
-        b"](" + 2000 * b"K\x01K\x02\x86" + b"e\x85q\x020"
-        b"ccollections\nOrderedDict\nq\x01](" + 20_000 * b"h\x01h\x02R" + b"e"
+        b"]("
+        + b"".join(b"M" + struct.pack("<H", i) + b"N\x86" for i in range(2000))
+        + b"e\x85q\x020"
+        b"ccollections\nOrderedDict\nq\x010](" + 20_000 * b"h\x01h\x02R" + b"e"
     ),
     "itself": Raw(b"}q\x01(" + b"".join(encode(n) + b"h\x01" for n in pth.WRAPPERS) + b"u"),
     "storage": Raw(NESTED + b"Q"),
