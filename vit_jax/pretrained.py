@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax import checkpoints, data
 from vit_jax.buckets import local_copy
 from vit_jax.checkpoints import hub, huggingface
+from vit_jax.checkpoints.formats import notes_beside
 from vit_jax.checkpoints.hub import class_names
 from vit_jax.checkpoints.labels import check_loss, ranked
 from vit_jax.errors import UserError
@@ -530,8 +531,8 @@ class Notes:
 def read_notes(weights: Path) -> Notes | None:
     """The notes beside a file of weights; None if there are none. Raises UserError if they are
     damaged."""
-    file = weights.with_suffix(".json")
-    if file == weights or not file.is_file():
+    file = notes_beside(weights)
+    if file is None:
         return None
     try:
         if file.stat().st_size > _LARGEST_NOTES:

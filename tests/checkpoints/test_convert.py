@@ -107,6 +107,19 @@ def test_notes_come_along(source, tmp_path):
     assert done.files == (tmp_path / "b.safetensors", tmp_path / "b.json")
 
 
+def test_the_index_of_several_files_is_no_note(tmp_path):
+    arrays = published.arrays("ViT")
+    write_arrays(tmp_path / "model-1.safetensors", arrays)
+    index = tmp_path / "model.safetensors.index.json"
+    places = json.dumps({"weight_map": dict.fromkeys(arrays, "model-1.safetensors")})
+    index.write_text(places)
+    assert convert(index, tmp_path / "mine.npz").files == (tmp_path / "mine.npz",)
+    assert not (tmp_path / "mine.json").exists()
+    with pytest.raises(UserError, match=r"would replace .*index\.json: choose another name"):
+        convert(index, tmp_path / "model.safetensors.index.npz", force=True)
+    assert index.read_text() == places
+
+
 def test_the_vocabulary_of_a_bundle_comes_along(tmp_path):
     write_arrays(tmp_path / "lit.npz", published.arrays("LiT"))
     (tmp_path / "lit.model").write_bytes(b"vocabulary")

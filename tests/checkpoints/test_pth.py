@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from vit_jax.checkpoints import open_arrays, read_npz
+from vit_jax.checkpoints import open_arrays, pth, read_npz
+from vit_jax.checkpoints.formats import container
 from vit_jax.errors import UserError
 
 # A small writer of pickles: what torch writes, and what it would never write.
@@ -208,6 +209,13 @@ BOMBS = {
     "frozenset": Raw(b"(" + NESTED + b"\x91"),
     "pairs": Raw(b"ccollections\nOrderedDict\n](" + NESTED + b"e\x85R"),
     "shape": Raw(b"ctorch._utils\n_rebuild_tensor_v2\n(" + encode(FLOATS) + 3 * NESTED + b"tR"),
+    "copies": Raw(
+        b"]("
+        + b"".join(b"M" + struct.pack("<H", i) + b"N\x86" for i in range(2000))
+        + b"e\x85q\x020"
+        b"ccollections\nOrderedDict\nq\x010](" + 20_000 * b"h\x01h\x02R" + b"e"
+    ),
+    "itself": Raw(b"}q\x01(" + b"".join(encode(n) + b"h\x01" for n in pth.WRAPPERS) + b"u"),
     "storage": Raw(NESTED + b"Q"),
     "name": Raw(NESTED + NESTED + b"\x93"),
     "size": Raw(b"\x8e" + struct.pack("<q", 1 << 60)),
@@ -234,7 +242,7 @@ def test_a_bomb_takes_neither_memory_nor_time(tmp_path, write, bomb):
         with contextlib.suppress(UserError):
             read_npz(tmp_path / "w.pth")
         return
-    if bomb == "memo":
+    if bomb in ("memo", "copies"):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert int(out.stdout.split()[-1]) < 100, out
         return
@@ -326,7 +334,7 @@ def test_damage_is_one_line_or_harmless(tmp_path_factory, write, data):
             assert array.nbytes <= 8 * len(content)
 
 
-def test_sharded_weights_are_opened_by_their_index(tmp_path):
+def test_sharded_weights_are_opened_by_their_index(tmp_path, caplog):
     a, b = np.arange(3, dtype=np.float32), np.ones((2, 2), np.float32)
     save_file({"a": a}, tmp_path / "model-1.safetensors")
     write_zip(tmp_path / "model-2.bin", {"b": tensor(FLOATS, (2, 2))}, STORAGES)
@@ -342,6 +350,14 @@ def test_sharded_weights_are_opened_by_their_index(tmp_path):
     assert found["b"].shape == b.shape
     with open_arrays(index) as arrays:
         assert list(arrays) == ["a", "b"]
+    write({"b": "model-2.bin"} | {"a": "model-1.safetensors"})
+    assert "left out" not in caplog.text
+    save_file({"a": a, "c": a}, tmp_path / "model-1.safetensors")
+    assert read_npz(index).keys() == {"a", "b"}
+    assert "left out, for it doesn't name them: c (model-1.safetensors)" in caplog.text
+    index.write_text(json.dumps({"weight_map": places}, indent=1))
+    assert container(index) == "several files"
+    assert container(tmp_path / "model-1.safetensors") == ".safetensors"
     for wrong, text in [
         ({"a": "model-3.safetensors"}, "names model-3.safetensors, which is not beside it"),
         ({"a": "../x"}, "no file beside it"),
@@ -352,6 +368,11 @@ def test_sharded_weights_are_opened_by_their_index(tmp_path):
         write(wrong)
         with pytest.raises(UserError, match=text):
             read_npz(index)
+    other = tmp_path / "other.index.json"
+    other.write_text(json.dumps({"weight_map": {"a": index.name}}, indent=1))
+    write({"a": other.name})
+    with pytest.raises(UserError, match=r"names other\.index\.json, which is an index too"):
+        read_npz(index)
     index.write_text("{}")
     with pytest.raises(UserError, match="can't be read"):
         read_npz(index)

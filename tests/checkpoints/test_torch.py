@@ -5,6 +5,7 @@ The networks of tests/official/torch are those libraries' own, with what they an
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tests import families, reference, torch_models
 from tests.torch_models import CASES, stored
 from vit_jax import create_model, load
-from vit_jax.checkpoints import load_weights, open_arrays, read_layout, to_tree, torch
+from vit_jax.checkpoints import huggingface, load_weights, open_arrays, read_layout, to_tree, torch
 from vit_jax.checkpoints.convert import convert
 from vit_jax.checkpoints.export import export
 from vit_jax.data import parse
@@ -145,6 +146,11 @@ OURS = {
     ),
     "SwiGLU": (dict(_BLOCKS, mlp="swiglu", mlp_dim=48), ("timm", "hf")),
     "class token and mean": (dict(classifier="token_gap", mlp_dim=16), ("hf",)),
+    "registers without a class token": (
+        dict(classifier="gap", num_registers=2, mlp_dim=32),
+        ("timm",),
+    ),
+    "the first token": (dict(classifier="first"), ()),
     "a distillation token alone": (dict(distilled="token"), ("hf",)),
     "a mean, then the norm": (
         dict(classifier="gap", fc_norm=True, unread_class_token=True),
@@ -187,6 +193,31 @@ def test_they_can_be_fine_tuned_on_other_images(name, tmp_path):
     before = load(path, heads=3)
     assert {k: v.shape for k, v in flatten_dict(vit.params, sep="/").items()} == vit.spec.shapes()
     assert before.preprocess.split("|")[-1] == vit.preprocess.split("|")[-1]
+
+
+def test_without_a_class_token_only_patches_have_positions_beside_registers(tmp_path):
+    exported(ours("registers without a class token"), tmp_path, "timm")
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert (args["class_token"], args["reg_tokens"], args["no_embed_class"]) == (False, 2, True)
+
+
+def test_a_loss_of_classes_that_do_not_exclude_each_other_is_written_or_said(tmp_path, caplog):
+    vit = dataclasses.replace(ours("the original"), loss="sigmoid")
+    for library in ("timm", "hf"):
+        arrays, about = flatten_dict(vit.params, sep="/"), dict(preprocess=vit.preprocess)
+        export(tmp_path / library, library, arrays, vit.spec, loss=vit.loss, **about)
+    assert "timm notes no loss" in caplog.text
+    assert load(tmp_path / "hf" / "model.safetensors").loss == "sigmoid"
+
+
+def test_of_files_of_deit_3_and_dino_what_their_training_did_is_taken(tmp_path):
+    vit = load(written("fb-deit3", tmp_path), heads=3)
+    assert vit.spec.drop_path_mode == "constant"
+    arrays = stored("fb-deit").arrays
+    dino = {k.replace("model.", "teacher.backbone."): v for k, v in arrays.items()}
+    save_file(dino, tmp_path / "dino_deitsmall16_pretrain.safetensors")
+    vit = load(tmp_path / "dino_deitsmall16_pretrain.safetensors", heads=3)
+    assert vit.spec.position_resize == "dinov2"
 
 
 # What a file is.
@@ -244,6 +275,7 @@ def test_a_config_of_another_network_is_refused(tmp_path):
         {"architecture": "vit", "model_args": [1]},
         {"architecture": "vit", "pretrained_cfg": 3},
         {"architecture": "vit", "pretrained_cfg": {"mean": 1, "std": 2}},
+        {"architecture": "vit", "pretrained_cfg": {"input_size": [3, math.inf, math.inf]}},
     ],
 )
 def test_a_damaged_config_is_one_line(config, tmp_path):
@@ -251,6 +283,96 @@ def test_a_damaged_config_is_one_line(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"^[^\n]*safetensors: [^\n]*$"):
         load(path)
+
+
+TIMM_ARGS = {
+    "block_fn": "ParallelThingsBlock",
+    "pre_norm": True,
+    "qk_norm": True,
+    "scale_attn_norm": True,
+    "pos_embed": "none",
+    "final_norm": False,
+    "norm_layer": "rmsnorm",
+    "rope": 1,
+}
+
+
+def reconfigured(name, folder, args=None, **changes):
+    """A case of which config.json says something else."""
+    path = written(name, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config["model_args"] |= args or {}
+    (folder / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("name", TIMM_ARGS)
+def test_what_timm_is_asked_for_and_is_not_computed_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match=rf"config\.json asks for {name} .*, which is not known$"):
+        load(reconfigured("timm-vit", tmp_path, {name: TIMM_ARGS[name]}))
+
+
+def test_what_timm_does_anyway_may_be_said(tmp_path):
+    usual = {"qk_norm": False, "pos_embed": "learn", "final_norm": True, "norm_layer": None}
+    load(reconfigured("timm-vit", tmp_path, usual))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vit_base_patch16_rpn_224", "vit_base_patch16_rope_224", "vit_relpos_base_patch16_224"),
+        *("vit_srelpos_small_patch16_224", "vit_base_patch16_xp_224", "samvit_base_patch16"),
+        *("vit_base_r50_s16_224", "vit_tiny_r_s16_p8_224", "vit_base_patch16_clip_224"),
+        *("beit_base_patch16_224", "eva_large_patch14_196", "cait_s24_224"),
+        *("vit_small_patch16_18x2_224", "vit_pwee_patch16_reg1_gap_256"),
+    ],
+)
+def test_other_networks_of_timm_are_refused_by_name(name, tmp_path):
+    with pytest.raises(UserError, match=rf"it is timm's {name}, by its config\.json"):
+        load(reconfigured("timm-vit", tmp_path, architecture=name))
+
+
+def test_an_unknown_name_is_told_with_what_it_is_taken_for(tmp_path, caplog):
+    load(reconfigured("timm-vit", tmp_path, architecture="myvit"))
+    assert "timm's myvit is not known here: taken as timm ViT or DeiT" in caplog.text
+
+
+def test_every_token_is_given_where_timm_does_not_pool(tmp_path):
+    vit = load(reconfigured("timm-vit", tmp_path, {"global_pool": ""}))
+    assert vit.spec.classifier == "token_unpooled"
+
+
+def test_registers_in_other_places_are_refused(tmp_path):
+    tokens = {"reg_token": np.zeros((1, 4, 12), np.float32)}
+    with pytest.raises(
+        UserError, match="it has attention pooling beside a class token or registers, which"
+    ):
+        load(written("timm-siglip", tmp_path, **tokens))
+    tokens["pos_embed"] = np.zeros((1, 1 + 4 + 15, 12), np.float32)
+    with pytest.raises(UserError, match="it has registers that have positions, which is not"):
+        load(written("timm-vit", tmp_path, **tokens))
+
+
+def test_a_size_that_the_positions_are_not_for_is_refused(tmp_path):
+    with pytest.raises(UserError, match="images of 12x24, which need 18 positions, but 16 are"):
+        load(reconfigured("timm-vit", tmp_path, {"img_size": [12, 24]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "shape"),
+    [
+        ("timm-vit", "pos_embed", (12,)),
+        ("timm-siglip", "patch_embed.proj.weight", (12, 48)),
+        ("timm-vit", "patch_embed.proj.weight", (12, 3, 0, 0)),
+        ("hf-vit", "vit.embeddings.position_embeddings", (12,)),
+        ("hf-siglip", "embeddings.position_embedding.weight", (12,)),
+    ],
+)
+def test_what_a_network_is_known_by_has_its_axes(name, key, shape, tmp_path):
+    assert key in stored(name).arrays
+    path = written(name, tmp_path, **{key: np.zeros(shape, np.float32)})
+    with pytest.raises(UserError, match=rf"{re.escape(key)} has shape {re.escape(str(shape))}, ex"):
+        load(path, heads=3)
 
 
 def test_arrays_of_odd_shapes_are_named(tmp_path):
@@ -340,6 +462,29 @@ def test_labels_and_values_come_from_the_files_beside(tmp_path):
     assert vit.preprocess == (
         "resize(12, method='pil_bilinear')|normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))"
     )
+
+
+def test_names_of_classes_are_those_of_the_head(tmp_path, caplog):
+    path = reconfigured("timm-vit", tmp_path, label_names=["a", "b"])
+    with pytest.raises(UserError, match=r"the config\.json .* 2 classes, but the head has 5"):
+        load(path)
+    vit = load(reconfigured("timm-quick", tmp_path, label_names=["a", "b"]))
+    assert vit.labels is None
+    assert "names classes, but there is no head" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_a_configuration_without_end_is_refused(name, tmp_path, monkeypatch):
+    path = written("hf-vit", tmp_path)
+    monkeypatch.setattr(huggingface, "_LARGEST", 10_000)
+    (tmp_path / name).write_text(" " * 10_001)
+    with pytest.raises(UserError, match=r"can't be read \(it has more than 10,000 bytes\)"):
+        load(path)
+
+
+def test_what_lies_beside_a_file_of_google_is_not_looked_at(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert huggingface.licence(tmp_path / "B_16.npz") is None
 
 
 def test_no_value_is_read_to_know_what_it_is(tmp_path, monkeypatch):

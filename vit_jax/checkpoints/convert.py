@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vit_jax.checkpoints.formats import LazyArray, check_ending, split_tower, write_arrays
+from vit_jax.checkpoints.formats import (
+    LazyArray,
+    check_ending,
+    notes_beside,
+    split_tower,
+    write_arrays,
+)
 from vit_jax.checkpoints.infer import NONFINITE, library_notes, nonfinite, open_network
 from vit_jax.checkpoints.layouts import to_style
 from vit_jax.errors import UserError
@@ -63,8 +69,8 @@ def convert(
         raise UserError(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     path, tower = split_tower(source)
     path, target = Path(expand_user(path)), Path(expand_user(target))
-    notes = path.with_suffix(".json")
-    if tower and notes.is_file() and notes.resolve() == target.with_suffix(".json").resolve():
+    notes = notes_beside(path)
+    if tower and notes and notes.resolve() == target.with_suffix(".json").resolve():
         raise UserError(
             f"{target} would share {notes}, which is about all of {path}: choose a "
             "name with another beginning"
@@ -73,11 +79,11 @@ def convert(
         layout, spec = opened
         arrays, told = layout.arrays, library_notes(layout, spec, path)
         endings = (".json", ".txt", ".model") if spec.classifies_by_text else (".json",)
-        pairs = [(path.with_suffix(ending), target.with_suffix(ending)) for ending in endings]
+        if target.with_suffix(".json").resolve() == path.resolve():
+            raise UserError(f"the notes of {target} would replace {path}: choose another name")
+        pairs = [(notes_beside(path, ending), target.with_suffix(ending)) for ending in endings]
         sidecars = [
-            (old, new)
-            for old, new in pairs
-            if old.resolve() != new.resolve() or (told and not old.is_file())
+            (old, new) for old, new in pairs if old is None or old.resolve() != new.resolve()
         ]
         there = [str(new) for new in (target, *(new for _, new in sidecars)) if new.exists()]
         if there and not force:
@@ -103,7 +109,7 @@ def convert(
     written = [target]
     for old, new in sidecars:
         # The notes of a whole file are not those of one tower.
-        if old.is_file() and tower is None:
+        if old and tower is None:
             with atomic_write(new) as out:
                 out.write(old.read_bytes())
             written.append(new)
@@ -121,8 +127,8 @@ def _noted(path: Path, tower: str | None) -> dict[str, Any]:
 
     Raises UserError if they are damaged: they would be copied.
     """
-    file = path.with_suffix(".json")
-    if file == path or not file.is_file():
+    file = notes_beside(path)
+    if file is None:
         return {}
     try:
         notes = json.loads(file.read_bytes())

@@ -46,6 +46,7 @@ def export(
     *,
     labels: Sequence[str] | None = None,
     preprocess: str = "",
+    loss: str = "softmax",
     force: bool = False,
 ) -> list[Path]:
     """Writes model.safetensors, config.json and for transformers preprocessor_config.json.
@@ -54,8 +55,9 @@ def export(
       folder: where to; it is made if it isn't there.
       library: one of LIBRARIES.
       arrays, spec: a Vision Transformer, under today's names.
-      labels, preprocess: see `pretrained.Pretrained`. Of a preprocessing that the library doesn't
-        do, mean and deviation are written and that images are squeezed to the size, and said.
+      labels, preprocess, loss: see `pretrained.Pretrained`. Of a preprocessing that the library
+        doesn't do, mean and deviation are written and that images are squeezed to the size, and
+        said.
       force: whether files that are there may be replaced.
 
     Returns:
@@ -67,7 +69,7 @@ def export(
         raise UserError(f"unknown library {library!r}, expected one of {', '.join(LIBRARIES)}")
     refusals = {
         f"a {spec.kind}": not isinstance(spec.module, VisionTransformer),
-        f"classifier {spec.classifier!r}": spec.classifier.endswith("unpooled"),
+        f"classifier {spec.classifier!r}": spec.classifier.endswith(("unpooled", "first")),
         "a ResNet before the patches": getattr(spec, "resnet", None) is not None,
         "positions of fixed sines": getattr(spec, "position_embedding", "learned") != "learned",
     }
@@ -75,6 +77,11 @@ def export(
     own = _for_timm if library == "timm" else _for_transformers
     values, resizing = _values(preprocess, spec.channels), _resizing(library, preprocess, spec)
     written, config, table = own(dict(arrays), spec, labels)
+    if loss == "sigmoid" and spec.num_classes is not None:
+        if library == "hf":
+            config["problem_type"] = "multi_label_classification"
+        else:
+            _log.warning("timm notes no loss: that classes don't exclude each other is not written")
     tensors = torch.write_torch(written, table, spec.num_layers)
     files: dict[str, Any] = {"config.json": config}
     if library == "hf":
@@ -175,10 +182,12 @@ def _for_timm(
     }
     _refuse("timm", problems)
     placed = spec.cls_has_position
-    if placed and spec.num_registers and "cls" in arrays:
+    if spec.num_registers:
         # There positions are for all tokens or for patches only, so the class token takes its own.
-        arrays["cls"] = arrays["cls"] + arrays[POSITIONS][:, :1]
-        arrays[POSITIONS], placed = arrays[POSITIONS][:, 1:], False
+        if placed and "cls" in arrays:
+            arrays["cls"] = arrays["cls"] + arrays[POSITIONS][:, :1]
+            arrays[POSITIONS] = arrays[POSITIONS][:, 1:]
+        placed = False
     architecture = "vit_giant_patch14_dinov2" if swiglu else "vit_base_patch16_224"
     if spec.distilled == "heads":
         architecture = "deit_base_distilled_patch16_224"

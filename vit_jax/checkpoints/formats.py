@@ -198,7 +198,16 @@ def container(path: str | os.PathLike) -> str:
         start, is_pth = file.read(9), pth.is_pth(file)
     if is_pth:
         return "torch's zip archive" if start[:2] == b"PK" else "torch's pickle before 1.6"
-    return {b"PK": ".npz", b'{"': "several files"}.get(start[:2], ".safetensors")
+    if start[:2] == b"PK":
+        return ".npz"
+    return ".safetensors" if start[8:] == b"{" else "several files"
+
+
+def notes_beside(weights: Path, ending: str = ".json") -> Path | None:
+    """The file of the same name that tells of weights; None if there is none. The index of several
+    files is none of its own."""
+    file = weights.with_suffix(ending)
+    return file if file != weights and file.is_file() else None
 
 
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Array]) -> None:
@@ -417,9 +426,15 @@ def _open_shards(path: Path) -> Iterator[dict[str, LazyArray]]:
         for name in names:
             if not (path.parent / name).is_file():
                 raise UserError(f"{path} names {name}, which is not beside it: fetch it, too")
+            if _opener_of_file(path.parent / name) is _open_shards:
+                raise UserError(f"{path} names {name}, which is an index too: expected weights")
             shards[name] = stack.enter_context(open_arrays(path.parent / name))
         with _explained(path, "it and its files are of different weights, fetch them again"):
             arrays = {name: shards[file][name] for name, file in files.items()}
+        others = [f"{a} ({file})" for file in names for a in shards[file] if files.get(a) != file]
+        if others:
+            left_out = ", ".join(others)[:500]
+            _log.warning("%s: left out, for it doesn't name them: %s", path, left_out)
         yield arrays
 
 

@@ -17,6 +17,9 @@ from vit_jax.errors import UserError, first_line
 ORGANISATIONS = ("facebook", "google", "microsoft", "timm")
 _PREFIX = "hf-hub:"
 
+# Bytes of a configuration: 21,000 classes and what they mean take 3 MB.
+_LARGEST = 64 << 20
+_ENDINGS = (".safetensors", ".json", ".bin", ".pth", ".pt", ".tar")
 _BESIDE = ("config.json", "preprocessor_config.json", "README.md")
 # The first that is there is taken; of several files the index is opened.
 _WEIGHTS = (
@@ -49,7 +52,10 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     for name in ("config", "preprocessor_config"):
         file = folder / f"{name}.json"
         try:
-            found[name] = json.loads(file.read_bytes()) if file.is_file() else {}
+            text = _start_of(file, _LARGEST + 1) if file.is_file() else b"{}"
+            if len(text) > _LARGEST:
+                raise ValueError(f"it has more than {_LARGEST:,} bytes")
+            found[name] = json.loads(text)
             if type(found[name]) is not dict:
                 raise ValueError("it is no JSON object")
         except (OSError, ValueError, RecursionError) as e:
@@ -60,13 +66,20 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 def licence(weights: Path) -> str | None:
     """The licence of weights, by the config.json or the card beside them."""
+    if weights.suffix not in _ENDINGS:  # What lies there too may be of other weights.
+        return None
     config = read_config(weights.parent) or {}
     if named := (config.get("pretrained_cfg") or {}).get("license"):
         return str(named)
     card = weights.parent / "README.md"
-    text = card.read_text("utf-8", "replace")[:10_000] if config and card.is_file() else ""
+    text = _start_of(card, 10_000).decode(errors="replace") if config and card.is_file() else ""
     match = re.search(r"\A---\n(?:.*\n)*?license: *(\S+)", text.partition("\n---")[0])
     return match[1] if match else None
+
+
+def _start_of(file: Path, size: int) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(size)
 
 
 def origin(weights: Path) -> tuple[str, str] | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from vit_jax.models.family import FAMILIES, Hints, Size, Spec
 from vit_jax.models.shapes import listing
 
 NONFINITE = "NaN or infinite"
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -71,12 +74,23 @@ def library_notes(layout: Layout, spec: Spec, path: str | os.PathLike) -> dict[s
         preprocess = preprocess or from_config(usual, spec.image_size)
     except UserError as e:
         raise UserError(f"{path}, the configuration beside it: {e}") from e
+    labels = layout.about["labels"]
+    if labels and spec.num_classes is None:
+        _log.warning("%s: the config.json beside it names classes, but there is no head", path)
+        labels = None
+    if labels and len(labels) != spec.num_classes:
+        raise UserError(
+            f"{path}: the config.json beside it names {len(labels)} classes, but the head has "
+            f"{spec.num_classes}: mend or remove its names (label_names, id2label)"
+        )
+    is_multi = layout.about["config"].get("problem_type") == "multi_label_classification"
     return {
         "classifier": spec.classifier,
         "image_size": spec.image_size,
         "preprocess": preprocess,
-        "labels": layout.about["labels"],
+        "labels": labels,
         "untold": {name: value for name, value in untold.items() if value != defaults[name]},
+        "loss": "sigmoid" if is_multi else "softmax",
     }
 
 

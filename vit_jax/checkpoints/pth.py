@@ -25,6 +25,7 @@ from vit_jax.errors import UserError
 # What the pickle may have; that of a network of 40 layers with its optimizer has 0.5 MB, and
 # 100,000 operations. An operation makes an object of 100 bytes at most, but for texts.
 _LARGEST, _OPERATIONS = 64 << 20, 4_000_000
+_COPIED = 8  # Operations that an item counts for which is copied and not in the pickle again.
 _SPREAD = 4096  # Numbers that a tensor may have of fewer that are stored, one for all for instance.
 
 # The first number of what torch wrote before 1.6, and still does if it is asked to.
@@ -39,9 +40,9 @@ _FROM_MARK = ("TUPLE", "LIST", "DICT", "FROZENSET", "APPENDS", "SETITEMS", "ADDI
 _NOTHING = ("PROTO", "FRAME", "APPEND", "SETITEM")
 
 # Under which training scripts keep the parameters, the average of them first.
-_WRAPPERS = (
-    *("state_dict_ema", "model_ema", "ema"),
-    *("model", "state_dict", "net", "teacher", "student"),
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema", "teacher"),
+    *("model", "state_dict", "net", "student"),
 )
 
 _log = logging.getLogger(__name__)
@@ -231,10 +232,13 @@ def _run(file: BinaryIO, storages: dict[str, _Storage] | None = None) -> Any:
     memo: dict[int, Any] = {}
     items: list[Any] = []
     operations: Iterator[tuple[Any, Any, Any]] = pickletools.genops(file)
+    copied = 0
     for count, (opcode, arg, position) in enumerate(operations):
-        if count > _OPERATIONS or (position or 0) > _LARGEST:
+        if count + _COPIED * copied > _OPERATIONS or (position or 0) > _LARGEST:
             raise UserError(f"its pickle has more than {_OPERATIONS:,} operations")
         name = opcode.name
+        if name in ("REDUCE", "NEWOBJ", "STACK_GLOBAL"):
+            copied += _length(stack[-2:])
         if name in _FROM_MARK:
             start = marks.pop()
             items = stack[start:]
@@ -289,6 +293,15 @@ def _run(file: BinaryIO, storages: dict[str, _Storage] | None = None) -> Any:
             case _ if name not in (*_FROM_MARK, *_NOTHING):
                 raise UserError(f"its pickle uses {name}, which torch never does")
     raise UserError("its pickle has no end")
+
+
+def _length(value: Any, depth: int = 3) -> int:
+    """How much a call copies or walks of what it is given, which may be long and given often."""
+    if not isinstance(value, str | list | tuple | dict):
+        return 0
+    inner = value if depth > 1 and isinstance(value, tuple | list) else ()
+    copied = len(value) if isinstance(value, list | dict) and depth < 3 else len(value) // 16
+    return copied + sum(_length(item, depth - 1) for item in inner)
 
 
 def _as_dict(items: list[Any]) -> dict[Any, Any]:
@@ -353,7 +366,7 @@ def _dtype(name: str) -> np.dtype:
 
 def _unwrap(content: Any, where: str) -> dict[str, _View]:
     """The parameters in what a file holds. Raises UserError if there are none."""
-    found = _find_parameters(content, [])
+    found = _find_parameters(content, [], set())
     if found is None:
         what = _named(content)
         if isinstance(content, dict):
@@ -374,12 +387,16 @@ def _named(value: Any) -> str:
     return value.name if isinstance(value, Inert) else type(value).__name__
 
 
-def _find_parameters(content: Any, path: list[str]) -> tuple[str, dict[str, Any], list[str]] | None:
-    """(path to them, the parameters, what is beside them); None if there are none."""
-    if not isinstance(content, dict) or len(path) > 4:
+def _find_parameters(
+    content: Any, path: list[str], seen: set[int]
+) -> tuple[str, dict[str, Any], list[str]] | None:
+    """(path to them, the parameters, what is beside them); None if there are none. `seen` are the
+    dicts that hold none, by id."""
+    if not isinstance(content, dict) or len(path) > 4 or id(content) in seen:
         return None
-    for name in _WRAPPERS:
-        if found := _find_parameters(content.get(name), [*path, name]):
+    seen.add(id(content))
+    for name in WRAPPERS:
+        if found := _find_parameters(content.get(name), [*path, name], seen):
             return found[0], found[1], found[2] + [str(n) for n in content if n != name]
     if any(isinstance(value, _View) for value in content.values()):
         return ".".join(path), {str(name): value for name, value in content.items()}, []

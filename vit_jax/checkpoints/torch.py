@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.checkpoints import huggingface
+from vit_jax.checkpoints import huggingface, pth
 from vit_jax.checkpoints.formats import LazyArray, rows
 from vit_jax.errors import UserError
 from vit_jax.models.shapes import listing
@@ -246,9 +246,19 @@ _ANCHOR = re.compile(
     r"(.*?)(patch_embed\.proj\.weight|embeddings\.patch_embeddings\.projection\.weight"
     r"|embeddings\.patch_embedding\.weight)"
 )
+# The axes of what is looked at before all arrays are.
+_RANKS = {
+    "patch_embed.proj.weight": 4,
+    "embeddings.patch_embeddings.projection.weight": 4,
+    "embeddings.patch_embedding.weight": 4,
+    "pos_embed": 3,
+    "embeddings.position_embeddings": 3,
+    "embeddings.position_embedding.weight": 2,
+    "reg_token": 3,
+}
 # What may stand before it, the parts of a training checkpoint in the order of choice.
 _WRAPPERS = (
-    *("state_dict_ema", "model_ema", "ema", "teacher", "student", "state_dict", "model", "net"),
+    *pth.WRAPPERS,
     *("module", "_orig_mod", "backbone", "base_model", "base_encoder", "encoder"),
 )
 _HF_NAMES = ("vit", "deit", "dinov2", "dinov2_with_registers", "vision_model")
@@ -312,22 +322,31 @@ def read_torch(
     nothing tells the number of heads.
     """
     taken, prefix, inside = _unwrap(arrays)
+    for key, rank in _RANKS.items():
+        shape = tuple(inside[key].shape) if key in inside else (1,) * rank
+        if len(shape) != rank or 0 in shape:
+            raise UserError(f"{taken[key]} has shape {shape}, expected {rank} axes, none of them 0")
     is_timm = "patch_embed.proj.weight" in inside
     config = (huggingface.read_config(path.parent) if path else None) or {}
     try:
         settings, labels = _settings(config), _labels(config)
         stated = _stated_values(config)
-    except (AttributeError, IndexError, TypeError, ValueError) as e:
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as e:
         raise UserError(
             f"the config.json beside it is damaged ({type(e).__name__}: {e}): mend or remove it"
         ) from e
     name = path.name if path else ""
     is_facebook = bool(prefix) or name.endswith((".pth", ".pt", ".tar"))
     layout = (
-        _timm_layout(inside, settings, "timm" if settings or not is_facebook else "fb")
+        _timm_layout(inside, settings, "timm" if settings or not is_facebook else "fb", name)
         if is_timm
         else _hf_layout(inside, bool(pre_logits))
     )
+    named = str(config.get("architecture", ""))
+    if named and not re.match(_ARCHITECTURES, named):
+        _log.warning("timm's %s is not known here: taken as %s", named, layout.kind)
     places = dict.fromkeys(settings, "config.json")
     told = layout.told | {k: v for k, v in settings.items() if k in layout.told and v is not None}
     table = layout.table
@@ -376,7 +395,8 @@ def read_torch(
     left_out += [key for key in arrays if key not in inner]
     fields = {k: v for k, v in told.items() if k not in ("classifier", "image_size")}
     hints = {"untold": fields, "classifier": told.get("classifier")}
-    if size := _fitting_size(settings.get("image_size"), found, fields):
+    if size := settings.get("image_size"):
+        _check_size(size, found, fields)
         hints["image_size"] = size
     places = {
         field: places.get(field, "what the library does")
@@ -485,11 +505,11 @@ def _anchor_of(inside: Arrays) -> str:
     return next(key for key in inside if _ANCHOR.fullmatch(key))
 
 
-def _timm_layout(inside: Arrays, settings: Mapping[str, Any], whose: str) -> Layout:
+def _timm_layout(inside: Arrays, settings: Mapping[str, Any], whose: str, file: str) -> Layout:
     block = "blocks.0."
     has_scale = f"{block}ls1.gamma" in inside or f"{block}gamma_1" in inside
     registers = "reg_token" in inside or "register_tokens" in inside
-    positions = inside["pos_embed"].shape[1] if _rank(inside, "pos_embed") == 3 else 0
+    positions = inside["pos_embed"].shape[1] if "pos_embed" in inside else 0
     tokens = ("cls_token" in inside) + ("dist_token" in inside)
     told: dict[str, Any] = {
         "activation": "gelu_erf",
@@ -498,8 +518,18 @@ def _timm_layout(inside: Arrays, settings: Mapping[str, Any], whose: str) -> Lay
         "classifier": "token" if "cls_token" in inside else "gap",
     }
     kind, dropped = "ViT or DeiT", r"^head\.(mlp|last_layer)|^mask_token$"
+    problems = {
+        "attention pooling beside a class token or registers": "attn_pool.latent" in inside
+        and (registers or tokens > 0),
+        "registers that have positions": "reg_token" in inside
+        and _placed_registers(inside, positions, tokens, settings),
+    }
+    if found := [name for name, is_so in problems.items() if is_so]:
+        raise UserError(f"it has {' and '.join(found)}, which is not computed here")
     if "attn_pool.latent" in inside:
         kind, told["classifier"] = "SigLIP", "map"
+        told["activation"] = _siglip_activation(inside, positions)
+    elif settings.get("siglip"):
         told["activation"] = _siglip_activation(inside, positions)
     elif "decoder_pos_embed" in inside:
         kind, dropped = "MAE, pre-trained", r"^decoder|^mask_token$"
@@ -513,6 +543,10 @@ def _timm_layout(inside: Arrays, settings: Mapping[str, Any], whose: str) -> Lay
     elif has_scale:
         is_deit3 = not registers and not _has_position(inside, positions, tokens, settings)
         kind = "DeiT-III" if is_deit3 else "DINOv2"
+    if whose == "fb" and kind == "ViT or DeiT" and re.search(r"dino(?!v[23])", file):
+        told["position_resize"] = "dinov2"  # DINO's first version had the 0.1, too.
+    if kind == "DeiT-III":
+        told["drop_path_mode"] = "constant"
     if registers and kind != "ViT or DeiT":
         kind += " with registers"
     if has_scale:
@@ -521,6 +555,10 @@ def _timm_layout(inside: Arrays, settings: Mapping[str, Any], whose: str) -> Lay
         told["classifier"] = "gap"
         kind = "MAE, fine-tuned, or another that takes the mean" if kind == "ViT or DeiT" else kind
     told["classifier"] = settings.get("classifier") or told["classifier"]
+    if told["classifier"] == "token_unpooled" and "cls_token" not in inside:
+        told["classifier"] = "unpooled"
+        if registers:
+            _log.warning("without pooling timm gives the registers too, here only the patches")
     if "cls_token" in inside:
         told["unread_class_token"] = told["classifier"] in ("gap", "map")
         told["cls_has_position"] = _has_position(inside, positions, tokens, settings)
@@ -541,6 +579,17 @@ def _has_position(inside: Arrays, rows: int, tokens: int, settings: Mapping[str,
         if rows in (grid, grid + tokens):
             return rows != grid
     return math.isqrt(rows) ** 2 != rows
+
+
+def _placed_registers(inside: Arrays, rows: int, tokens: int, settings: Mapping[str, Any]) -> bool:
+    """Whether registers have rows of the positions, too."""
+    registers = inside["reg_token"].shape[1]
+    if size := settings.get("image_size"):
+        *_, height, width = inside["patch_embed.proj.weight"].shape
+        return rows == (size[0] // height) * (size[1] // width) + tokens + registers
+    grids = [rows, rows - tokens, rows - tokens - registers]
+    is_square = [n > 0 and math.isqrt(n) ** 2 == n for n in grids]
+    return is_square == [False, False, True]
 
 
 def _siglip_activation(inside: Arrays, positions: int) -> str:
@@ -593,7 +642,37 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": None,  # Of SwiGLU.
 }
-_POOLS = {"token": "token", "avg": "gap", "map": "map", "": None}
+_POOLS = {"token": "token", "avg": "gap", "map": "map", "": "token_unpooled"}
+
+
+# Of timm's networks: whose arrays are named as those of a ViT, but which compute something else.
+_OTHER_ARCHITECTURES = (
+    r"rpn|rope|relpos|_xp_|samvit|_r\d*_s\d|resnet|clip|beit|eva|cait|dinov3|mci|_\d+x[2-9]_|_d?pwee_"
+    r"|_dwee_|_dlittle_|intern|radio|aimv2|_pe_|sapiens|lingbot"
+)
+_ARCHITECTURES = r"(flexi)?vit_|deit3?_|test_vit"
+# What `model_args` may ask for: what the arrays tell, what is read below, and what is of training.
+_KNOWN_ARGS = (
+    *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth"),
+    *("num_heads", "mlp_ratio", "qkv_bias", "init_values", "class_token", "no_embed_class"),
+    *("reg_tokens", "fc_norm", "act_layer", "drop_rate", "pos_drop_rate", "patch_drop_rate"),
+    *("proj_drop_rate", "attn_drop_rate", "drop_path_rate", "weight_init", "fix_init"),
+    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
+)
+_USUAL_ARGS = {"proj_bias": True, "final_norm": True, "pos_embed": "learn"}
+
+
+def _check_timm(architecture: str, args: Mapping[str, Any]) -> None:
+    """Raises UserError if a config.json of timm is of a network that isn't computed here."""
+    if re.search(_OTHER_ARCHITECTURES, architecture):
+        raise UserError(
+            f"it is timm's {architecture}, by its config.json, which has no place here: expected a "
+            "ViT, DeiT, DeiT-III, DINOv2 or SigLIP"
+        )
+    for name, value in args.items():
+        # None, False, 0 and "" are what it does by default.
+        if name not in _KNOWN_ARGS and (value or None) != _USUAL_ARGS.get(name):
+            raise UserError(f"config.json asks for {name} {value!r}, which is not known")
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -610,10 +689,9 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
             "classifier": args.get("global_pool", config.get("global_pool")),
             "image_size": size,
             "width": config.get("num_features"),
+            "siglip": "siglip" in str(config["architecture"]),
         }
-        for field in ("pool_include_prefix", "norm_layer"):
-            if args.get(field):
-                raise UserError(f"config.json asks for {field} {args[field]!r}, which is not known")
+        _check_timm(str(config["architecture"]), args)
     elif "model_type" in config:
         args = config.get("vision_config") or config
         found = {
@@ -703,16 +781,15 @@ def _usual_heads(inside: Arrays, width: int) -> int:
     return heads[width]
 
 
-def _fitting_size(size: Any, found: Arrays, fields: Mapping[str, Any]) -> Any:
-    """The configured size of images, if the stored positions are for it."""
-    if size is None or "embedding/kernel" not in found:
-        return None
+def _check_size(size: Any, found: Arrays, fields: Mapping[str, Any]) -> None:
+    """Raises UserError if the stored positions are not for the configured size of images."""
     placed = fields.get("cls_has_position", True)
     tokens = ("cls" in found) + ("dist" in found) if placed else 0
     height, width, *_ = found["embedding/kernel"].shape
-    fits = (size[0] // height) * (size[1] // width) + tokens == found[POSITIONS].shape[1]
-    return size if fits else None
-
-
-def _rank(inside: Arrays, key: str) -> int:
-    return len(inside[key].shape) if key in inside else 0
+    expected = (size[0] // height) * (size[1] // width) + tokens
+    if expected != (rows := found[POSITIONS].shape[1]):
+        raise UserError(
+            f"the config.json beside it is for images of {size[0]}x{size[1]}, which need "
+            f"{expected} positions, but {rows} are stored: mend its size (img_size, input_size, "
+            "image_size)"
+        )

@@ -87,7 +87,7 @@ def _export(args: argparse.Namespace) -> None:
         )
     vit = load(args.source, heads=args.heads)
     arrays = flatten_dict(vit.params, sep="/")
-    about = dict(labels=vit.labels, preprocess=vit.preprocess, force=args.force)
+    about = dict(labels=vit.labels, preprocess=vit.preprocess, loss=vit.loss, force=args.force)
     files = export(args.target, args.to, arrays, vit.spec, **about)
     if args.json:
         facts = {"architecture": vit.spec.name, "parameters": vit.spec.num_parameters}

@@ -74,7 +74,7 @@ def from_config(config: Mapping[str, Any], image_size: Size) -> str | None:
         if config.get("preprocessor"):
             text, own = _of_transformers(config["preprocessor"])
             return at_size(text, own, image_size)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise UserError(
             f"its configuration asks for preprocessing that isn't understood ({e!r}): mend it, or "
             "remove it and give your own"

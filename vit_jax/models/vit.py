@@ -408,6 +408,7 @@ class VisionTransformer(ImageModel):
         "distilled",
         "cls_has_position",
         "unread_class_token",
+        "drop_path_mode",
     )
 
     @nn.compact
