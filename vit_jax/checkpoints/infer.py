@@ -55,10 +55,10 @@ def open_network(
 def library_notes(layout: Layout, spec: Spec, path: str | os.PathLike) -> dict[str, Any] | None:
     """What the notes beside weights of PyTorch's would say, see `pretrained.Notes`; None for a file
     of another kind."""
-    from vit_jax.data import from_config  # Slow to import.
-
     if not layout.about:
         return None
+    from vit_jax.data import from_config  # Slow to import.
+
     defaults = {f.name: f.default for f in dataclasses.fields(spec.module)}
     untold = {name: getattr(spec, name) for name in spec.untold}
     mean, std = (list(layout.about[name]) for name in ("mean", "std"))
