@@ -81,6 +81,8 @@ def exported(vit: Pretrained, folder, library: str):
     return folder / "model.safetensors"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("name", WRITTEN)
 def test_written_for_its_library_again_it_is_the_same_file(name, tmp_path):
     vit, case = load(written(name, tmp_path)), stored(name)
@@ -170,6 +172,8 @@ def images(spec: Spec) -> np.ndarray:
     return np.random.default_rng(0).normal(size=size).astype(np.float32)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("library", ["timm", "hf"])
 @pytest.mark.parametrize("name", OURS)
 def test_ours_are_written_so_that_they_compute_the_same_or_refused(name, library, tmp_path):
