@@ -103,7 +103,11 @@ def test_evaluate_gives_the_figures_of_the_run_and_writes_every_prediction(whole
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     assert scores["top1"] == last["test/top1"]
     assert main(["evaluate", str(whole), "digits", "--split=test[:7]"]) == 0
-    assert "of 7" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "of 7" in said.out
+    assert said.err == ""
+    assert main(["evaluate", str(whole), "digits"]) == 0
+    assert "of digits the split test is taken, 360 images; --split" in capsys.readouterr().err
 
 
 def test_predict_names_the_most_probable_classes(weights, photos, capsys):

@@ -43,20 +43,26 @@ def run(args: argparse.Namespace) -> None:
         vit = dataclasses.replace(vit, labels=source.labels)
     else:
         scores = evaluate_images(vit, source, loss=loss, **options)
+    if args.data is not None and not args.split:  # Perhaps a part, held out for testing.
+        print(
+            f"vit-jax: of {source.name} the split test is taken, {len(source):,} images; --split "
+            "names another, as --split=train+test for all",
+            file=sys.stderr,
+        )
     labels = [vit.label(i) for i in range(len(scores.per_class))]
     counts = scores.confusion.sum(axis=1).tolist()
     classes = list(zip(labels, scores.per_class.tolist(), counts, strict=True))
     if args.csv:
         write_predictions(args.csv, source, vit, scores)
     if args.json:
-        said = {k: getattr(scores, k) for k in ("count", "skipped", "top1", "top5", "loss")}
-        said["per_class"] = [
+        facts = {k: getattr(scores, k) for k in ("count", "skipped", "top1", "top5", "loss")}
+        facts["per_class"] = [
             {"label": label, "accuracy": share if count else None, "count": count}
             for label, share, count in classes
         ]
         if scores.by_label:
-            said |= scores.by_label.to_dict(labels)
-        print(to_json(said, indent=1))
+            facts |= scores.by_label.to_dict(labels)
+        print(to_json(facts, indent=1))
         return
     for line in _lines(scores, labels):
         print(line)
