@@ -54,7 +54,8 @@ def make(family: str, folder: Path, **changes) -> Pretrained:
     """A family's small weights. The vocabulary of LiT is put into `folder`."""
     spec = SPECS[family].replace(**changes)
     params = checkpoints.to_tree(reference.make_params(spec.shapes(), seed=2))
-    size = spec.image_size[0]
+    height, width = spec.image_size
+    size = height if height == width else (height, width)
     fields = dict(model=spec.model(), params=params, spec=spec)
     if family not in LITS:
         preprocess = f"resize({size})|value_range(-1, 1)"
