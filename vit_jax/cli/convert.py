@@ -12,7 +12,7 @@ _RANDOM = 16  # Images of which it is said how much an approximation changes.
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command
+    from vit_jax.cli import add_command, add_heads
 
     parser = add_command(
         subparsers,
@@ -60,9 +60,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="store numbers so; by default as they are"
     )
-    parser.add_argument(
-        "--heads", type=int, help="attention heads, if a file of PyTorch's doesn't tell them"
-    )
+    add_heads(parser)
     parser.add_argument(
         "--force", action="store_true", help="replace the target, and the .json beside it"
     )
