@@ -21,8 +21,8 @@ def add_parser(subparsers) -> None:
         "write weights as another kind of file, or in another layout",
         "vit-jax convert Ti_16.npz Ti_16.safetensors\n"
         "  vit-jax convert webli_en_b16.npz:img image_tower.npz --style=prelinen\n"
-        "  vit-jax convert mine.npz FOLDER --to hf\n"
-        "  vit-jax convert facebook/dinov2-small plain.npz --fold --approximate",
+        "  vit-jax convert Ti_16.npz FOLDER --to hf\n"
+        "  vit-jax convert Ti_16.npz plain.npz --fold --approximate",
     )
     parser.add_argument(
         "source",
