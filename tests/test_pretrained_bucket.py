@@ -1,13 +1,19 @@
 """Weights in a bucket."""
 
+import json
+from pathlib import Path
+
 import google.auth.exceptions
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from tests.checkpoints.test_torch import written
 from vit_jax import files, load
 from vit_jax.cli import main
 from vit_jax.errors import UserError
+from vit_jax.training.workdir import is_workdir
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +39,20 @@ def test_an_orbax_folder_is_read_from_a_bucket(bucket, saved, tmp_path):
             (bucket / file.relative_to(tmp_path)).write_bytes(file.read_bytes())
     found = load(f"{bucket}/w.orbax")
     jax.tree.map(np.testing.assert_array_equal, found.params, vit.params)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_other_libraries_are_read_with_what_lies_beside_them(bucket, tmp_path, sharded):
+    path = written("hf-vit", tmp_path)
+    if sharded:
+        path = path.rename(tmp_path / "model-00001-of-00001.safetensors")
+        index = {"weight_map": dict.fromkeys(load_file(path), path.name)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file in filter(Path.is_file, tmp_path.iterdir()):
+        (bucket / "theirs" / file.name).write_bytes(file.read_bytes())
+    for address in [f"{bucket}/theirs", *([f"{bucket}/theirs/{path.name}"] * (not sharded))]:
+        assert load(address).spec.num_heads == 3
+    assert not is_workdir(f"{bucket}/theirs")
 
 
 def test_what_holds_no_weights_is_told(bucket, capsys):

@@ -216,14 +216,17 @@ def _machine() -> str:
     return ""
 
 
-def local_copy(path: str | os.PathLike, beside: Sequence[str] = ()) -> Path:
+def local_copy(
+    path: str | os.PathLike, beside: Sequence[str] = (), siblings: Sequence[str] = ()
+) -> Path:
     """A file or a folder of a bucket, copied into the cache folder unless it is there already.
 
     The place in the cache is named by the generations of the objects: a copy is never out of date.
 
     Args:
       path: a file, or a folder, of which all files are copied.
-      beside: endings of files to copy with a file, if there are any: ".json" for NAME.json.
+      beside, siblings: files to copy with a file, if there are any: ".json" for NAME.json;
+        "config.json" for that in its folder.
 
     Raises UserError if there is none, the disk is too small, or as `bucket_errors`.
     """
@@ -233,6 +236,7 @@ def local_copy(path: str | os.PathLike, beside: Sequence[str] = ()) -> Path:
         is_file = bool(name) and blob.exists()
         if is_file:
             names = [name, *(os.path.splitext(name)[0] + ending for ending in beside)]
+            names += [os.path.join(os.path.dirname(name), sibling) for sibling in siblings]
             blobs = list(filter(None, map(store.get_blob, names)))
         else:
             listed = store.list_blobs(prefix=f"{name}/" if name else None)

@@ -26,6 +26,10 @@ class UserError(ValueError):
         super().__init__(printable(message))
 
 
+class AbsentError(UserError):
+    """A server says that it has no such file, or not for us."""
+
+
 @contextlib.contextmanager
 def full_disk_explained(place: str = "a file") -> Iterator[None]:
     """Makes a UserError of the system's error that there is no room to write in `place`."""

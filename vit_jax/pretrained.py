@@ -461,15 +461,21 @@ ORBAX_MARKERS = ("_CHECKPOINT_METADATA", "_METADATA")
 
 
 def _copy_from_bucket(path: Any) -> Path:
-    """The local copy of a file, an Orbax folder, or the weights of a workdir in a bucket."""
+    """The local copy of a file, an Orbax folder, or the weights of a workdir or of a folder of timm
+    or transformers in a bucket."""
     with bucket_errors(path):
         if (path / WEIGHTS).exists():
             path = path / WEIGHTS
+        elif weights := huggingface.weights_in(path):
+            if weights.suffix == ".json":  # Of several files.
+                return huggingface.weights_in(local_copy(path)) or path
+            path = weights
         elif (path / "config.json").exists():
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
         elif path.is_dir() and not any((path / name).exists() for name in ORBAX_MARKERS):
             raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
-    return local_copy(path, beside=(".json", ".txt", ".model"))
+    siblings = huggingface.CONFIGS if path.suffix in huggingface.ENDINGS else ()
+    return local_copy(path, beside=(".json", ".txt", ".model"), siblings=siblings)
 
 
 def read_weights(

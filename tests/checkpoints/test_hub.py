@@ -1,4 +1,5 @@
 import http.server
+import json
 import os
 import re
 import threading
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import vit_jax
+from tests.checkpoints.test_torch import written
 from vit_jax.checkpoints import hub, save_weights
 from vit_jax.checkpoints.hub import STORE, cache_path, resolve, sidecar_files, url_for
 from vit_jax.errors import UserError
@@ -200,6 +202,43 @@ def test_a_file_the_server_has_not_is_said_with_its_address(mirror):
     with pytest.raises(UserError, match=r"404.*by hand") as caught:
         resolve("sam/ViT-X_16")
     assert "/vit_models/sam/ViT-X_16.npz" in str(caught.value)
+
+
+@pytest.fixture
+def theirs(mirror, tmp_path):
+    """A file of transformers' and what lies beside it, on the server: its address."""
+    file = written("hf-vit", tmp_path)
+    values = {"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "size": 12, "resample": 3}
+    mirror.content |= {
+        "/files/model.safetensors": file.read_bytes(),
+        "/files/config.json": (tmp_path / "config.json").read_bytes(),
+        "/files/preprocessor_config.json": json.dumps(values).encode(),
+    }
+    return f"{os.environ['VIT_JAX_MIRROR']}files/model.safetensors"
+
+
+def test_what_describes_weights_of_pytorch_is_fetched_with_them(mirror, theirs):
+    vit = vit_jax.load(theirs)
+    assert vit.spec.num_heads == 3
+    assert vit.preprocess == "resize(12, method='pil_bicubic')|normalize(0.1, 0.2)"
+    assert len(mirror.asked) == 3
+    vit_jax.load(theirs)
+    assert len(mirror.asked) == 3
+
+
+def test_weights_may_have_nothing_beside_them(mirror, theirs):
+    del mirror.content["/files/config.json"], mirror.content["/files/preprocessor_config.json"]
+    with pytest.raises(UserError, match="give their number"):
+        vit_jax.load(theirs)
+    assert vit_jax.load(theirs, heads=3).spec.layer_norm_epsilon == 1e-12
+    assert len(mirror.asked) == 3
+
+
+def test_what_describes_them_has_a_largest_size(mirror, theirs, monkeypatch):
+    monkeypatch.setattr(hub, "_TEXT", 10_000)
+    mirror.content["/files/config.json"] = b"{" + b" " * 20_000 + b"}"
+    with pytest.raises(UserError, match=r"config\.json gives more than 0 MB, too much"):
+        vit_jax.load(theirs)
 
 
 def test_offline_only_the_cache_is_used(mirror, cache, monkeypatch):

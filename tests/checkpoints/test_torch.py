@@ -230,7 +230,7 @@ def test_of_files_of_deit_3_and_dino_what_their_training_did_is_taken(tmp_path):
 def test_heads_are_asked_for_where_nothing_tells_them(tmp_path):
     path = written("timm-vit", tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match=r"nor does the width 12, .* give it, heads=N"):
+    with pytest.raises(UserError, match=r"nor does the width 12, .* give their number, --heads N"):
         load(path)
     with pytest.raises(UserError, match="5 attention heads do not divide the width 12"):
         load(path, heads=5)

@@ -1,12 +1,15 @@
 """`vit-jax convert`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from tests import published
-from vit_jax.checkpoints import open_arrays, write_npz
+from tests.checkpoints.test_torch import written
+from vit_jax import load
+from vit_jax.checkpoints import hub, open_arrays, write_npz
 from vit_jax.cli import main
 
 
@@ -61,3 +64,22 @@ def test_force_replaces(source, tmp_path):
 
     with open_arrays(tmp_path / "b.npz") as arrays:
         assert set(arrays) == set(published.shapes("ViT gap"))
+
+
+def test_a_folder_a_workdir_and_a_published_name_are_sources_too(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+    timm, run = tmp_path / "timm", tmp_path / "run"
+    timm.mkdir()
+    run.mkdir()
+    written("timm-vit", timm)
+    shutil.copy(source, run / "weights.npz")
+    cached = hub.cache_path(hub.url_for("siglip2/siglip2_b16_224"))
+    cached.parent.mkdir(parents=True)
+    lit = {k: v for k, v in published.arrays("LiT").items() if k.startswith("img/")}
+    write_npz(cached, lit)
+
+    for name in (timm, run, "siglip2/siglip2_b16_224:img"):
+        assert main(["convert", str(name), str(tmp_path / "b.npz"), "--force"]) == 0
+        if name is timm:
+            assert load(tmp_path / "b.npz").spec == load(timm).spec
+    assert set(np.load(tmp_path / "b.npz")) == {key[4:] for key in lit}

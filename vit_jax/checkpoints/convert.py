@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,17 +80,12 @@ def convert(
         layout, spec = opened
         arrays, told = layout.arrays, library_notes(layout, spec, path)
         endings = (".json", ".txt", ".model") if spec.classifies_by_text else (".json",)
-        if target.with_suffix(".json").resolve() == path.resolve():
-            raise UserError(f"the notes of {target} would replace {path}: choose another name")
+        check_notes(target, path)
         pairs = [(notes_beside(path, ending), target.with_suffix(ending)) for ending in endings]
         sidecars = [
             (old, new) for old, new in pairs if old is None or old.resolve() != new.resolve()
         ]
-        there = [str(new) for new in (target, *(new for _, new in sidecars)) if new.exists()]
-        if there and not force:
-            raise UserError(
-                f"{' and '.join(there)} is there already: choose another name, or say --force"
-            )
+        check_free([target, *(new for _, new in sidecars)], force)
         if dtype is not None:
             arrays = {key: array.astype(DTYPES[dtype]) for key, array in arrays.items()}
         bad: list[str] = []
@@ -120,6 +116,21 @@ def convert(
         else:  # Notes of the weights that were there before would be wrong for these.
             new.unlink(missing_ok=True)
     return Converted(spec, len(arrays), tuple(written))
+
+
+def check_notes(target: Path, source: Path) -> None:
+    """Raises UserError if the notes beside a new file would be the file that it is made of."""
+    if target.with_suffix(".json").resolve() == source.resolve():
+        raise UserError(f"the notes of {target} would replace {source}: choose another name")
+
+
+def check_free(files: Iterable[Path], force: bool) -> None:
+    """Raises UserError if one of them is there and may not be replaced."""
+    there = [str(file) for file in files if file.exists()]
+    if there and not force:
+        raise UserError(
+            f"{' and '.join(there)} is there already: choose another name, or say --force"
+        )
 
 
 def _noted(path: Path, tower: str | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import google_crc32c
 import requests
 from urllib3 import exceptions as broken
 
-from vit_jax.errors import UserError, first_line
+from vit_jax.errors import AbsentError, UserError, first_line
 from vit_jax.files import cache_errors, locks
 
 TIMEOUT = 30.0  # Seconds without a byte after which a connection counts as dead.
@@ -47,11 +47,18 @@ _Remote = dict[str, Any]  # A file as its server describes it, see `_describe`.
 
 
 class _FailedError(Exception):
-    """Why an attempt failed; `tries` such in a row are enough, `wait` seconds are to be between."""
+    """Why an attempt failed; `tries` such in a row are enough, `wait` seconds are to be between;
+    what a person is told is an `error`."""
 
-    def __init__(self, reason: str, tries: float = math.inf, wait: float | None = None):
+    def __init__(
+        self,
+        reason: str,
+        tries: float = math.inf,
+        wait: float | None = None,
+        error: type[UserError] = UserError,
+    ):
         super().__init__(reason)
-        self.tries, self.wait = tries, wait
+        self.tries, self.wait, self.error = tries, wait, error
 
 
 def download(
@@ -71,8 +78,9 @@ def download(
       timeout: seconds without a byte after which an attempt fails, by default TIMEOUT.
       limit: bytes that the file may have, whatever the server says, by default LARGEST.
 
-    Raises UserError saying what went wrong and where to put the file by hand. What has arrived
-    stays, and the next call goes on from there.
+    Raises UserError saying what went wrong and where to put the file by hand, AbsentError if the
+    server says that it gives no such file. What has arrived stays, and the next call goes on from
+    there.
     """
     if os.path.isdir(path):
         raise UserError(
@@ -140,7 +148,7 @@ def _transfer(
                     often = f", {failed} times in a row: try again later" if failed > 1 else ""
                     kept = _read_notes(path) and _size(part)
                     rest = f"; {kept:,} bytes are kept for another try" if kept else ""
-                    raise UserError(
+                    raise e.error(
                         f"can't download {url}: {e}{often}{rest}; or fetch that address by hand "
                         f"and save it as {path}"
                     ) from e
@@ -252,7 +260,8 @@ def _open(url: str, headers: dict[str, str], timeout: float) -> requests.Respons
         raise _FailedError(said, wait=float(seconds) if seconds.isdecimal() else None)
     if status in (401, 403, 404, 410):
         said += ", so there is no such file or no permission to read it"
-    raise _FailedError(f"{said}: check the name", tries=1)
+    error = AbsentError if 400 <= status < 500 else UserError
+    raise _FailedError(f"{said}: check the name", tries=1, error=error)
 
 
 def _describe(url: str, response: requests.Response) -> _Remote:

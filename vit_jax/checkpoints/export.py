@@ -35,6 +35,9 @@ _PREPROCESS = re.compile(
 )
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers.
 
+# What `fold` makes another form of.
+_FOLDABLE = ("layer_norm_epsilon", "positions of fixed sines")
+
 _log = logging.getLogger(__name__)
 
 
@@ -106,8 +109,10 @@ def export(
 
 def _refuse(library: str, problems: Mapping[str, bool]) -> None:
     if found := [name for name, is_one in problems.items() if is_one]:
+        foldable = all(name.startswith(_FOLDABLE) for name in found)
         raise UserError(
-            f"{_NAMES[library]} doesn't compute {' nor '.join(found)}: keep the weights as .npz"
+            f"{_NAMES[library]} doesn't compute {' nor '.join(found)}: "
+            + ("say --fold, by which it computes the same" if foldable else "keep them as .npz")
         )
 
 

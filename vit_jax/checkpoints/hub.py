@@ -5,6 +5,7 @@ Environment variables: VIT_JAX_CACHE, the folder of the cache (else XDG_CACHE_HO
 stands for https://storage.googleapis.com.
 """
 
+import contextlib
 import difflib
 import hashlib
 import logging
@@ -16,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from vit_jax.checkpoints import augreg, huggingface
-from vit_jax.errors import UserError
+from vit_jax.errors import AbsentError, UserError
 from vit_jax.files import cache_folder, has_credentials
 
 STORE = "https://storage.googleapis.com"
@@ -46,7 +47,8 @@ def resolve(
         them; without a folder an AugReg model or file ("Ti_16"), or an official name ("ViT-B_16"),
         which means the paper's ImageNet-21k weights if there are any, else the recommended AugReg
         ones; a repository of huggingface.co, "timm/NAME", "facebook/NAME" or "hf-hub:ORG/NAME"; a
-        gs://, https:// or http:// address.
+        gs://, https:// or http:// address. Beside weights of PyTorch's their config.json and
+        preprocessor_config.json are fetched, too, if there are any.
       cache_dir: where to keep downloads; None for the environment's choice, see above.
       offline: True forbids the network; None for the environment's choice.
 
@@ -64,10 +66,14 @@ def resolve(
         )
         name = same
     if found := huggingface.repository(name):
-        is_offline = _is_offline() if offline is None else offline
-        return huggingface.fetch(found, cache_dir=cache_dir, offline=is_offline)
+        return huggingface.fetch(found, cache_dir=cache_dir, offline=_is_offline(offline))
     url = url_for(name, cache_dir=cache_dir, offline=offline)
     sidecars = sidecar_files(url)
+    new = not os.path.isfile(cache_path(url, cache_dir))
+    if new and cache_path(url).suffix in huggingface.ENDINGS and not _is_offline(offline):
+        for file in huggingface.CONFIGS:
+            with contextlib.suppress(AbsentError):
+                fetch(urllib.parse.urljoin(url, file), cache_dir=cache_dir, offline=offline)
     try:
         path = fetch(url, cache_dir=cache_dir, offline=offline)
     except UserError as e:
@@ -228,14 +234,15 @@ def fetch(
                 f"VIT_JAX_MIRROR is {mirror!r}, expected an https:// or http:// address"
             )
         url = mirror + url.removeprefix(STORE)
-    if _is_offline() if offline is None else offline:
+    if _is_offline(offline):
         raise UserError(
             f"{path.name} is not in the cache, and downloads are switched off: fetch {url} by hand "
             f"and save it as {path}, or unset VIT_JAX_OFFLINE"
         )
     from vit_jax.checkpoints.download import download  # Slow to import.
 
-    is_text = path.suffix in (".csv", ".txt", ".model")  # Tables, words: a few megabytes.
+    # Tables, words, configurations: a few megabytes.
+    is_text = path.suffix in (".csv", ".txt", ".model", ".json")
     download(url, path, attempts=attempts, timeout=timeout, limit=_TEXT if is_text else None)
     return path
 
@@ -310,5 +317,7 @@ def class_names(num_classes: int | None) -> tuple[str, ...] | None:
     return found
 
 
-def _is_offline() -> bool:
+def _is_offline(wish: bool | None = None) -> bool:
+    if wish is not None:
+        return wish
     return os.environ.get("VIT_JAX_OFFLINE", "").lower() not in ("", "0", "false", "no")

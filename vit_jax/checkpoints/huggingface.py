@@ -19,8 +19,9 @@ _PREFIX = "hf-hub:"
 
 # Bytes of a configuration: 21,000 classes and what they mean take 3 MB.
 _LARGEST = 64 << 20
-_ENDINGS = (".safetensors", ".json", ".bin", ".pth", ".pt", ".tar")
-_BESIDE = ("config.json", "preprocessor_config.json", "README.md")
+# Of files of weights beside which there may be files that describe them.
+ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".tar")
+CONFIGS = ("config.json", "preprocessor_config.json")
 # The first that is there is taken; of several files the index is opened.
 _WEIGHTS = (
     ("model.safetensors",),
@@ -66,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 def licence(weights: Path) -> str | None:
     """The licence of weights, by the config.json or the card beside them."""
-    if weights.suffix not in _ENDINGS:  # What lies there too may be of other weights.
+    if weights.suffix not in (*ENDINGS, ".json"):  # What lies there too may be of other weights.
         return None
     config = read_config(weights.parent) or {}
     if named := (config.get("pretrained_cfg") or {}).get("license"):
@@ -109,7 +110,7 @@ def fetch(repository: str, *, cache_dir: str | os.PathLike | None, offline: bool
     options: dict[str, Any] = {"cache_dir": cache_dir, "revision": revision or None}
     try:
         for names in _WEIGHTS:
-            wanted = [*_BESIDE, *names]
+            wanted = [*CONFIGS, "README.md", *names]
             folder = snapshot_download(
                 repo, allow_patterns=wanted, local_files_only=offline, **options
             )

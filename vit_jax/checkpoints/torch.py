@@ -22,6 +22,8 @@ from vit_jax.checkpoints.formats import LazyArray, rows
 from vit_jax.errors import UserError
 from vit_jax.models.shapes import listing
 
+_GIVE_HEADS = "give their number, --heads N, --config.model.num_heads=N or load(..., heads=N)"
+
 _log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, Any]
@@ -358,14 +360,17 @@ def read_torch(
         )
     if heads is not None:
         places["num_heads"] = "what was given"
+        if settings.get("num_heads", heads) != heads:
+            raise UserError(
+                f"{heads} attention heads are given, but the config.json beside it tells "
+                f"{settings['num_heads']}: leave them out, or mend that file"
+            )
     elif settings.get("num_heads"):
         heads = settings["num_heads"]
     else:
         heads, places["num_heads"] = _usual_heads(inside, width), f"the width {width}"
     if type(heads) is not int or heads < 1 or width % heads:
-        raise UserError(
-            f"{heads} attention heads do not divide the width {width}: give their number, heads=N"
-        )
+        raise UserError(f"{heads} attention heads do not divide the width {width}: {_GIVE_HEADS}")
     found, left_out, unknown = {}, [], []
     for key, array in inside.items():
         if re.search(layout.dropped, key):
@@ -776,7 +781,7 @@ def _usual_heads(inside: Arrays, width: int) -> int:
     if width not in heads:
         raise UserError(
             f"no array tells the number of attention heads, nor does the width {width}, and there "
-            "is no config.json beside the file: give it, heads=N"
+            f"is no config.json beside the file: {_GIVE_HEADS}"
         )
     return heads[width]
 

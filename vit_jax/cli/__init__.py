@@ -143,6 +143,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_heads(parser: argparse.ArgumentParser) -> None:
+    """The option of all that load weights."""
+    help = "attention heads, if neither a file of PyTorch's nor one beside it tells them"
+    parser.add_argument("--heads", type=positive, metavar="N", help=help)
+
+
 def add_command(subparsers, name: str, run, help: str, example: str) -> argparse.ArgumentParser:
     """A command's parser, whose help ends with an example."""
     parser = subparsers.add_parser(

@@ -1,11 +1,18 @@
 """`vit-jax convert A B`: the same weights as another kind of file."""
 
 import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_jax.pretrained import Pretrained
+
+_RANDOM = 16  # Images of which it is said how much an approximation changes.
 
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command
+    from vit_jax.cli import add_command, add_heads
 
     parser = add_command(
         subparsers,
@@ -14,11 +21,13 @@ def add_parser(subparsers) -> None:
         "write weights as another kind of file, or in another layout",
         "vit-jax convert Ti_16.npz Ti_16.safetensors\n"
         "  vit-jax convert webli_en_b16.npz:img image_tower.npz --style=prelinen\n"
-        "  vit-jax convert mine.npz FOLDER --to hf",
+        "  vit-jax convert Ti_16.npz FOLDER --to hf\n"
+        "  vit-jax convert Ti_16.npz plain.npz --fold --approximate",
     )
     parser.add_argument(
         "source",
-        help="an .npz or .safetensors file, or an Orbax folder; FILE:img for its tower img",
+        help="a file or name of weights, a workdir, a folder of timm or transformers; FILE:img for "
+        "its tower img",
     )
     parser.add_argument(
         "target",
@@ -37,11 +46,21 @@ def add_parser(subparsers) -> None:
         help="write a folder that timm or Hugging Face's transformers load",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="store numbers so; by default as they are"
+        "--fold",
+        action="store_true",
+        help="multiply LayerScale, the images' mean and deviation and such into the other weights, "
+        "for the original's code",
     )
     parser.add_argument(
-        "--heads", type=int, help="attention heads, if a file of PyTorch's doesn't tell them"
+        "--approximate",
+        action="store_true",
+        help="with --fold or --to: of what can't be computed there (activation, epsilon) take the "
+        "nearest, and say how much that changes",
     )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="store numbers so; by default as they are"
+    )
+    add_heads(parser)
     parser.add_argument(
         "--force", action="store_true", help="replace the target, and the .json beside it"
     )
@@ -51,48 +70,110 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Converts and says what was written."""
     from vit_jax.checkpoints.convert import convert
+    from vit_jax.errors import UserError
     from vit_jax.escape import printable, to_json
+    from vit_jax.pretrained import find_weights
 
-    if args.to:
-        _export(args)
-        return
-    wishes = dict(style=args.style, dtype=args.dtype, heads=args.heads, force=args.force)
-    done = convert(args.source, args.target, **wishes)
-    if args.json:
+    if args.approximate and not (args.to or args.fold):
+        raise UserError("--approximate goes with --to or --fold: add one, or leave it out")
+    if args.to or args.fold:
+        facts, lines = _rewritten(args)
+    else:
+        path, tower = find_weights(args.source)
+        wishes = dict(style=args.style, dtype=args.dtype, heads=args.heads, force=args.force)
+        done = convert(f"{path}:{tower}" if tower else path, args.target, **wishes)
         facts = {
             "architecture": done.spec.name,
             "parameters": done.spec.num_parameters,
             "arrays": done.arrays,
             "files": [str(path) for path in done.files],
         }
+        name = done.spec.name or "a network without an official name"
+        lines = [f"{name}, {done.spec.num_parameters:,} parameters in {done.arrays} arrays"]
+    if args.json:
         print(to_json(facts, indent=1))
         return
-    name = done.spec.name or "a network without an official name"
-    print(f"{name}, {done.spec.num_parameters:,} parameters in {done.arrays} arrays")
-    for path in done.files:
-        print(printable(f"wrote {path}"))
+    for line in (*lines, *(f"wrote {path}" for path in facts["files"])):
+        print(printable(line))
 
 
-def _export(args: argparse.Namespace) -> None:
+def _rewritten(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Folds, approximates and exports, as asked for: (facts in JSON, lines for a person)."""
+    from pathlib import Path
+
     from flax.traverse_util import flatten_dict
 
+    from vit_jax.checkpoints import check_ending, to_tree
+    from vit_jax.checkpoints.convert import check_free, check_notes
     from vit_jax.checkpoints.export import export
+    from vit_jax.checkpoints.fold import approximated, check_original, fold
     from vit_jax.errors import UserError
-    from vit_jax.escape import printable, to_json
-    from vit_jax.pretrained import load
+    from vit_jax.files import expand_user
+    from vit_jax.pretrained import find_weights, load
 
-    if args.dtype == "bfloat16" or args.style != "linen":
+    if args.dtype == "bfloat16" or (args.to and args.style != "linen"):
         raise UserError(
             "--to writes float32 under the library's names: leave --dtype and --style out"
+            if args.to
+            else "--fold writes float32: leave --dtype out"
         )
+    target = Path(expand_user(args.target))
+    if not args.to:
+        check_ending(target)
+        check_notes(target, find_weights(args.source)[0])
+        check_free([target, target.with_suffix(".json")], args.force)
     vit = load(args.source, heads=args.heads)
-    arrays = flatten_dict(vit.params, sep="/")
-    about = dict(labels=vit.labels, preprocess=vit.preprocess, loss=vit.loss, force=args.force)
-    files = export(args.target, args.to, arrays, vit.spec, **about)
-    if args.json:
-        facts = {"architecture": vit.spec.name, "parameters": vit.spec.num_parameters}
-        print(to_json(facts | {"files": [str(path) for path in files]}, indent=1))
-        return
-    print(f"{vit.spec.description}, {vit.spec.num_parameters:,} parameters")
-    for path in files:
-        print(printable(f"wrote {path}"))
+    facts: dict[str, Any] = {}
+    lines = [f"{vit.spec.description}, {vit.spec.num_parameters:,} parameters"]
+    if args.fold:
+        arrays, spec, preprocess, done = fold(
+            flatten_dict(vit.params, sep="/"), vit.spec, vit.preprocess
+        )
+        new = dict(model=spec.model(), params=to_tree(arrays), spec=spec, preprocess=preprocess)
+        vit = dataclasses.replace(vit, **new)
+        facts["folded"] = done
+        lines.append(f"folded: {'; '.join(done) or 'nothing, it is plain already'}")
+    exact, replaced = vit, dict[str, Any]()
+    if args.approximate:
+        spec, replaced = approximated(vit.spec, args.to)
+        vit = dataclasses.replace(vit, model=spec.model(), spec=spec)
+    if args.to:
+        about = dict(labels=vit.labels, preprocess=vit.preprocess, loss=vit.loss, force=args.force)
+        files = export(target, args.to, flatten_dict(vit.params, sep="/"), vit.spec, **about)
+    else:
+        check_original(vit.spec)
+        vit.save(target, style=args.style)
+        files = [target, target.with_suffix(".json")]
+    if args.approximate:
+        facts["replaced"] = {k: [v, getattr(vit.spec, k)] for k, v in replaced.items()}
+        words = [f"{k} {v!r} by {getattr(vit.spec, k)!r}" for k, v in replaced.items()]
+        lines.append(f"replaced: {', '.join(words) or 'nothing, it is exact without'}")
+    if replaced:
+        facts["difference"], text = _difference(exact, vit)
+        lines.append(text)
+    facts |= {"architecture": vit.spec.name, "parameters": vit.spec.num_parameters}
+    return facts | {"files": [str(path) for path in files]}, lines
+
+
+def _difference(exact: "Pretrained", other: "Pretrained") -> tuple[dict[str, Any], str]:
+    """How far the answers of two networks to the same random images lie apart: (facts, a line)."""
+    import numpy as np
+
+    from vit_jax.data import parse
+
+    rng, (height, width) = np.random.default_rng(0), exact.image_size
+    # Blocks of colour: noise of single pixels looks the same to a network, whatever it is.
+    blocks = rng.integers(0, 256, (_RANDOM, 8, 8, exact.spec.channels), np.uint8)
+    rows, columns = (np.arange(size) * 8 // size for size in (height, width))
+    images = parse(exact.preprocess).range(blocks[:, rows][:, :, columns].astype(np.float32))
+    before, after = exact(images), other(images)
+    largest = float(np.abs(after - before).max())
+    facts = {"largest": largest, "relative": largest / float(np.abs(before).max())}
+    text = (
+        f"so {'features' if exact.spec.num_classes is None else 'logits'} of {_RANDOM} random "
+        f"images change by {largest:.3g} at most, {facts['relative']:.2g} of the largest"
+    )
+    if exact.spec.num_classes is not None:
+        facts["top1"] = float((before.argmax(-1) == after.argmax(-1)).mean())
+        text += f"; the most probable class is the same for {facts['top1']:.0%}"
+    return facts, text

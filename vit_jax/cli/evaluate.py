@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command, positive
+    from vit_jax.cli import add_command, add_heads, positive
 
     help = "measure accuracy and loss on labelled images"
     example = "vit-jax evaluate runs/digits --csv=predictions.csv"
-    add = add_command(subparsers, "evaluate", run, help, example).add_argument
+    parser = add_command(subparsers, "evaluate", run, help, example)
+    add = parser.add_argument
     add("weights", help="a file or name of weights, or the workdir of a finished run")
     add(
         "data", nargs="?", help="a folder of images, a table, a TFDS name; by default the run's own"
@@ -20,6 +21,7 @@ def add_parser(subparsers) -> None:
     corrupt = "what to do with unreadable ones"
     add("--corrupt", choices=("error", "skip"), default="error", help=corrupt)
     add("--csv", metavar="FILE", help="write every prediction to this file")
+    add_heads(parser)
     add("--json", action="store_true", help="print JSON")
 
 
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.evaluation.zero_shot import zero_shot
     from vit_jax.pretrained import load
 
-    vit = load(args.weights)
+    vit = load(args.weights, heads=args.heads)
     source, loss = _open_source(args)
     options = {"batch_size": args.batch, "corrupt": args.corrupt}
     if vit.classifies_by_text:

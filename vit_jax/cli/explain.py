@@ -5,11 +5,12 @@ import argparse
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command
+    from vit_jax.cli import add_command, add_heads
 
     help = "show what a network looks at on images"
     example = "vit-jax explain runs/photos photo.jpg --out page.html"
-    add = add_command(subparsers, "explain", run, help, example).add_argument
+    parser = add_command(subparsers, "explain", run, help, example)
+    add = parser.add_argument
     add("weights", help="a file or name of weights, or the workdir of a finished run")
     add("images", nargs="+", metavar="image", help="image files")
     out = (
@@ -21,6 +22,7 @@ def add_parser(subparsers) -> None:
         "probable; of LiT weights a text, one of those chosen from; may be given several times"
     )
     add("--class", dest="classes", action="append", metavar="CLASS", help=classes)
+    add_heads(parser)
     add("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.pretrained import load
 
     html = page.kind_of(args.out) == "html"
-    vit = load(args.weights)
+    vit = load(args.weights, heads=args.heads)
     explained = list(explain.explanations(vit, args.images, args.classes))
     if html:
         content = explain.page_html(vit, explained)

@@ -5,7 +5,7 @@ import argparse
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command
+    from vit_jax.cli import add_command, add_heads
 
     parser = add_command(
         subparsers, "info", run, "say what a file of weights is", "vit-jax info runs/digits"
@@ -13,9 +13,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "weights", help="a file or name of weights, or the workdir of a finished run"
     )
-    parser.add_argument(
-        "--heads", type=int, help="attention heads, if a file of PyTorch's doesn't tell them"
-    )
+    add_heads(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -6,16 +6,18 @@ from collections.abc import Callable
 
 def add_parser(subparsers) -> None:
     """Adds the command."""
-    from vit_jax.cli import add_command, positive
+    from vit_jax.cli import add_command, add_heads, positive
 
     example = "vit-jax predict runs/photos photo.jpg"
-    add = add_command(subparsers, "predict", run, "say what is on images", example).add_argument
+    parser = add_command(subparsers, "predict", run, "say what is on images", example)
+    add = parser.add_argument
     add("weights", help="a file or name of weights, or the workdir of a finished run")
     images = add("images", nargs="+", metavar="image", help="image files; they may stand last, too")
     images.required = False  # --labels takes all that follows it, see `_split`.
     words = 'of LiT weights: what may be on the images, e.g. "a cat" "a dog"'
     add("--labels", nargs="+", metavar="WORDS", help=words)
     add("--top", type=positive, default=5, help="classes to name (default: 5)")
+    add_heads(parser)
     add("--json", action="store_true", help="print JSON")
 
 
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax.pretrained import load
 
     labels, images = _split(args.labels, args.images)
-    vit = load(args.weights)
+    vit = load(args.weights, heads=args.heads)
     if labels is None:
         look = functools.partial(vit.predict, top=args.top)
     elif vit.classifies_by_text:

@@ -339,6 +339,12 @@ def train_spec(config: ConfigDict) -> str:
     return "|".join(filter(None, parts))
 
 
+def given_heads(config: ConfigDict) -> int | None:
+    """The attention heads of the weights that a run starts from, which files of PyTorch's may not
+    tell; None if the configuration doesn't either."""
+    return config.model.get("num_heads")
+
+
 def eval_spec(config: ConfigDict) -> str:
     """What evaluation does to an image: by default what is recorded with the weights.
 
@@ -389,18 +395,18 @@ def _recorded_with_levels(config: ConfigDict) -> tuple[str | None, str]:
             return None, ""
         file = split_tower(source)[0]
         changed = os.stat(file).st_mtime_ns if os.path.exists(file) else 0
-        return _recorded_in(source, config.pp.crop, changed)
+        return _recorded_in(source, given_heads(config), config.pp.crop, changed)
     except UserError:
         return None, ""
 
 
 @functools.lru_cache(maxsize=8)
-def _recorded_in(source: str, crop: int, changed: int) -> tuple[str | None, str]:
+def _recorded_in(source: str, heads: int | None, crop: int, changed: int) -> tuple[str | None, str]:
     """Read once; `changed` is the file's time, by which others of that name are told."""
     from vit_jax.pretrained import find_weights, preprocess_for, read_weights
 
     path, tower = find_weights(source)
-    _, spec, notes = read_weights(path, tower, values=False)
+    _, spec, notes = read_weights(path, tower, values=False, heads=heads)
     text = preprocess_for(notes, spec, spec.replace(image_size=(crop, crop)))
     preprocess = data.parse(text)
     fits = notes and preprocess.output_size == (crop, crop) and preprocess.normalize

@@ -13,7 +13,7 @@ from vit_jax.models import POOLED, Spec, create_model, family_of, variant
 from vit_jax.models.family import weightless_fields
 from vit_jax.models.stack import BlockLoop, stack_blocks
 from vit_jax.pretrained import Pretrained, load
-from vit_jax.training.config import weights_source
+from vit_jax.training.config import given_heads, weights_source
 
 
 def make_network(
@@ -60,6 +60,7 @@ def make_network(
         num_classes=len(labels),
         image_size=(height, width),
         channels=channels,
+        heads=given_heads(config),
         **{k: v for k, v in fields.items() if k in weightless and v},
     )
     stored = vit.spec.architecture()

@@ -28,7 +28,7 @@ from vit_jax.pretrained import (
     untold_fields,
 )
 from vit_jax.training.checkpoints import saved_steps
-from vit_jax.training.config import default_config, flatten, weights_source
+from vit_jax.training.config import default_config, flatten, given_heads, weights_source
 from vit_jax.training.inputs import open_split, preprocessing
 from vit_jax.training.workdir import (
     CHECKPOINTS,
@@ -183,7 +183,8 @@ def _load_checkpoint(folder: epath.Path, config: ConfigDict, labels: tuple[str, 
     # What no array tells: of the weights that the run started from, its network's name, its fields.
     fields = variant(config.model.name) if config.model.name else {}
     if path := weights_source(config):
-        fields = read_weights(*find_weights(path), values=False)[1].architecture()
+        file = find_weights(path)
+        fields = read_weights(*file, values=False, heads=given_heads(config))[1].architecture()
     fields = fields | dict(config.model)
     with open_arrays(local_copy(folder) if is_bucket(folder) else folder) as stored:
         part = "ema/" if any(k.startswith("ema/") for k in stored) else "params/"

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.buckets import Claim, GrowingFiles, check_claim
 from vit_jax.checkpoints.hub import needs_credentials
+from vit_jax.checkpoints.huggingface import weights_in
 from vit_jax.errors import UserError
 from vit_jax.files import (
     as_path,
@@ -192,12 +193,14 @@ def write_config(workdir: epath.Path, config: ConfigDict, fingerprints: Mapping[
 
 def is_workdir(path: str | os.PathLike) -> bool:
     """Whether a path is the workdir of a run, here or in a bucket that can be read."""
+    # A folder of timm or transformers has a config.json, too.
     if not is_bucket(path):
-        return os.path.isfile(os.path.join(os.path.expanduser(path), CONFIG))
+        folder = Path(path).expanduser()
+        return os.path.isfile(folder / CONFIG) and not weights_in(folder)
     if not needs_credentials(os.fspath(path)):
         return False
     with bucket_errors(path):
-        return (as_path(path) / CONFIG).exists()
+        return (as_path(path) / CONFIG).exists() and not weights_in(as_path(path))
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
