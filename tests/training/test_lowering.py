@@ -4,6 +4,7 @@ It proves that the step can be lowered for them, what is in the program, and tha
 of cuDNN's attention pass. What their compilers make of it, only they can tell.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -94,8 +95,18 @@ def lowered(model, mesh, *platforms: str) -> Counter:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        # Each family in one layout, and one family in each.
+        pytest.param(*pair, marks=[pytest.mark.slow, pytest.mark.ci] if 0 not in at else [])
+        for at, pair in zip(
+            itertools.product(range(len(FAMILIES)), range(len(LAYOUTS))),
+            itertools.product(FAMILIES, LAYOUTS),
+            strict=True,
+        )
+    ],
+)
 def test_gpus_and_tpus_get_no_form_for_cpus(monkeypatch, family, layout):
     """Those have barriers, to keep XLA's compiler for CPUs from what is slow there."""
     mesh, loop, barriers = LAYOUTS[layout]

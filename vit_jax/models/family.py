@@ -155,7 +155,7 @@ class ImageModel(nn.Module):
     def with_head(
         self: Any, arrays: Arrays, num_classes: int | None, pre_logits: bool | None
     ) -> tuple[Any, Arrays]:
-        """The network with a new head of zeros, or without its tanh layer; see `Spec.adapt`."""
+        """The network with a new head or none, or without its tanh layer; see `Spec.adapt`."""
         stored, arrays = self.representation_size, dict(arrays)
         if pre_logits and stored is None:
             raise UserError(
@@ -170,9 +170,13 @@ class ImageModel(nn.Module):
                 )
             del arrays["pre_logits/kernel"], arrays["pre_logits/bias"]
             model = model.clone(representation_size=None)
-        if num_classes is not None:
-            if num_classes < 1:
-                raise UserError(f"num_classes is {num_classes}, expected at least 1")
+        if num_classes == 0:
+            heads = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
+            model = model.clone(num_classes=None)
+            arrays = {name: array for name, array in arrays.items() if name not in heads}
+        elif num_classes is not None:
+            if num_classes < 0:
+                raise UserError(f"num_classes is {num_classes}, expected at least 0")
             model = model.clone(num_classes=num_classes)
             arrays["head/kernel"] = np.zeros((model.num_features, num_classes), np.float32)
             arrays["head/bias"] = np.zeros((num_classes,), np.float32)
@@ -384,7 +388,7 @@ class Spec:
 
         Args:
           arrays: {"a/b/c": array}, see `checkpoints.load_weights`.
-          num_classes: None keeps the head; a number puts a new head of zeros in its place.
+          num_classes: None keeps the head; a number puts a new head of zeros in its place, 0 none.
           image_size: (height, width); None keeps the grid, else positions are resampled.
           pre_logits: None keeps the tanh layer with a kept head and drops it with a new one, as the
             paper's fine-tuning does; True keeps it, False drops it.

@@ -719,7 +719,7 @@ class VisionTransformer(ImageModel):
         self, arrays: Arrays, num_classes: int | None, pre_logits: bool | None
     ) -> tuple[Any, Arrays]:
         model, arrays = super().with_head(arrays, num_classes, pre_logits)
-        if num_classes is not None and self.distilled == "heads":
+        if num_classes and self.distilled == "heads":
             arrays |= {f"head_dist/{x}": arrays[f"head/{x}"] for x in ("kernel", "bias")}
         return model, arrays
 
