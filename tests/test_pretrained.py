@@ -111,7 +111,8 @@ def test_without_notes_the_original_preprocessing_is_assumed(saved):
 
 
 def test_a_likely_size_tells_a_stored_grid_that_is_not_square(tmp_path):
-    make(image_size=(20, 12)).save(tmp_path / "w.npz")
+    ready = "resize((20, 12))|value_range(-1, 1)"
+    make(image_size=(20, 12), preprocess=ready).save(tmp_path / "w.npz")
     (tmp_path / "w.json").unlink()
 
     found = load(tmp_path / "w.npz", image_size=(20, 12))
@@ -530,6 +531,22 @@ def test_a_name_that_tells_no_kind_of_file_is_refused(vit, tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         vit.save(tmp_path / "absent" / "w.npz")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preprocess": "resize(4000)|central_crop(8)"}, "expected 1 to 1024 pixels"),
+        ({"preprocess": "resize(9)"}, r"makes images of \(9, 9\), not"),
+        ({"preprocess": "flip"}, "flip .* is random"),
+        ({"labels": ("a", "b")}, "2 labels for a head of"),
+        ({"loss": "mean"}, "mean"),
+    ],
+)
+def test_what_load_would_refuse_is_not_written(vit, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(vit, **change).save(tmp_path / "w.npz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_style_writes_nothing(vit, tmp_path):

@@ -19,6 +19,8 @@ from vit_jax.errors import UserError
 if TYPE_CHECKING:
     from etils import epath
 
+LARGEST_OBJECT = 2 << 30  # Bytes of an object of a bucket that is opened as a file.
+
 # Read by etils once: buckets are reached by gcsfs, not by TensorFlow where that is installed.
 os.environ.setdefault("EPATH_USE_TF", "false")
 # And by gcsfs: it would ask another service, by gRPC, what kind of bucket each is.
@@ -64,8 +66,8 @@ def as_path(path: str | os.PathLike) -> "epath.Path":
 def open_file(path: str | os.PathLike) -> BinaryIO:
     """A file here or an object of a bucket, to be read from its beginning.
 
-    Raises OSError, also for what isn't a regular file: devices are without end, and pipes wait.
-    UserError as `bucket_errors`.
+    Raises OSError, also for what isn't a regular file (devices are without end, and pipes wait) and
+    for an object that is too large to be held in memory. UserError as `bucket_errors`.
     """
     if not is_bucket(path):
         file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
@@ -73,8 +75,11 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
             file.close()
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
         return file
-    with bucket_errors(path):
-        return io.BytesIO(as_path(path).read_bytes())
+    with bucket_errors(path), as_path(path).open("rb") as remote:
+        if remote.seek(0, os.SEEK_END) > LARGEST_OBJECT:
+            raise OSError(errno.EFBIG, f"larger than {LARGEST_OBJECT:,} bytes", os.fspath(path))
+        remote.seek(0)
+        return io.BytesIO(remote.read())
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -186,6 +186,25 @@ class Pretrained:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         raise UserError("these weights have no text tower: load a LiT bundle")
 
+    def to_notes(self) -> "Notes":
+        """What is noted beside the weights.
+
+        Raises UserError for labels or a preprocessing that `load` would refuse.
+        """
+        defaults = {f.name: f.default for f in dataclasses.fields(self.spec.module)}
+        untold = {name: getattr(self.spec, name) for name in self.spec.untold}
+        untold = {name: value for name, value in untold.items() if value != defaults[name]}
+        notes = Notes(
+            self.spec.classifier, self.image_size, self.preprocess, self.labels, untold, self.loss
+        )
+        notes.check()
+        if self.labels and len(self.labels) != self.spec.num_classes:
+            raise UserError(
+                f"{len(self.labels)} labels for a head of {self.spec.num_classes} classes: give as "
+                "many"
+            )
+        return notes
+
     def save(self, path: str | os.PathLike, *, style: str = "linen") -> None:
         """Writes the weights in the official layout; the original code reads the .npz too.
 
@@ -197,17 +216,13 @@ class Pretrained:
           style: "linen" for today's key names, "prelinen" for those of the 2020 and 2021 files,
             "2020" for those of the first hybrids.
 
-        Raises UserError for another ending or style, or if it can't be written.
+        Raises UserError for another ending or style, for what `to_notes` refuses, or if it can't be
+        written.
         """
         file = as_path(path)
         checkpoints.check_ending(file)
-        defaults = {f.name: f.default for f in dataclasses.fields(self.spec.module)}
-        untold = {name: getattr(self.spec, name) for name in self.spec.untold}
-        untold = {name: value for name, value in untold.items() if value != defaults[name]}
-        notes = Notes(
-            self.spec.classifier, self.image_size, self.preprocess, self.labels, untold, self.loss
-        )
-        checkpoints.to_style({}, style)  # An unknown style is refused before anything is written.
+        notes = self.to_notes()  # What load would refuse is refused before anything is written.
+        checkpoints.to_style({}, style)  # And so is an unknown style.
         # Both are written before either takes its name, so that the notes of other weights stand
         # beside these, if a crash comes just then, for a moment only.
         with atomic_write(file.with_suffix(".json")) as out:
@@ -218,7 +233,7 @@ class Pretrained:
             flatten_dict(self.params, sep="/"),
             classifier=notes.classifier,
             image_size=notes.image_size,
-            untold=untold,
+            untold=notes.untold,
             where=str(path),
         )
         own, found = (flatten_dict(s.architecture(), sep=".") for s in (self.spec, read))
@@ -499,6 +514,7 @@ def read_weights(
         if found:
             labels = found["labels"]
             notes = Notes(**found | {"labels": tuple(labels) if labels else None})
+            notes.check()
         arrays = checkpoints.read_values(layout, path, allow_nonfinite) if values else {}
     return arrays, spec, notes
 
@@ -526,6 +542,25 @@ class Notes:
     untold: Mapping[str, Any]
     loss: str = "softmax"
 
+    def check(self) -> None:
+        """Raises UserError if these can't be true of any weights, or ask for huge images."""
+        known = list(dict.fromkeys(c for family in FAMILIES for c in family.classifiers))
+        if self.classifier not in known:
+            raise UserError(f"classifier {self.classifier!r} is none of {', '.join(known)}")
+        if max(self.image_size) > _LARGEST_IMAGE:
+            raise UserError(
+                f"image_size is {self.image_size}, expected at most {_LARGEST_IMAGE} pixels"
+            )
+        # Whoever looks at an image asked for none that is many times as large.
+        largest = max(1024, 4 * max(self.image_size))
+        preprocess = data.parse(self.preprocess, train=False, max_pixels=largest)
+        if preprocess.output_size not in (None, self.image_size):
+            raise UserError(
+                f"preprocess makes images of {preprocess.output_size}, not {self.image_size}"
+            )
+        check_loss(self.loss)
+        _check_untold(self.untold)
+
     def to_json(self) -> bytes:
         """The content of the file."""
         notes = dataclasses.asdict(self)
@@ -544,32 +579,18 @@ def read_notes(weights: Path) -> Notes | None:
         if file.stat().st_size > _LARGEST_NOTES:
             raise ValueError(f"it has more than {_LARGEST_NOTES:,} bytes")
         notes = json.loads(file.read_text(encoding="utf-8"))
-        labels, classifier = notes["labels"], notes["classifier"]
-        known = list(dict.fromkeys(c for family in FAMILIES for c in family.classifiers))
-        if classifier not in known:
-            raise ValueError(f"classifier {classifier!r} is none of {', '.join(known)}")
-        if labels is not None and type(labels) is not list:
+        if (labels := notes["labels"]) is not None and type(labels) is not list:
             raise ValueError("labels is no list")
-        size = height_width(notes["image_size"])
-        if max(size) > _LARGEST_IMAGE:
-            raise ValueError(f"image_size is {size}, expected at most {_LARGEST_IMAGE} pixels")
-        # Whoever looks at an image asked for none that is many times as large.
-        preprocess = data.parse(
-            notes["preprocess"], train=False, max_pixels=max(1024, 4 * max(size))
-        )
-        if preprocess.output_size not in (None, size):
-            raise ValueError(f"preprocess makes images of {preprocess.output_size}, not {size}")
-        check_loss(loss := notes.get("loss", "softmax"))
-        untold = dict(notes.get("untold", {}))
-        _check_untold(untold)
-        return Notes(
-            classifier,
-            size,
+        found = Notes(
+            notes["classifier"],
+            height_width(notes["image_size"]),
             notes["preprocess"],
             tuple(map(str, labels)) if labels else None,
-            untold,
-            loss,
+            dict(notes.get("untold", {})),
+            notes.get("loss", "softmax"),
         )
+        found.check()
+        return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(
             f"{file} is damaged ({type(e).__name__}: {e}): mend it, or remove it"

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.training.conftest import _compile_once, whole  # noqa: F401
+from tests.training.conftest import whole  # noqa: F401
 from vit_jax.checkpoints import save_weights
 from vit_jax.cli import main
 from vit_jax.models import create_model

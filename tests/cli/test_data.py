@@ -44,7 +44,7 @@ def test_show_draws_deep_images_by_their_levels(options, levels, tmp_path, capsy
         (["--pp=train"], "unknown operation 'train'"),
         (["--pp=flip", "--augment=light1"], "not allowed with argument"),
         (["--levels=all"], "levels is 'all', expected full"),
-        (["--pp=levels(0, 9)", "--levels=8 bit"], "--levels and --pp both say"),
+        (["--pp=levels(0, 9)", "--levels=8 bit"], "both say what values are black and white"),
         (["--split=tset"], "unknown split 'tset'"),
         (["--count=0"], "'0' is no whole number of at least 1"),
         (["--seed=-1"], "--seed is -1, expected 0 to 4294967295"),

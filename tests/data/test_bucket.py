@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vit_jax import data
+from vit_jax import data, files
 from vit_jax.errors import UserError
 
 
@@ -34,6 +34,16 @@ def test_images_of_a_table_in_a_bucket_are_read_there(table):
         test[1]
     with pytest.raises(UserError, match=r"table.csv line 12: there is no gs://.*/images/10.png"):
         data.open_source(str(table), "test")
+
+
+def test_an_object_that_is_too_large_is_refused_before_it_is_read(table, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST_OBJECT", 500)
+    size = len((table.parent / "images" / "10.png").read_bytes())
+    (table.parent / "images" / "10.png").write_bytes(b"\x89PNG" + bytes(600))
+    assert size < 500
+    test = data.open_source(str(table), "test")
+    with pytest.raises(UserError, match=r"images/10.png: can't be read \(larger than 500 bytes\)"):
+        test[1]
 
 
 def test_a_prepared_data_set_in_a_bucket_is_the_same_by_its_folder_and_by_its_name(

@@ -321,6 +321,33 @@ def test_the_report_names_all_images_and_is_drawn(dirty, tmp_path, capsys):
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 100
 
 
+def test_copies_stay_together_in_the_table_that_is_written(tmp_path, capsys):
+    """Where a fifth is held out by chance, and only there."""
+    for i in range(20):
+        for name in "ab":  # Each image is there twice, under two names.
+            save(tmp_path / "data" / name / f"{i}.png", image(100 * ord(name) + i))
+            save(tmp_path / "data" / name / f"copy of {i}.bmp", image(100 * ord(name) + i))
+    out = tmp_path / "out"
+    assert cli.main(["data", "check", str(tmp_path / "data"), f"--out={out}"]) == 1
+    told = capsys.readouterr().out
+    assert "in a table, which --out writes of a folder, a column group" in told
+    assert str(out / "groups.csv") in told
+    for seed in range(3):
+        parts = [open_source(str(out / "groups.csv"), s, seed=seed) for s in ("train", "test")]
+        train, test = ([part[i]["image"].tobytes() for i in range(len(part))] for part in parts)
+        assert (len(train), len(test)) == (64, 16)
+        assert not set(train) & set(test)
+        assert np.bincount(parts[1].label_ids).tolist() == [8, 8]
+    assert cli.main(["data", "check", str(out / "groups.csv")]) == 0
+    (tmp_path / "data" / "train").mkdir()  # Splits of its own are nobody's chance.
+    for name in "ab":
+        (tmp_path / "data" / name).rename(tmp_path / "data" / "train" / name)
+        save(tmp_path / "data" / "test" / name / "0.png", image(100 * ord(name)))
+    assert cli.main(["data", "check", str(tmp_path / "data"), f"--out={tmp_path / 'new'}"]) == 1
+    assert "column group" not in capsys.readouterr().out
+    assert not (tmp_path / "new" / "groups.csv").exists()
+
+
 def test_nothing_is_written_unasked(clean, tmp_path, capsys, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

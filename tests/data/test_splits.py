@@ -74,14 +74,17 @@ def test_train_and_test_folders_become_splits(tmp_path):
 @pytest.mark.parametrize("name", ["val", "validation"])
 def test_validation_folders_serve_as_test(tmp_path, name):
     folder = make_folder(tmp_path, {"train/a": 1, "train/b": 1, f"{name}/a": 4})
-    assert len(open_source(folder, "test")) == 4
-    assert len(open_source(folder, name)) == 4
+    test = open_source(folder, "test")
+    assert (len(test), len(open_source(folder, name))) == (4, 4)
+    assert test.notes[-1] == f"no test split of its own: the split {name} is taken for it"
+    assert not open_source(folder, name).notes
 
 
 def test_a_test_folder_wins_over_a_validation_folder(tmp_path):
     folder = make_folder(tmp_path, {"train/a": 1, "train/b": 1, "val/a": 4, "test/a": 2})
     assert len(open_source(folder, "test")) == 2
     assert len(open_source(folder, "val")) == 4
+    assert not open_source(folder, "test").notes
 
 
 def test_a_folder_with_only_a_test_part_can_be_evaluated(tmp_path):

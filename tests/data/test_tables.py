@@ -187,6 +187,7 @@ def test_what_columns_are_taken_for_and_which_are_not_used_is_said(photos):
         "of p.csv the column 'Image' is taken for the path",
         "of p.csv the column 'Class' is taken for the label",
         "of p.csv columns are not used: '', 'age'",
+        "no test split of its own: a fifth of the images is held out for testing",
     ]
 
 

@@ -1,6 +1,7 @@
 """`vit-jax data`: images before training on them."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ def _add_check(commands) -> None:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="where to write check.txt and check.png, if anywhere",
+        help="where to write check.txt and check.png, if anywhere; and groups.csv, a table that "
+        "keeps copies of an image together, if a fifth is held out",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -143,6 +145,8 @@ def check(args: argparse.Namespace) -> int:
     with _progress() as progress:
         result = checking.check(sources, progress=progress)
     written = checking.write_report(result, args.out, args.source) if args.out else []
+    if args.out and not args.split and os.path.isdir(os.path.expanduser(args.source)):
+        written += checking.write_groups(sources, result, args.out)
     if args.json:
         print(to_json(checking.as_dict(result), indent=1))
     else:
@@ -161,25 +165,21 @@ def show(args: argparse.Namespace) -> None:
     from vit_jax import data
     from vit_jax.data.check import draw_page
     from vit_jax.errors import UserError
-    from vit_jax.training.config import check_config, default_config, mixup, train_spec
+    from vit_jax.training.config import check_config, default_config, mixup
+    from vit_jax.training.inputs import preprocessing
     from vit_jax.training.mixing import mix_images
 
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed is {args.seed}, expected 0 to {2**32 - 1}")
     config = default_config()
-    config.augment, config.pp.crop = args.augment, args.crop
+    config.augment, config.pp.crop, config.levels = args.augment, args.crop, args.levels
     config = check_config(config)
+    config.pp.train = args.pp or ""
     parameter = mixup(config)
     source = data.open_source(args.source, args.split, **_seed_and_places(args))
-    operations = data.parse(train_spec(config) if args.pp is None else args.pp)
-    if not operations.levels:
-        levels, notes = data.find_levels(source, args.levels)
-        if levels:
-            operations = data.parse(f"{levels}|{operations.spec}")
-        for note in notes:
-            print(note, file=sys.stderr)
-    elif args.levels:
-        raise UserError("--levels and --pp both say what values are black and white: leave one out")
+    operations, _, notes = preprocessing(config, source)
+    for note in notes:
+        print(note, file=sys.stderr)
     draw_page(
         args.out,
         source,

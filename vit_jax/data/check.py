@@ -1,6 +1,7 @@
 """Looks at images before training: `check` finds what can't be read, what is there twice, what
 sizes there are, and tells it; `draw_page` shows what a preprocessing makes of some."""
 
+import csv
 import hashlib
 import itertools
 import os
@@ -18,7 +19,7 @@ import numpy as np
 from vit_jax.data.images import shrink
 from vit_jax.data.levels import sample, sliver
 from vit_jax.data.preprocess import Preprocess
-from vit_jax.data.source import Source, similar_labels, some_of
+from vit_jax.data.source import HELD_OUT, Source, similar_labels, some_of
 from vit_jax.data.workers import own_cores
 from vit_jax.errors import UserError
 from vit_jax.escape import printable
@@ -135,7 +136,11 @@ class Check:
             if empty and name.startswith("train"):
                 found.append(f"{name} has no image of {some_of(empty)}")
         if self.leaks:
-            found.append(f"{_count_of(len(self.leaks))} found in several splits")
+            text = f"{_count_of(len(self.leaks))} found in several splits"
+            if HELD_OUT in self.notes:
+                text += "; in a table, which --out writes of a folder, a column group keeps what is"
+                text += " the same together"
+            found.append(text)
         if self.contradictions:
             found.append(f"{_count_of(len(self.contradictions))} found under several classes")
         return found
@@ -393,6 +398,29 @@ def write_report(result: Check, folder: str | os.PathLike, title: str) -> list[s
             f"{folder}: can't be written to ({error.strerror}); choose another folder"
         ) from None
     return [text, drawing]
+
+
+def write_groups(sources: Mapping[str, Source], result: Check, folder: str) -> list[str]:
+    """Writes groups.csv, a table of all images in which those of the same pixels are one group, and
+    tells its path: training on it keeps them on one side of what is held out.
+
+    Writes nothing unless such images were parted by holding out, of images that are files.
+    """
+    parted = bool(result.leaks) and HELD_OUT in result.notes
+    if not parted or any(";" in label for label in result.labels):
+        return []
+    path = os.path.join(folder, "groups.csv")
+    groups = {image.name: same[0].name for same in result.identical for image in same}
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "label", "group"])
+        for source in sources.values():
+            assert source.label_ids is not None  # As of all folders.
+            for i, (key, label_id) in enumerate(zip(source.keys, source.label_ids, strict=True)):
+                name, label = source.describe(i), source.labels[label_id]
+                image = os.path.relpath(source.describe_key(key), folder)
+                table.writerow([image, label, groups.get(name, name)])
+    return [path]
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -16,6 +16,7 @@ from vit_jax.errors import UserError
 from vit_jax.escape import printable
 
 TEST_FRACTION = 0.2  # of each class, where a data set brings no test images of its own
+HELD_OUT = "no test split of its own: a fifth of the images is held out for testing"
 # Of more classes an image than this, numbers up to the largest are no classes but something else.
 MOST_CLASSES_PER_IMAGE = 100
 # What folders, tables and their rows call a split, as "Training", "valid" or "test_set".
@@ -183,7 +184,7 @@ def held_out_splits(
                 if 2 * np.minimum(counts, wanted).sum() >= len(same):
                     held_out[same] = True
                     wanted = np.maximum(wanted - counts, 0)
-        return whole.take(np.flatnonzero(held_out == test))
+        return replace(whole.take(np.flatnonzero(held_out == test)), notes=(*whole.notes, HELD_OUT))
 
     return {"train": lambda: part(test=False), "test": lambda: part(test=True)}
 

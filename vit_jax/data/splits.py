@@ -226,7 +226,11 @@ def _open_part(
             "'train[:10%]+train[90%:]'"
         )
     if part[1] not in opened:
-        opened[part[1]] = splits[part[1]]()
+        opened[part[1]] = source = splits[part[1]]()
+        own = next(name for name, opens in splits.items() if opens is splits[part[1]])
+        if own != part[1]:
+            note = f"no test split of its own: the split {own} is taken for it"
+            opened[part[1]] = replace(source, notes=(*source.notes, note))
     whole = opened[part[1]]
     start, stop = (_boundary(part[i], part[i + 1], len(whole)) for i in (2, 4))
     indices = range(len(whole))[start:stop]

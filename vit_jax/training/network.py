@@ -31,7 +31,8 @@ def make_network(
       labels: names of the classes.
       preprocess: how evaluation makes images ready, to be noted with the weights.
 
-    Raises UserError if there is no such model or file, or it doesn't fit the images.
+    Raises UserError if there is no such model or file, it doesn't fit the images, or what the run
+    leaves at its end couldn't be loaded.
     """
     height, width, channels = image_shape
     name, fields = _name_and_fields(config)
@@ -50,7 +51,9 @@ def make_network(
             params = jax.tree.map(np.asarray, jax.device_get(params))
         architecture = type(model)(**model.architecture())
         spec = Spec(architecture, (height, width), channels)
-        return Pretrained(model, params, spec, labels, preprocess, loss=config.loss)
+        vit = Pretrained(model, params, spec, labels, preprocess, loss=config.loss)
+        vit.to_notes()
+        return vit
     weightless = weightless_fields()
     vit = load(
         path,
@@ -73,7 +76,9 @@ def make_network(
                 f"{vit.spec.description} ({field} {found}, not {value})"
             )
         raise UserError(f"{wish}: leave it out, or start from other weights")
-    return dataclasses.replace(vit, labels=labels, preprocess=preprocess, loss=config.loss)
+    vit = dataclasses.replace(vit, labels=labels, preprocess=preprocess, loss=config.loss)
+    vit.to_notes()
+    return vit
 
 
 def named_model(config: ConfigDict, num_classes: int) -> Any:
