@@ -477,6 +477,15 @@ def test_names_of_classes_are_those_of_the_head(tmp_path, caplog):
     assert "names classes, but there is no head" in caplog.text
 
 
+def test_a_thousand_classes_without_names_are_those_of_imagenet(tmp_path, caplog):
+    head = {"head.weight": np.zeros((1000, 12), np.float32)}
+    head["head.bias"] = np.arange(1000, dtype=np.float32)
+    vit = load(written("timm-vit", tmp_path, **head))
+    ((best, _),) = vit.predict([np.zeros((20, 20, 3), np.uint8)], top=1)[0]
+    assert best == "toilet tissue, toilet paper, bathroom tissue"
+    assert "nothing names its 1000 classes; taken as those of ImageNet" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_a_configuration_without_end_is_refused(name, tmp_path, monkeypatch):
     path = written("hf-vit", tmp_path)
