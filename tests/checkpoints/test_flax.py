@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 from flax.serialization import msgpack_serialize
@@ -149,6 +150,16 @@ def test_damaged_files_are_one_line(tmp_path):
         b"\x81" * 5000,
     ):
         path.write_bytes(content)
+        with pytest.raises(UserError, match=r"w\.msgpack can't be read \([^\n]*\): the file is"):
+            load(path)
+    for shape, dtype in [
+        ((1 << 40,), "float32"),
+        ((1,), "object"),
+        ((-1, -1), "float32"),
+        ((1,), "x"),
+    ]:
+        array = msgpack.packb((shape, dtype, b"1234"))
+        path.write_bytes(msgpack.packb({"a": msgpack.ExtType(1, array)}))
         with pytest.raises(UserError, match=r"w\.msgpack can't be read \([^\n]*\): the file is"):
             load(path)
     path.write_bytes(b"\x93\1\2\3")
