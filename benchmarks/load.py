@@ -1,4 +1,5 @@
-"""How long loading ViT-L/16 (1.2 GB) takes and what memory, compared with `np.load` of every array.
+"""How long loading ViT-L/16 (1.2 GB) takes and what memory, compared with `np.load` of every array;
+and a file of timm's ViT-B/16 (350 MB), compared with `safetensors.numpy.load_file`.
 
     python benchmarks/load.py
 
@@ -19,6 +20,7 @@ import numpy as np
 
 RUNS = 8
 KINDS = ("np.load", "npz", "safetensors", "orbax")
+TIMM = ("load_file", "timm")
 
 
 def make_file(path: Path, name: str = "ViT-L_16", num_classes: int = 21_843) -> None:
@@ -36,6 +38,19 @@ def make_file(path: Path, name: str = "ViT-L_16", num_classes: int = 21_843) -> 
     save_weights(path, params, style="prelinen")
 
 
+def make_timm_folder(folder: Path) -> None:
+    """Writes a DeiT-B/16 with random weights as timm would."""
+    from vit_jax import create_model
+    from vit_jax.checkpoints.export import export
+    from vit_jax.models import Spec
+
+    spec = Spec(create_model("DeiT-B_16", num_classes=1000), (224, 224), 3)
+    rng = np.random.default_rng(0)
+    arrays = {key: rng.standard_normal(shape, np.float32) for key, shape in spec.shapes().items()}
+    preprocess = "resize(224, method='pil_bicubic')|value_range(-1, 1)"
+    export(folder, "timm", arrays, spec, preprocess=preprocess)
+
+
 def measure(kind: str, path: Path) -> dict[str, float]:
     """Loads once: {"seconds", "peak"}, the latter in bytes."""
     if kind == "np.load":
@@ -43,6 +58,12 @@ def measure(kind: str, path: Path) -> dict[str, float]:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
         assert arrays
+    elif kind == "load_file":
+        from safetensors.numpy import load_file
+
+        start = time.perf_counter()
+        loaded = load_file(path)
+        assert loaded
     else:
         from vit_jax.checkpoints import load_weights
 
@@ -72,19 +93,22 @@ def main() -> None:
         for kind in ("safetensors", "orbax"):
             paths[kind] = Path(folder) / f"L_16.{kind}"
             convert(paths["npz"], paths[kind])
-        runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+        make_timm_folder(Path(folder) / "timm")
+        paths |= dict.fromkeys(TIMM, Path(folder) / "timm" / "model.safetensors")
+        kinds = (*KINDS, *TIMM)
+        runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
         for i in range(RUNS):
-            for kind in KINDS[i % len(KINDS) :] + KINDS[: i % len(KINDS)]:  # None is always first.
+            for kind in kinds[i % len(kinds) :] + kinds[: i % len(kinds)]:  # None is always first.
                 command = [sys.executable, __file__, kind, str(paths[kind])]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 runs[kind].append(json.loads(output))
     medians = {
         kind: {key: statistics.median(run[key] for run in runs[kind]) for key in runs[kind][0]}
-        for kind in KINDS
+        for kind in kinds
     }
-    peer = medians["np.load"]
     print("| | seconds | ratio | peak memory, MB | ratio |\n| --- | --- | --- | --- | --- |")
     for kind, median in medians.items():
+        peer = medians["load_file" if kind in TIMM else "np.load"]
         print(
             f"| {kind} | {median['seconds']:.2f} | {median['seconds'] / peer['seconds']:.2f} | "
             f"{median['peak'] / 1e6:,.0f} | {median['peak'] / peer['peak']:.2f} |"

@@ -428,6 +428,128 @@ def test_foreign_files_are_refused_by_name(keys, name, tmp_path):
         load(tmp_path / "w.safetensors")
 
 
+# Files by the names of their arrays: a case, what is put to it or taken from it, what it then is.
+RECOGNISED = {
+    "plain": ("timm-vit", {}, "timm ViT or DeiT"),
+    "dist_token": ("timm-deit-distilled", {}, "timm DeiT, distilled"),
+    "fc_norm": ("timm-mean", {}, "timm MAE, fine-tuned, or another that takes the mean"),
+    "attn_pool.latent": ("timm-siglip", {}, "timm SigLIP"),
+    "gamma_1": ("fb-deit3", {}, "fb DeiT-III (model)"),
+    "ls1 and positions of a square": ("timm-deit3", {"pos_embed": (1, 16, 12)}, "timm DeiT-III"),
+    "ls1 and one position more": ("timm-dinov2", {"pos_embed": (1, 17, 12)}, "timm DINOv2"),
+    "ls1 and a mask token": ("timm-dinov2", {"mask_token": (1, 12)}, "fb DINOv2"),
+    "register_tokens": ("fb-dinov2-reg", {}, "fb DINOv2 with registers"),
+    "reg_token and ls1": ("timm-dinov2-reg", {}, "timm DINOv2 with registers"),
+    "decoder_pos_embed": ("fb-mae", {}, "fb MAE, pre-trained (model)"),
+    "DINO's heads": ("timm-quick", {"head.mlp.0.weight": (8, 12)}, "timm ViT or DeiT"),
+    "distillation_token": ("hf-deit", {}, "HF DeiT"),
+    "layer_scale1": ("hf-dinov2", {}, "HF DINOv2"),
+    "register_tokens of HF": ("hf-dinov2-reg", {}, "HF DINOv2 with registers"),
+    "layernorm_before": ("hf-vit", {}, "HF ViT"),
+    "head.probe": ("hf-siglip", {}, "HF SigLIP"),
+}
+
+
+def with_arrays(name: str, more: dict[str, tuple[int, ...]]):
+    return stored(name).arrays | {k: np.zeros(s, np.float32) for k, s in more.items()}
+
+
+@pytest.mark.parametrize("row", RECOGNISED)
+def test_arrays_tell_what_a_file_is(row):
+    name, more, kind = RECOGNISED[row]
+    assert read_layout(with_arrays(name, more), heads=3).style == kind
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "part"),
+    [
+        *((f"{w}.", w) for w in ("model", "state_dict_ema", "model_ema", "state_dict", "net")),
+        *(("teacher.module.backbone.", "teacher.module.backbone"), ("student.", "student")),
+        *(("module.", "module"), ("_orig_mod.", "_orig_mod"), ("base_model.", "base_model")),
+        *(("backbone.", "backbone"), ("state_dict.module.base_encoder.", None)),
+    ],
+)
+def test_what_stands_before_the_names_is_taken_off_and_told(wrapper, part):
+    arrays = {f"{wrapper}{k}": v for k, v in stored("timm-vit").arrays.items()}
+    style = read_layout(arrays, heads=3).style
+    assert style == f"fb ViT or DeiT ({part or wrapper.rstrip('.')})"
+
+
+def test_names_as_transformers_5_has_them_in_memory_are_known():
+    new = [
+        (r"encoder\.layer\.", "layers."),
+        (r"attention\.attention\.(query|key|value)", lambda m: f"attention.{m[1][0]}_proj"),
+        (r"attention\.output\.dense", "attention.o_proj"),
+        (r"intermediate\.dense", "mlp.fc1"),
+        (r"(?<!attention)\.output\.dense", ".mlp.fc2"),
+    ]
+    arrays = {}
+    for key, array in stored("hf-vit").arrays.items():
+        for pattern, name in new:
+            key = re.sub(pattern, name, key)
+        arrays[key] = array
+    assert any(key.startswith("vit.layers.0.attention.q_proj") for key in arrays)
+    found, expected = (read_layout(a, heads=3) for a in (arrays, stored("hf-vit").arrays))
+    assert found.style == "HF ViT"
+    assert found.arrays.keys() == expected.arrays.keys()
+    for key in found.arrays:
+        np.testing.assert_array_equal(found.arrays[key], expected.arrays[key])
+
+
+REFUSED = {
+    # Near-misses: arrays put to a network that would be taken.
+    "BEiT: relative positions": ("timm-vit", {"rel_pos_bias.relative_position_bias_table": (4, 3)}),
+    "BEiT: of HF": ("hf-vit", {"vit.encoder.layer.0.lambda_1": (12,)}),
+    "BEiT: relative positions of HF": (
+        "hf-vit",
+        {
+            "vit.encoder.layer.0.attention.attention.relative_position_bias."
+            "relative_position_bias_table": (4, 3)
+        },
+    ),
+    "DINOv3: of Facebook": ("fb-dinov2", {"rope_embed.periods": (16,)}),
+    "DINOv3: tokens of Facebook": ("fb-dinov2", {"storage_tokens": (1, 4, 12)}),
+    "DINOv3: of timm": (
+        "timm-dinov2-reg",
+        {"pos_embed": None, "blocks.0.gamma_1": (12,), "blocks.1.gamma_1": (12,)},
+    ),
+    "EVA: two gates": ("timm-vit", {"blocks.0.mlp.fc1_g.weight": (8, 12)}),
+    "EVA: rotations": ("timm-vit", {"rope.freqs_cos": (16, 4)}),
+    "EVA: no positions": ("fb-deit3", {"model.pos_embed": None}),
+    "CLIP: of timm": ("timm-vit", {"norm_pre.weight": (12,), "norm_pre.bias": (12,)}),
+    "CLIP: of HF": (
+        "hf-siglip",
+        {"embeddings.class_embedding": (12,), "pre_layrnorm.weight": (12,)},
+    ),
+    "CLIP: of OpenAI": (None, {"visual.transformer.resblocks.0.ln_1.weight": (12,)}),
+    "CaiT": ("fb-deit3", {"model.blocks_token_only.0.norm1.weight": (12,)}),
+    "a network of videos (V-JEPA, VideoMAE)": (
+        None,
+        {"encoder.module.backbone.patch_embed.proj.weight": (12, 3, 2, 4, 4)},
+    ),
+    "torchvision's ViT": (None, {"conv_proj.weight": (12, 3, 4, 4), "class_token": (1, 1, 12)}),
+    "a hybrid or another stem of timm's": (
+        "timm-vit",
+        {"patch_embed.backbone.stem.conv.weight": (4, 3, 7, 7)},
+    ),
+    "a ViT with norms within attention": ("timm-vit", {"blocks.0.attn.k_norm.weight": (4,)}),
+}
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_near_misses_are_refused_by_their_name(row):
+    name, changes = REFUSED[row]
+    arrays = dict(stored(name).arrays) if name else {}
+    for key, shape in changes.items():
+        if shape is None:
+            del arrays[key]
+        else:
+            arrays[key] = np.zeros(shape, np.float32)
+    words = re.escape(row.partition(":")[0])
+    with pytest.raises(UserError, match=rf"^it is {words}, by its arrays, which has no place here"):
+        read_layout(arrays, heads=3)
+
+
 def test_arrays_that_nobody_knows_are_named(tmp_path):
     path = written("timm-vit", tmp_path, **{"neck.weight": np.zeros(3, np.float32)})
     with pytest.raises(UserError, match=r"not known there, unknown \(1\): neck\.weight \(3,\)"):
@@ -477,6 +599,15 @@ def test_names_of_classes_are_those_of_the_head(tmp_path, caplog):
     assert "names classes, but there is no head" in caplog.text
 
 
+def test_a_thousand_classes_without_names_are_those_of_imagenet(tmp_path, caplog):
+    head = {"head.weight": np.zeros((1000, 12), np.float32)}
+    head["head.bias"] = np.arange(1000, dtype=np.float32)
+    vit = load(written("timm-vit", tmp_path, **head))
+    ((best, _),) = vit.predict([np.zeros((20, 20, 3), np.uint8)], top=1)[0]
+    assert best == "toilet tissue, toilet paper, bathroom tissue"
+    assert "nothing names its 1000 classes; taken as those of ImageNet" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_a_configuration_without_end_is_refused(name, tmp_path, monkeypatch):
     path = written("hf-vit", tmp_path)
@@ -518,6 +649,8 @@ TOTALS = {
     ("DINOv2-L_14", 518, None): 304_368_640 - 1024,
     ("DINOv2-g_14", 518, None): 1_136_480_768 - 1536,
     ("DINOv2-S_14-reg", 518, None): 22_056_576 + 3 * 384,
+    ("DINOv2-B_14-reg", 518, None): 86_580_480 + 3 * 768,
+    ("DINOv2-L_14-reg", 518, None): 304_368_640 + 3 * 1024,
     ("DINOv2-g_14-reg", 518, None): 1_136_480_768 + 3 * 1536,
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import torch_models
+from tests.checkpoints.test_fold import folded, network
 from tests.checkpoints.test_torch import OURS, close, exported, images, ours
 from vit_jax import load
 from vit_jax.models.positions import resample
@@ -84,6 +85,24 @@ def test_the_library_computes_what_ours_does(name, channels, library, tmp_path):
 
     exported(vit, tmp_path, library)
 
+    close(library_answer(tmp_path, library, x), vit(x))
+
+
+@pytest.mark.parametrize(
+    ("fields", "library"),
+    [
+        (dict(layer_norm_epsilon=1e-3, activation="gelu_erf"), "timm"),
+        (dict(layer_norm_epsilon=1e-12, layer_scale=0.1, num_registers=2), "timm"),
+        (dict(position_embedding="sincos2d", qkv_bias=False), "timm"),
+        (dict(position_embedding="sincos2d", cls_has_position=False, layer_scale=0.1), "hf"),
+    ],
+)
+def test_what_is_folded_is_the_same_to_the_library(fields, library, tmp_path):
+    vit = folded(network(**fields))
+
+    exported(vit, tmp_path, library)
+
+    x = images(vit.spec)
     close(library_answer(tmp_path, library, x), vit(x))
 
 

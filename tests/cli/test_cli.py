@@ -311,7 +311,7 @@ def test_a_workdir_that_cannot_be_written(place, fails, tmp_path):
     [
         ("missing", "no such file"),
         ("folder", "no workdir of a training run"),
-        ("text", "holds no weights: expected an .npz, .safetensors or .pth file or an Orbax"),
+        ("text", "holds no weights: expected an .npz, .safetensors, .pth or .msgpack file or"),
         ("truncated", "the file is damaged or cut short"),
         ("pickled", "pickled Python objects"),
         ("other", "is no ViT checkpoint"),

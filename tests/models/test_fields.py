@@ -203,6 +203,8 @@ def test_values_that_make_no_network_are_refused(field, value, message):
 
 def test_what_is_not_as_in_the_original_is_told():
     assert "unlike the original" not in vit_spec().summary()
+    computes = "gelu_tanh, LayerNorm's epsilon 1e-06, positions of other sizes by official"
+    assert vit_spec().summary()["computes"] == computes
     lines = vit_spec(**ALL).summary()
     assert lines["registers"] == "3"
     assert lines["unlike the original"] == (

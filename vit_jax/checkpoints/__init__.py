@@ -94,9 +94,12 @@ def read_values(
     layout: Layout, path: str | os.PathLike, allow_nonfinite: bool = False
 ) -> dict[str, np.ndarray]:
     """The arrays of an open file in float32. Raises UserError as `load_weights`."""
-    with np.errstate(over="ignore"):  # What is no float32 is told below.
-        found = {key: np.asarray(array, np.float32) for key, array in layout.arrays.items()}
-    if not allow_nonfinite and (bad := nonfinite(found)):
+    found, bad = {}, []
+    for key, array in layout.arrays.items():
+        with np.errstate(over="ignore"):  # What is no float32 is told below.
+            found[key] = np.asarray(array, np.float32)
+        bad += nonfinite({key: found[key]})  # While it is in the processor's cache.
+    if bad and not allow_nonfinite:
         raise UserError(
             f"{path} holds weights that are no numbers, {listing(NONFINITE, bad)}: the run "
             "that wrote it has diverged, or it is damaged; take an earlier checkpoint, or, to look "

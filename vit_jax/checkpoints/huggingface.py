@@ -20,7 +20,7 @@ _PREFIX = "hf-hub:"
 # Bytes of a configuration: 21,000 classes and what they mean take 3 MB.
 _LARGEST = 64 << 20
 # Of files of weights beside which there may be files that describe them.
-ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".tar")
+ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".msgpack")
 CONFIGS = ("config.json", "preprocessor_config.json")
 # The first that is there is taken; of several files the index is opened.
 _WEIGHTS = (
@@ -28,6 +28,7 @@ _WEIGHTS = (
     ("model.safetensors.index.json", "model-*.safetensors"),
     ("pytorch_model.bin",),
     ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+    ("flax_model.msgpack",),
 )
 
 

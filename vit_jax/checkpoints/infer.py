@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.checkpoints.formats import open_arrays
+from vit_jax.checkpoints.hub import class_names
 from vit_jax.checkpoints.layouts import Layout, logged_layout
 from vit_jax.errors import UserError
 from vit_jax.models.family import FAMILIES, Hints, Size, Spec
@@ -83,6 +84,9 @@ def library_notes(layout: Layout, spec: Spec, path: str | os.PathLike) -> dict[s
             f"{path}: the config.json beside it names {len(labels)} classes, but the head has "
             f"{spec.num_classes}: mend or remove its names (label_names, id2label)"
         )
+    if not labels and spec.num_classes == 1000:  # Of ImageNet all libraries have one order.
+        labels = class_names(1000)
+        _log.warning("%s: nothing names its 1000 classes; taken as those of ImageNet", path)
     is_multi = layout.about["config"].get("problem_type") == "multi_label_classification"
     return {
         "classifier": spec.classifier,

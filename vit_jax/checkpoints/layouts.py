@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from vit_jax.checkpoints.formats import rows, with_zero_token
-from vit_jax.checkpoints.torch import is_torch, read_torch
+from vit_jax.checkpoints.torch import IMAGENET, from_flax, is_torch, read_torch
 from vit_jax.errors import UserError
 from vit_jax.models.shapes import below
 
@@ -71,6 +71,7 @@ def read_layout(
     Raises UserError if the arrays contradict each other, or there is no such tower.
     """
     steps, left_out = [], []
+    arrays = from_flax(arrays)
     if is_torch(arrays):
         if tower is not None:
             raise UserError(f"there is no tower {tower!r} in the file: leave it out")
@@ -84,7 +85,8 @@ def read_layout(
             kept = {id(array) for array in new.values()}
             left_out += [key for key, array in arrays.items() if id(array) not in kept]
         arrays = new
-    return Layout(dict(arrays), tuple(steps), tuple(left_out))
+    told = _told_of_deit3_jax(arrays) if "deit3-jax" in steps else ()
+    return Layout(dict(arrays), tuple(steps), tuple(left_out), *told)
 
 
 def to_linen(
@@ -167,6 +169,56 @@ def choose_tower(arrays: Arrays, tower: str | None) -> Arrays:
     return below(arrays, "img/")
 
 
+def rename_deit3_jax(arrays: Arrays) -> Arrays:
+    """2024: deit3-jax, DeiT and DeiT-III (arXiv:2204.07118) trained in Flax.
+
+    Positions have shape (rows, columns, d).
+    """
+    if "model/embed/wte/kernel" not in arrays:
+        return arrays
+
+    def name(key: str) -> str:
+        for pattern, new in _DEIT3_JAX:
+            key = re.sub(pattern, new, key)
+        return key
+
+    renamed = _renamed(arrays, name)
+    positions = renamed.get("pos_embedding")
+    if positions is not None and len(positions.shape) == 3:
+        height, width, d = positions.shape
+        renamed["pos_embedding"] = positions.reshape((1, height * width, d))
+    return renamed
+
+
+_DEIT3_JAX = (
+    (r"^model/embed/wte/", "embedding/"),
+    (r"^model/embed/wpe$", "pos_embedding"),
+    (r"^model/embed/cls_token$", "cls"),
+    (r"^model/layer_(\d+)/", r"Transformer/encoderblock_\1/"),
+    *(
+        (rf"/attn/w{part[0]}/", f"/MultiHeadDotProductAttention_0/{part}/")
+        for part in ("query", "key", "value", "out")
+    ),
+    (r"/ff/w1/", "/MlpBlock_0/Dense_0/"),
+    (r"/ff/w2/", "/MlpBlock_0/Dense_1/"),
+    (r"/norm1/", "/LayerNorm_0/"),
+    (r"/norm2/", "/LayerNorm_1/"),
+    (r"/scale1$", "/LayerScale_0/scale"),
+    (r"/scale2$", "/LayerScale_1/scale"),
+    (r"^model/norm/", "Transformer/encoder_norm/"),
+    (r"^model/head/", "head/"),
+)
+
+
+def _told_of_deit3_jax(arrays: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(hints, about): what no array tells, see `Layout`."""
+    is_deit3 = any("/LayerScale_0/" in key for key in arrays)
+    untold = {"position_resize": "torch-antialias", "drop_path_mode": "constant"}
+    hints = {"untold": untold | ({"layer_scale": 1e-4} if is_deit3 else {})}
+    config = {"pretrained_cfg": IMAGENET | {"crop_pct": 1.0 if is_deit3 else 0.875}}
+    return hints, IMAGENET | {"labels": None, "config": config}
+
+
 def unstack_blocks(arrays: Arrays) -> Arrays:
     """2023: big_vision's scanned models, with one "encoderblock" for all layers.
 
@@ -242,6 +294,7 @@ def flatten_group_norms(arrays: Arrays) -> Arrays:
 STEPS: dict[str, Callable[..., Arrays]] = {
     "optimizer": unwrap_optimizer,
     "towers": choose_tower,
+    "deit3-jax": rename_deit3_jax,
     "scanned": unstack_blocks,
     "top-level positions": move_positions,
     "top-level MAP head": move_map_head,

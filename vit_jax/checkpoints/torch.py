@@ -281,6 +281,21 @@ _OTHERS = {
 }
 
 
+def from_flax(arrays: Arrays) -> Arrays:
+    """The arrays of transformers' networks in Flax as those in PyTorch, whose names and values they
+    have; others as they are."""
+    anchor = re.compile(r"(.*/)?embeddings/patch_embeddings?(/projection)?/kernel")
+    if not any(map(anchor.fullmatch, arrays)):
+        return arrays
+    found = {}
+    for key, array in arrays.items():
+        name = re.sub(r"/(kernel|scale|embedding)$", "/weight", key).replace("/", ".")
+        op = {2: "matrix", 4: "convolution"}.get(len(array.shape), "same")
+        back = OPS[op if key.endswith("/kernel") else "same"].back
+        found[name] = _lazily(array, lambda a, _, back=back: back(a))
+    return found
+
+
 def is_torch(arrays: Arrays) -> bool:
     """Whether the names are those of a PyTorch library. Raises UserError, with its name, for a
     network of theirs that is none of ours."""
@@ -726,7 +741,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-_IMAGENET: dict[str, tuple[float, ...]] = {
+IMAGENET: dict[str, tuple[float, ...]] = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
@@ -756,7 +771,7 @@ def _values(kind: str, file: str) -> dict[str, tuple[float, ...]]:
             "mean and deviation, which differ in no array: taken as the %s",
             "former" if is_google else "latter",
         )
-    return _HALF if is_google else _IMAGENET
+    return _HALF if is_google else IMAGENET
 
 
 def _labels(config: Mapping[str, Any]) -> list[str] | None:

@@ -417,7 +417,8 @@ def traced_shapes(module: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[
     """Name and shape of every parameter. All blocks have the same shapes, so one is traced."""
     init = module.clone(num_layers=1).init
     # The key is made while tracing, or it would be a number moved to a device.
-    params = jax.eval_shape(lambda x: init(jax.random.key(0), x), inputs)["params"]
+    with jax.disable_jit():  # Twice as fast where each function is traced once.
+        params = jax.eval_shape(lambda x: init(jax.random.key(0), x), inputs)["params"]
     first = re.compile(rf"(.*\b(?:{'|'.join(module.blocks)})_)0(/.+)")
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -725,11 +725,14 @@ class VisionTransformer(ImageModel):
 
     def summary(self) -> dict[str, str]:
         width = self.representation_size
+        activation = self.activation if self.mlp == "gelu" else self.mlp
         lines = {
             "blocks": f"{self.num_layers}, {self.hidden_size} wide, {self.num_heads} heads, "
             f"MLP {self.mlp_dim} wide",
             "classifier": self.classifier,
             "pre_logits": f"tanh, {width} wide" if width else "none",
+            "computes": f"{activation}, LayerNorm's epsilon {self.layer_norm_epsilon:g}, "
+            f"positions of other sizes by {self.position_resize}",
         }
         if self.resnet is not None:
             stages = ", ".join(map(str, self.resnet)) or "no"
