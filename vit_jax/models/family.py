@@ -81,6 +81,7 @@ class ImageModel(nn.Module):
       classifiers: what the field `classifier` may be.
       weightless: fields that have no weights, so that they may be chosen for stored ones.
       untold: fields that no shape tells; they are noted beside saved weights.
+      frozen: names of weights that are constants: they are stored, but never trained.
       shows_attention: whether it has `attention_weights`; without them there is nothing to explain.
       classifies_by_text: whether the classes are texts, as LiT's; then there is no head.
       value_range: the operation that gives pixels the values that the published weights are for.
@@ -92,6 +93,7 @@ class ImageModel(nn.Module):
     classifiers: ClassVar[tuple[str, ...]] = ("gap",)
     weightless: ClassVar[tuple[str, ...]] = ("stochastic_depth_rate", "dtype")
     untold: ClassVar[tuple[str, ...]] = ()
+    frozen: ClassVar[tuple[str, ...]] = ()
     shows_attention: ClassVar[bool] = False
     classifies_by_text: ClassVar[bool] = False
     value_range: ClassVar[str] = "value_range(-1, 1)"
