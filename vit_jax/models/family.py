@@ -411,6 +411,11 @@ class Spec:
         )
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """ "a/b/c", the name of a weight, of its key path of `jax.tree_util`."""
+    return "/".join(key.key for key in path)
+
+
 def traced_shapes(module: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter. All blocks have the same shapes, so one is traced."""
     init = module.clone(num_layers=1).init
@@ -419,7 +424,7 @@ def traced_shapes(module: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[
     first = re.compile(rf"(.*\b(?:{'|'.join(module.blocks)})_)0(/.+)")
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        key = "/".join(k.key for k in path)
+        key = path_name(path)
         if match := first.fullmatch(key):
             for i in range(module.num_layers):
                 shapes[f"{match[1]}{i}{match[2]}"] = leaf.shape
