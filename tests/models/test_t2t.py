@@ -184,6 +184,29 @@ def test_at_first_features_are_orthogonal_and_positions_sines():
     np.testing.assert_array_equal(params[POSITIONS], sinusoid(7, 12))
 
 
+@pytest.mark.reference
+@pytest.mark.parametrize("kind", t2t.KINDS)
+@pytest.mark.parametrize("size", [(224, 224), (80, 144)])
+def test_pytorch_computes_the_same(kind, size):
+    """The plain network of `tests.torch_t2t`, of the width and heads of T2T-ViT-7."""
+    torch = pytest.importorskip("torch")
+    from tests.torch_t2t import T2T
+
+    model = create_model("T2T-ViT-7", 10, num_layers=2, token_attention=kind)
+    rows, columns = model.grid_size(size)
+    sizes = dict(grid=(rows, columns), width=256, depth=2, mlp_dim=512, classes=10)
+    arrays, images = t2t.official_arrays(kind, **sizes), random_images(2, *size, 3)
+    fields = {name: getattr(model, name) for name in t2t.SMALL}
+    theirs = T2T(kind, patches=rows * columns, **fields).eval()
+    theirs.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+
+    logits = apply(model, read_layout(arrays).arrays, images)
+
+    with torch.no_grad():
+        expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
 # Sizes.
 
 
