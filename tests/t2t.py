@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from scipy.special import erf, softmax
 
+from vit_jax.checkpoints import torch_t2t
+from vit_jax.checkpoints.torch import write_torch
+
 KINDS = ("performer", "transformer")
 # A small one: two blocks of three heads.
 SMALL: dict[str, Any] = dict(num_classes=5, hidden_size=12, num_layers=2, num_heads=3, mlp_dim=18)
@@ -72,6 +75,13 @@ def official_arrays(kind: str, seed: int = 0, **sizes: Any) -> dict[str, np.ndar
         near = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         arrays[name] = (near + scale * rng.standard_normal(shape)).astype(np.float32)
     return arrays
+
+
+def named_officially(arrays: dict[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
+    """Arrays of ours by the names of a published file."""
+    is_performer = "tokens_to_token/attention1/features" in arrays
+    table = torch_t2t.PERFORMER if is_performer else torch_t2t.TRANSFORMER
+    return {k: np.asarray(v) for k, v in write_torch(arrays, table, depth).items()}
 
 
 def unfold(images: np.ndarray, window: int, stride: int, padding: int) -> np.ndarray:
