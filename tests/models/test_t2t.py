@@ -92,7 +92,7 @@ def test_linear_attention_is_its_quadratic_form():
 
     weights = t2t.performer_weights(*map(np.float64, (query, key_, features)))
     np.testing.assert_allclose(found, weights @ value, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(received, weights.mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(received(), weights.mean(axis=1), rtol=1e-5)
 
 
 def test_random_features_stand_for_the_exponential_of_a_product():

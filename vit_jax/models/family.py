@@ -284,6 +284,10 @@ class ImageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def further_maps(self, collection: Any) -> dict[str, jax.Array]:
+        """Other attention in "intermediates" of one image: {title: (rows, columns)} of any size."""
+        return {}
+
     @property
     def final_norm(self) -> str:
         """Name of the module, and of the feature, that ends the blocks: (n, t, d) -> (n, t, d)."""

@@ -111,29 +111,30 @@ def random_features(x: jax.Array, features: jax.Array) -> jax.Array:
 
 def linear_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, features: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """Attention whose weights are products of `random_features`, each row divided by its sum.
 
     In float32, for the exponentials have no maximum taken off; the largest array has t x m numbers.
 
     Returns:
-      (n, t, c) in the dtype of `value`, and (n, t), the mean over all queries of what each gets.
+      (n, t, c) in the dtype of `value`; and a function that gives (n, t), the mean over all queries
+      of what each token gets.
     """
     query, key = (random_features(x.astype(jnp.float32), features) for x in (query, key))
     einsum = functools.partial(jnp.einsum, precision="highest")
     total = einsum("ntm,nm->nt", query, key.sum(axis=1)) + 1e-8
     query = query / total[..., None]
     by_feature = einsum("nsm,nsc->nmc", key, value.astype(jnp.float32))
-    received = einsum("nm,nsm->ns", query.mean(axis=1), key)
-    return einsum("ntm,nmc->ntc", query, by_feature).astype(value.dtype), received
+    y = einsum("ntm,nmc->ntc", query, by_feature).astype(value.dtype)
+    return y, lambda: einsum("nm,nsm->ns", query.mean(axis=1), key)
 
 
 class TokenAttention(nn.Module):
-    """A small transformer layer with one head, which narrows tokens. (n, t, d) -> (n, t, 64).
+    """A small transformer layer with one head, which narrows tokens.
 
-    Attention's output is added to the values, and not to the input, which is wider. If
-    "intermediates" is mutable it sows there "attention_received" (n, t), the mean over all queries
-    of the attention that a token gets.
+    (n, rows, columns, d) -> (n, rows, columns, 64). Attention's output is added to the values, and
+    not to the input, which is wider. If "intermediates" is mutable it sows there
+    "attention_received" (n, rows, columns), the mean over all queries of what a token gets.
 
     Attributes:
       token_attention: "performer", linear in t (arXiv:2009.14794), or "transformer", whose scores
@@ -149,6 +150,7 @@ class TokenAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
         is_performer = self.token_attention == "performer"
+        n, rows, columns, width = x.shape
 
         def dense(name: str, bias: bool) -> nn.Dense:
             return nn.Dense(
@@ -162,15 +164,17 @@ class TokenAttention(nn.Module):
 
         rate = _DROPOUT if is_performer else 0.0
         dropout = nn.Dropout(rate, deterministic=deterministic)
-        z = layer_norm(self, "LayerNorm_0")(x)
+        z = layer_norm(self, "LayerNorm_0")(x.reshape(n, rows * columns, width))
         query, key, value = (dense(name, is_performer)(z) for name in ("query", "key", "value"))
         if is_performer:
             rows_init = nn.initializers.orthogonal(math.sqrt(_FEATURES))
             features = self.param("features", rows_init, (_FEATURES, _WIDTH))
             y, received = linear_attention(query, key, value, features)
-            self._show(lambda: received)
         else:
-            y = self._softmax_attention(query * math.sqrt(_WIDTH / x.shape[-1]), key, value)
+            query = query * math.sqrt(_WIDTH / width)  # Attention divides by the head's width.
+            y, received = self._softmax_attention(query, key, value)
+        if self.is_mutable_collection("intermediates") and not self.is_initializing():
+            self.sow("intermediates", "attention_received", received().reshape(n, rows, columns))
         y = value + dropout(dense("out", True)(y))
         z = layer_norm(self, "LayerNorm_1")(y)
         mlp = Mlp(
@@ -180,19 +184,18 @@ class TokenAttention(nn.Module):
             kernels=self.kernels,
             name="MlpBlock_0",
         )
-        return y + dropout(mlp(z))
+        return (y + dropout(mlp(z))).reshape(n, rows, columns, _WIDTH)
 
-    def _softmax_attention(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def _softmax_attention(
+        self, query: jax.Array, key: jax.Array, value: jax.Array
+    ) -> tuple[jax.Array, Callable[[], jax.Array]]:
+        """As `linear_attention`."""
         t = query.shape[1]
         padding = -t % self.kernels.token_multiple
         pads = ((0, 0), (0, padding), (0, 0))
         query, key, value = (jnp.pad(x, pads)[:, :, None] for x in (query, key, value))
-        self._show(lambda: attention_weights(query[:, :t], key[:, :t])[:, 0].mean(axis=1))
-        return self.kernels.attention(query, key, value, t if padding else None)[:, :t, 0]
-
-    def _show(self, received: Callable[[], jax.Array]) -> None:
-        if self.is_mutable_collection("intermediates") and not self.is_initializing():
-            self.sow("intermediates", "attention_received", received())
+        y = self.kernels.attention(query, key, value, t if padding else None)[:, :t, 0]
+        return y, lambda: attention_weights(query[:, :t], key[:, :t])[:, 0].mean(axis=1)
 
 
 class TokensToToken(nn.Module):
@@ -208,11 +211,8 @@ class TokensToToken(nn.Module):
     def __call__(self, x: jax.Array, *, deterministic: bool) -> list[jax.Array]:
         maps = []
         for i, split in enumerate(_SPLITS[:-1], 1):
-            x = soft_split(x, *split)
-            n, rows, columns, width = x.shape
             attention = TokenAttention(**fields_for(TokenAttention, self), name=f"attention{i}")
-            tokens = attention(x.reshape(n, rows * columns, width), deterministic=deterministic)
-            x = tokens.reshape(n, rows, columns, _WIDTH)
+            x = attention(soft_split(x, *split), deterministic=deterministic)
             maps.append(x)
         project = nn.Dense(
             self.hidden_size,
@@ -405,6 +405,13 @@ class T2TViT(ImageModel):
     def attention_weights(self, collection: Any) -> tuple[jax.Array, jax.Array | None]:
         blocks = (collection["Transformer"][f"encoderblock_{i}"] for i in range(self.num_layers))
         return jnp.stack([shown_weights(block)[0] for block in blocks]), None
+
+    def further_maps(self, collection: Any) -> dict[str, jax.Array]:
+        steps = collection["tokens_to_token"]
+        return {
+            f"tokens {i}, attention received": steps[f"attention{i}"]["attention_received"][0][0]
+            for i in (1, 2)
+        }
 
     def position_vectors(self, params: Any, grid: tuple[int, int]) -> jax.Array:
         return params["Transformer"]["posembed_input"]["pos_embedding"][0, 1:]
