@@ -3,6 +3,7 @@
 import collections
 import json
 import logging
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -188,3 +189,16 @@ def test_info_says_what_was_taken_and_from_where(tmp_path, capsys):
     assert facts["key_style"].startswith("T2T-ViT of a transformer")
     assert facts["token_attention"] == "transformer"
     assert facts["known_from"]["num_heads"] == "what was given"
+
+
+@pytest.mark.parametrize("kind", t2t.KINDS)
+def test_a_new_head_and_other_images_are_taken_as_the_docs_say(kind, tmp_path):
+    vit = load(
+        pth(tmp_path / "a.pth.tar", t2t.official_arrays(kind)),
+        heads=3,
+        num_classes=2,
+        image_size=(48, 80),
+    )
+    assert vit(np.zeros((1, 48, 80, 3), np.float32)).tolist() == [[0, 0]]
+    guide = Path(__file__).parents[2] / "docs" / "weights.md"
+    assert f"| T2T-ViT of a {kind} | yes |  | yes |\n" in guide.read_text()
