@@ -5,7 +5,7 @@ from typing import Any
 
 from tests import reference
 from vit_jax import checkpoints
-from vit_jax.models import LiT, MlpMixer, Spec, VisionTransformer
+from vit_jax.models import LiT, MlpMixer, Spec, T2TViT, VisionTransformer
 from vit_jax.pretrained import Pretrained, PretrainedLiT
 
 LABELS = ("ape", "bär", "cat", "狗", "eel")
@@ -36,6 +36,7 @@ SPECS = {
     "sincos2d": vit_spec(position_embedding="sincos2d", classifier="gap"),
     "sincos2d token": vit_spec(position_embedding="sincos2d"),
     "Mixer": Spec(MlpMixer(5, (4, 4), 16, 2, tokens_mlp_dim=12, channels_mlp_dim=24), (16, 16), 3),
+    "T2T": Spec(T2TViT(5, 16, num_layers=2, num_heads=2, mlp_dim=24), (16, 16), 3),
     "LiT": _lit(
         vit_spec(num_classes=64), "text_transformer", _TEXT | dict(max_len=16), text_classes=None
     ),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests import families, reference
 from vit_jax.checkpoints import Spec, check_arrays, read_spec
 from vit_jax.errors import UserError
-from vit_jax.models import MlpMixer, create_model, list_models, variant
+from vit_jax.models import MlpMixer, T2TViT, create_model, list_models, variant
 
 TINY = families.vit_spec(num_layers=3)
 BLOCK = "Transformer/encoderblock_"
@@ -89,6 +89,7 @@ FAMILIES = {
     "sincos2d MAP": _family(position_embedding="sincos2d", classifier="map"),
     "sincos2d token": _family(position_embedding="sincos2d"),
     "Mixer": Spec(MlpMixer(5, (8, 6), 16, 3, 7, 9), (64, 96), 2),
+    "T2T": Spec(T2TViT(5, 16, 3, 2, 24, "transformer"), (64, 96), 2),
 }
 
 
@@ -113,6 +114,8 @@ def test_arrays_of_any_family_with_notes_tell_everything(family):
         ("MAP", "MAPHead_0/probe"),
         ("Mixer", "MixerBlock_1/token_mixing/Dense_1/bias"),
         ("Mixer", "pre_head_layer_norm/scale"),
+        ("T2T", "tokens_to_token/attention2/value/kernel"),
+        ("T2T", "cls"),
     ],
 )
 def test_a_missing_array_of_any_family_is_named(family, key):

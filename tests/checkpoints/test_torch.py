@@ -682,3 +682,13 @@ def test_the_docs_have_the_table_of_layouts(tmp_path):
 
 def test_the_cases_are_of_the_layouts_of_both_libraries():
     assert {file.stem for file in torch_models.FOLDER.iterdir()} == set(CASES)
+
+
+def test_the_name_of_a_file_tells_a_deit(tmp_path, caplog):
+    path = tmp_path / "deit_small_patch16_224.safetensors"
+    save_file(stored("timm-vit").arrays, path)
+
+    vit = load(path, heads=3, image_size=(12, 20))
+
+    assert vit.preprocess.endswith("normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))")
+    assert "nothing tells whether it is a ViT" not in caplog.text

@@ -24,6 +24,7 @@ from vit_jax.pretrained import load
         ("MAP", ["classifier     map", "pre_logits     tanh, 9 wide"]),
         ("sincos2d", ["positions      sincos2d"]),
         ("Mixer", ["a Mixer of width 16", "MLPs 12 wide over tokens and 24 over channels"]),
+        ("T2T", ["a T2T-ViT of width 16", "three soft splits, with a performer behind the first"]),
         ("LiT", ["a LiT bundle of a ViT", "text_transformer: 2 blocks, 64 wide", "embeddings"]),
         ("LiT of BERT", ["bert: 2 blocks, 64 wide, 1 heads, 14 words", "embeddings     64 wide"]),
     ],

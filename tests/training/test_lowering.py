@@ -27,6 +27,7 @@ from vit_jax.training.state import new_guard
 
 # Wide enough for some weights to be split over 8 devices.
 VIT = dict(patch_size=(4, 4), hidden_size=128, num_layers=2, num_heads=2, mlp_dim=256)
+T2T = dict(hidden_size=128, num_layers=2, num_heads=2, mlp_dim=256)
 MIXER = dict(patch_size=(4, 4), hidden_size=128, num_layers=2, tokens_mlp_dim=8)
 FAMILIES = {
     "class token": ("ViT-Ti_16", VIT),
@@ -34,6 +35,8 @@ FAMILIES = {
     "attention pooling": ("ViT-mu_16", VIT),
     "hybrid": ("R+ViT-Ti_16", VIT | dict(patch_size=(1, 1), resnet=(1,))),
     "Mixer": ("Mixer-B_16", MIXER | dict(channels_mlp_dim=256)),
+    "T2T": ("T2T-ViT-7", T2T),
+    "T2T of a transformer": ("T2T-ViT-t-14", T2T),
 }
 SIZE, BATCH = (16, 16), 16
 ONE = AbstractMesh((1, 1), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -55,7 +58,7 @@ def network(family: str):
 
 def step_and_arguments(model, mesh):
     """The compiled step and the shapes of its arguments, in their places."""
-    tx = make_optimizer(default_config(), 100)
+    tx = make_optimizer(default_config(), 100, model.frozen)
     image = jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
     params = jax.eval_shape(model.clone(loop=BlockLoop()).init, jax.random.key(0), image)["params"]
     if model.loop.scan:

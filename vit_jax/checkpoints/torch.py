@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,12 +217,19 @@ class Layout(NamedTuple):
       table: of its names.
       dropped: a regular expression for arrays that are not the network's.
       told: fields of the network that no array tells.
+      config: what a config.json beside it would say, where there is none.
     """
 
     kind: str
     table: Table
     dropped: str
     told: dict[str, Any]
+    config: Mapping[str, Any] = MappingProxyType({})
+
+
+# Of a family with a file of its own: (arrays without what stands before their names, the file's
+# name, the number of heads that was given) -> their layout, None if they are another network's.
+FAMILIES: list[Callable[[Arrays, str, int | None], Layout | None]] = []
 
 
 class TorchFile(NamedTuple):
@@ -246,13 +254,14 @@ class TorchFile(NamedTuple):
 # The array by which a network of theirs is found, whatever stands before its name.
 _ANCHOR = re.compile(
     r"(.*?)(patch_embed\.proj\.weight|embeddings\.patch_embeddings\.projection\.weight"
-    r"|embeddings\.patch_embedding\.weight)"
+    r"|embeddings\.patch_embedding\.weight|tokens_to_token\.project\.weight)"
 )
 # The axes of what is looked at before all arrays are.
 _RANKS = {
     "patch_embed.proj.weight": 4,
     "embeddings.patch_embeddings.projection.weight": 4,
     "embeddings.patch_embedding.weight": 4,
+    "tokens_to_token.project.weight": 2,
     "pos_embed": 3,
     "embeddings.position_embeddings": 3,
     "embeddings.position_embedding.weight": 2,
@@ -267,7 +276,6 @@ _HF_NAMES = ("vit", "deit", "dinov2", "dinov2_with_registers", "vision_model")
 
 # Networks that have the anchor, or none, but are others. The first that fits is named.
 _OTHERS = {
-    r"tokens_to_token\.": "T2T-ViT",
     r"blocks_token_only\.": "CaiT",
     r"layers\.\d+\.blocks\.\d+\.attn\.(relative_position_bias_table|cpb_mlp|logit_scale)": "Swin",
     r"swin(v2)?\.encoder\.|encoder\.layers\.\d+\.blocks\.|features\.1\.0\.attn\.": "Swin",
@@ -315,7 +323,7 @@ def is_torch(arrays: Arrays) -> bool:
 def _refusal(name: str) -> str:
     return (
         f"it is {name}, by its arrays, which has no place here: expected a ViT, DeiT, DeiT-III, "
-        "MAE, DINOv2 or SigLIP of timm, Facebook or Hugging Face"
+        "MAE, DINOv2 or SigLIP of timm, Facebook or Hugging Face, or a T2T-ViT"
     )
 
 
@@ -356,7 +364,8 @@ def read_torch(
         ) from e
     name = path.name if path else ""
     is_facebook = bool(prefix) or name.endswith((".pth", ".pt", ".tar"))
-    layout = (
+    known = (family(inside, name, heads) for family in FAMILIES)
+    layout = next(filter(None, known), None) or (
         _timm_layout(inside, settings, "timm" if settings or not is_facebook else "fb", name)
         if is_timm
         else _hf_layout(inside, bool(pre_logits))
@@ -391,11 +400,11 @@ def read_torch(
         if re.search(layout.dropped, key):
             left_out.append(taken[key])
             continue
-        name, block = _template(key)
-        if name not in table:
+        template, block = (key, "") if key in table else _template(key)
+        if template not in table:
             unknown.append(f"{taken[key]} {tuple(array.shape)}")
             continue
-        targets, op = table[name]
+        targets, op = table[template]
         parts = _split(array, len(targets), OPS[op], taken[key])
         for target, part in zip(targets, parts, strict=True):
             try:
@@ -423,8 +432,9 @@ def read_torch(
         for field in ("num_heads", "activation", "layer_norm_epsilon")
     }
     kind = f"{layout.kind} ({prefix})" if prefix else layout.kind
-    about = (stated or _values(layout.kind, name)) | {"labels": labels, "known_from": places}
-    about["config"] = config
+    stated = stated or _stated_values(layout.config) or _values(layout.kind, name)
+    about = stated | {"labels": labels, "known_from": places}
+    about["config"] = {**layout.config, **config}
     return TorchFile(found, kind, tuple(left_out), hints, about)
 
 

@@ -90,7 +90,7 @@ def _models() -> Iterator[dict[str, Any]]:
             "flops": flops(image, _IMAGE),
             "image_size": _IMAGE,
             "tokens": spec.num_tokens,
-            "patch_size": image.patch_size,
+            "patch_size": getattr(image, "patch_size", image.stride),
             "hidden_size": image.hidden_size,
             "num_layers": image.num_layers,
             "num_heads": image.architecture().get("num_heads"),

@@ -34,6 +34,7 @@ class Seen(NamedTuple):
       pooling: (heads, t), how attention pooling weighs the tokens; None without it.
       blocks: (blocks, t, d), the output of each block.
       tokens: (t, d), the output of the encoder.
+      further: see `ImageModel.further_maps`.
     """
 
     answer: Any
@@ -41,6 +42,7 @@ class Seen(NamedTuple):
     pooling: Any
     blocks: Any
     tokens: Any
+    further: Any
 
 
 def open_tower(vit: Pretrained) -> Tower:
@@ -80,7 +82,8 @@ def _observe(model: ImageModel, params: Any, pixels: jax.Array) -> Seen:
     )
     attention, pooling = model.attention_weights(state["intermediates"])
     blocks, tokens = model.block_outputs(features), features[model.final_norm][0]
-    seen = Seen(answer[0], attention, pooling, blocks, tokens)
+    further = model.further_maps(state["intermediates"])
+    seen = Seen(answer[0], attention, pooling, blocks, tokens, further)
     return jax.tree.map(lambda x: x.astype(jnp.float32), seen)
 
 

@@ -52,7 +52,7 @@ class Explanation(NamedTuple):
       rollout: see `explain.rollout`, (rows, columns).
       relevance: see `explain.relevance`, of the two most probable classes or those asked for.
       heads: what the token that the head reads attends to in each head of the last block, then
-        where those of attention pooling look.
+        where those of attention pooling look, then `ImageModel.further_maps`.
     """
 
     name: str
@@ -106,6 +106,7 @@ def explanations(
         if seen.pooling is not None:
             pooled = on_grid(tower, seen.pooling)
             heads += [(f"pooling, head {i + 1}", m) for i, m in enumerate(pooled)]
+        heads += seen.further.items()
         yield Explanation(
             os.fspath(name),
             view.thumbnail(),

@@ -81,6 +81,7 @@ class ImageModel(nn.Module):
       classifiers: what the field `classifier` may be.
       weightless: fields that have no weights, so that they may be chosen for stored ones.
       untold: fields that no shape tells; they are noted beside saved weights.
+      frozen: names of weights that are constants: they are stored, but never trained.
       shows_attention: whether it has `attention_weights`; without them there is nothing to explain.
       classifies_by_text: whether the classes are texts, as LiT's; then there is no head.
       value_range: the operation that gives pixels the values that the published weights are for.
@@ -92,6 +93,7 @@ class ImageModel(nn.Module):
     classifiers: ClassVar[tuple[str, ...]] = ("gap",)
     weightless: ClassVar[tuple[str, ...]] = ("stochastic_depth_rate", "dtype")
     untold: ClassVar[tuple[str, ...]] = ()
+    frozen: ClassVar[tuple[str, ...]] = ()
     shows_attention: ClassVar[bool] = False
     classifies_by_text: ClassVar[bool] = False
     value_range: ClassVar[str] = "value_range(-1, 1)"
@@ -286,6 +288,10 @@ class ImageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def further_maps(self, collection: Any) -> dict[str, jax.Array]:
+        """Other attention in "intermediates" of one image: {title: (rows, columns)} of any size."""
+        return {}
+
     @property
     def final_norm(self) -> str:
         """Name of the module, and of the feature, that ends the blocks: (n, t, d) -> (n, t, d)."""
@@ -413,6 +419,11 @@ class Spec:
         )
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """ "a/b/c", the name of a weight, of its key path of `jax.tree_util`."""
+    return "/".join(key.key for key in path)
+
+
 def traced_shapes(module: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter. All blocks have the same shapes, so one is traced."""
     init = module.clone(num_layers=1).init
@@ -422,7 +433,7 @@ def traced_shapes(module: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[
     first = re.compile(rf"(.*\b(?:{'|'.join(module.blocks)})_)0(/.+)")
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        key = "/".join(k.key for k in path)
+        key = path_name(path)
         if match := first.fullmatch(key):
             for i in range(module.num_layers):
                 shapes[f"{match[1]}{i}{match[2]}"] = leaf.shape
