@@ -333,6 +333,7 @@ def load(
     heads: int | None = None,
     allow_nonfinite: bool = False,
     channels: int | None = None,
+    window: int | None = None,
     **overrides: Any,
 ) -> Pretrained:
     """Loads weights. The architecture is read from the file.
@@ -357,6 +358,8 @@ def load(
       allow_nonfinite: whether weights that hold NaN or infinity are loaded, to look at them.
       channels: None keeps the first layer; a number makes it that of images of so many channels, by
         timm's rule: filters are added up for grey, and repeated and scaled for others.
+      window: None keeps the windows of a Swin Transformer; a number of tokens changes them, and
+        resizes the tables of biases as the original does.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
         stochastic_depth_rate, drop_path_mode and dtype, the one that is computed in. And what else
         no array tells, before notes: activation, layer_norm_epsilon, position_resize, layer_scale.
@@ -374,6 +377,8 @@ def load(
         raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
     if channels is not None and not is_count(channels):
         raise UserError(f"channels is {channels!r}, expected a whole number of at least 1")
+    if window is not None and not is_count(window):
+        raise UserError(f"window is {window!r}, expected a whole number of at least 1")
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
     told |= {"classifier": classifier} if classifier else {}
@@ -384,6 +389,7 @@ def load(
         allow_nonfinite=allow_nonfinite,
         heads=heads,
         pre_logits=pre_logits,
+        window=window,
     )
     arrays, new = spec.adapt(
         arrays,
@@ -391,6 +397,7 @@ def load(
         image_size=size,
         pre_logits=pre_logits,
         channels=None if channels is None else int(channels),
+        window=window,
     )
     for field in overrides:
         if field not in new.weightless:
@@ -474,7 +481,7 @@ def read_weights(
       likely_size: see `checkpoints.read_spec`.
       told: fields that no array tells, the classifier among them; they go before the notes.
       values, allow_nonfinite: see `checkpoints.load_weights`.
-      **wishes: heads, pre_logits: see `checkpoints.open_network`.
+      **wishes: heads, pre_logits, window: see `checkpoints.open_network`.
 
     Raises UserError if the file can't be read, or the notes are about other weights.
     """
@@ -555,6 +562,7 @@ def read_notes(weights: Path) -> Notes | None:
             raise ValueError(f"preprocess makes images of {preprocess.output_size}, not {size}")
         check_loss(loss := notes.get("loss", "softmax"))
         untold = dict(notes.get("untold", {}))
+        untold = {k: tuple(v) if isinstance(v, list) else v for k, v in untold.items()}
         _check_untold(untold)
         return Notes(
             classifier,

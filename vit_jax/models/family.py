@@ -206,6 +206,11 @@ class ImageModel(nn.Module):
         raise NotImplementedError
 
     @property
+    def usual_size(self) -> Size:
+        """(height, width) of the images that published networks of this kind are for."""
+        return 224, 224
+
+    @property
     def num_prefix_tokens(self) -> int:
         """How many tokens stand before those of the patches."""
         return 0
