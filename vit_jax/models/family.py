@@ -300,6 +300,15 @@ class ImageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def attended_grid(self, image_size: Size) -> Size:
+        """The (rows, columns) of the tokens that `attention_weights` is about: the patches."""
+        return self.grid_size(image_size)
+
+    @property
+    def attended_blocks(self: Any) -> range:
+        """The numbers of the blocks of `attention_weights` and `block_outputs`: of all."""
+        return range(self.num_layers)
+
     def further_maps(self, collection: Any) -> dict[str, jax.Array]:
         """Other attention in "intermediates" of one image: {title: (rows, columns)} of any size."""
         return {}

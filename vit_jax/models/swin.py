@@ -31,6 +31,7 @@ from vit_jax.models.layers import (
     head,
     is_observed,
     layer_norm,
+    shown_weights,
 )
 from vit_jax.models.positions import resample
 from vit_jax.models.stack import BlockLoop, run_blocks
@@ -121,6 +122,19 @@ def shift_mask(grid: Size, window: Size, shift: Size) -> np.ndarray:
 
 
 @functools.cache
+def places_in_windows(map_size: Size, grid: Size, window: Size, shift: Size) -> np.ndarray:
+    """(windows, t): which token of a map stands there, where it is rolled and padded to a grid.
+
+    Tokens are numbered row by row, behind them what was padded.
+    """
+    count, numbers = math.prod(map_size), np.full(grid, -1)
+    rolled = np.roll(np.arange(count).reshape(map_size), (-shift[0], -shift[1]), (0, 1))
+    numbers[: map_size[0], : map_size[1]] = rolled
+    numbers[numbers < 0] = np.arange(count, numbers.size)
+    return cut_windows(numbers[None], window)[0]
+
+
+@functools.cache
 def relative_index(window: Size) -> np.ndarray:
     """(t, t): the row of a table of ((2 height - 1) (2 width - 1)) for each query and each key."""
     places = np.argwhere(np.ones(window))
@@ -141,23 +155,29 @@ class WindowAttention(nn.Module):
     """Attention within windows with a bias for each relative position. (n, rows, columns, d) ->
     the same.
 
-    With the collection "intermediates" mutable it sows there "attention_weights" (n, windows, h, t,
-    t), see `layers.MultiHeadAttention`.
+    With the collection "intermediates" mutable it sows there "attention_received" (n, h, rows,
+    columns), how much of their weights all tokens give to each, on average; and in a last stage
+    "attention_weights" (n, h, tokens, tokens), see `layers.MultiHeadAttention`, zero for those that
+    stand in no window together. What is padded is left out.
 
     Attributes:
       window: (rows, columns), which divide those of the map.
       pretrained_window: see `relative_coordinates`.
+      merges: whether it isn't the last stage's.
     """
 
     num_heads: int
     window: Size
     version: int
     pretrained_window: int
+    merges: bool
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | np.ndarray | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | np.ndarray | None, map_size: Size, shift: Size
+    ) -> jax.Array:
         d, grid = x.shape[-1], (x.shape[1], x.shape[2])
 
         def dense(name: str, features: Any, axis: Any = -1, bias: bool = True) -> nn.DenseGeneral:
@@ -183,11 +203,29 @@ class WindowAttention(nn.Module):
             bias = bias + mask
         if is_observed(self):
             weights = attention_weights(query, key, bias=bias)
-            self.sow("intermediates", "attention_weights", weights)
-            y = weighted_sum(self.perturb("attention_weights", weights), value)
+            places = places_in_windows(map_size, grid, self.window, shift)
+            y = weighted_sum(self._shown(weights, places, map_size), value)
         else:
             y = self.kernels.attention(query, key, value, None, bias)
         return dense("out", d, (-2, -1))(join_windows(y, self.window, grid))
+
+    def _shown(self, weights: jax.Array, places: np.ndarray, map_size: Size) -> jax.Array:
+        """The weights, with what is added to them where they are looked at."""
+        weights, count = weights.swapaxes(1, 2), math.prod(map_size)  # (n, h, windows, t, t)
+        n, heads, *_ = weights.shape
+        received = jnp.zeros((n, heads, places.size), weights.dtype)
+        received = received.at[:, :, places].set(weights.sum(axis=-2))[..., :count]
+        received = received.reshape(n, heads, *map_size) / count
+        self.sow("intermediates", "attention_received", received)
+        if not self.merges:
+            rows, columns = places[:, :, None], places[:, None]
+            pairs = jnp.zeros((n, heads, places.size, places.size), weights.dtype)
+            pairs = pairs.at[:, :, rows, columns].set(weights)
+            real = pairs[:, :, :count, :count]
+            self.sow("intermediates", "attention_weights", real)
+            real = self.perturb("attention_weights", real)
+            weights = pairs.at[:, :, :count, :count].set(real)[:, :, rows, columns]
+        return weights.swapaxes(1, 2)
 
     def _cosine(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Those of which attention's scores are cosines times a learned number for each head."""
@@ -243,6 +281,7 @@ class SwinBlock(nn.Module):
     window: int
     version: int
     pretrained_window: int
+    merges: bool = True
     dtype: Any = jnp.float32
     kernels: Kernels = Kernels()
 
@@ -282,7 +321,8 @@ class SwinBlock(nn.Module):
         if any(after for _, after in padding):
             y = jnp.pad(y, ((0, 0), *padding, (0, 0)))
         fields = fields_for(WindowAttention, self, window=window)
-        y = WindowAttention(**fields, name=_ATTENTION)(y, mask)[:, :rows, :columns]
+        attention = WindowAttention(**fields, name=_ATTENTION)
+        y = attention(y, mask, (rows, columns), shift if is_rolled else (0, 0))[:, :rows, :columns]
         if is_rolled:
             y = _roll(y, shift, shifted)
         x = residual(x, y, 0)
@@ -419,6 +459,7 @@ class SwinTransformer(ImageModel):
     kind: ClassVar = "Swin Transformer"
     variants: ClassVar = _VARIANTS
     untold: ClassVar = ("window", "pretrained_windows")
+    shows_attention: ClassVar = True
     classifier: ClassVar = "gap"
     representation_size: ClassVar = None
     layer_norm_epsilon: ClassVar = 1e-5
@@ -627,6 +668,38 @@ class SwinTransformer(ImageModel):
                 grids = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (before, after)]
                 (arrays[key],) = resample(arrays[key][None], *grids, prefix=0, rule="torch")
         return model, arrays
+
+    # What `explain` looks at: the last stage as it does at a ViT, and of others the last block's
+    # attention within windows.
+
+    def attended_grid(self, image_size: Size) -> Size:
+        return self.stage_grids(image_size)[-1]
+
+    @property
+    def attended_blocks(self) -> range:
+        return range(self.num_layers - self.depths[-1], self.num_layers)
+
+    def attention_weights(self, collection: Any) -> tuple[jax.Array, jax.Array | None]:
+        last = collection[f"stage_{len(self.depths) - 1}"]
+        blocks = (last[f"encoderblock_{i}"] for i in range(self.depths[-1]))
+        return jnp.stack([shown_weights(block, _ATTENTION)[0] for block in blocks]), None
+
+    def further_maps(self, collection: Any) -> dict[str, jax.Array]:
+        maps = {}
+        for i, depth in enumerate(self.depths[:-1]):
+            block = collection[f"stage_{i}"][f"encoderblock_{depth - 1}"]
+            ((received,),) = block[_ATTENTION]["attention_received"]
+            for number, values in enumerate(received, 1):
+                maps[f"stage {i + 1}, head {number}, received"] = values
+        return maps
+
+    def block_outputs(self, features: Mapping[str, jax.Array]) -> jax.Array:
+        name = f"stage_{len(self.depths) - 1}/encoderblock"
+        blocks = [features[f"{name}_{i}"][0] for i in range(self.depths[-1])]
+        return jnp.stack([x.reshape(-1, x.shape[-1]) for x in blocks])
+
+    def embedding_filters(self, params: Any) -> np.ndarray:
+        return np.asarray(params["embedding"]["kernel"], np.float64)
 
     def summary(self) -> dict[str, str]:
         depths, heads = (", ".join(map(str, x)) for x in (self.depths, self.heads))

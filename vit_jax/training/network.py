@@ -57,6 +57,7 @@ def make_network(
         num_classes=len(labels),
         image_size=(height, width),
         channels=channels,
+        window=fields.get("window"),
         **{k: v for k, v in fields.items() if k in weightless and v},
     )
     stored = vit.spec.architecture()
