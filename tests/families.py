@@ -5,7 +5,7 @@ from typing import Any
 
 from tests import reference
 from vit_jax import checkpoints
-from vit_jax.models import LiT, MlpMixer, Spec, T2TViT, VisionTransformer
+from vit_jax.models import LiT, MlpMixer, Spec, SwinTransformer, T2TViT, VisionTransformer
 from vit_jax.pretrained import Pretrained, PretrainedLiT
 
 LABELS = ("ape", "bär", "cat", "狗", "eel")
@@ -29,7 +29,16 @@ def _lit(image: Spec, text_model: str, text: dict[str, int], text_classes: int |
     return Spec(LiT(fields, text_model, text, (image.num_classes, text_classes)), (16, 16), 3)
 
 
+_SWIN = dict(window=3, pretrained_windows=(0, 0), mlp_ratio=2.0)
+
+
+def _swin(**fields: Any) -> Spec:
+    return Spec(SwinTransformer(5, (2, 2), 8, (2, 2), (2, 4), **_SWIN, **fields), (16, 16), 3)
+
+
 SPECS = {
+    "Swin": _swin(),
+    "Swin v2": _swin(version=2),
     "hybrid": _HYBRID,
     "root": _HYBRID.replace(patch_size=(2, 2), resnet=(), classifier="gap"),
     "MAP": vit_spec(classifier="map", representation_size=9),

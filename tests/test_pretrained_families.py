@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference, t2t
+from tests import reference, swin_reference, t2t
 from tests.families import LABELS, LITS, OTHERS, SPECS, WORDS, make
 from vit_jax import checkpoints
 from vit_jax.errors import UserError
@@ -28,6 +28,9 @@ def papers_logits(spec, arrays, x: np.ndarray) -> np.ndarray:
         return reference.mixer_forward(arrays, x)
     if spec.kind == "T2T-ViT":
         return t2t.forward(t2t.named_officially(arrays, spec.num_layers), x, spec.num_heads)
+    if spec.kind == "Swin Transformer":
+        windows = dict(window=spec.window, pretrained=spec.pretrained_windows)
+        return swin_reference.forward(arrays, x, **windows)
     return reference.forward(arrays, x, classifier=spec.classifier)
 
 

@@ -434,6 +434,7 @@ def load(
     heads: int | None = None,
     allow_nonfinite: bool = False,
     channels: int | None = None,
+    window: int | None = None,
     **overrides: Any,
 ) -> Pretrained:
     """Loads weights. The architecture is read from the file.
@@ -459,6 +460,8 @@ def load(
       allow_nonfinite: whether weights that hold NaN or infinity are loaded, to look at them.
       channels: None keeps the first layer; a number makes it that of images of so many channels, by
         timm's rule: filters are added up for grey, and repeated and scaled for others.
+      window: None keeps the windows of a Swin Transformer; a number of tokens changes them, and
+        resizes the tables of biases as the original does.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
         stochastic_depth_rate, drop_path_mode and dtype, the one that is computed in. And what else
         no array tells, before notes: activation, layer_norm_epsilon, position_resize, layer_scale.
@@ -472,14 +475,13 @@ def load(
             raise UserError(f"load takes no {field!r}: of the model only {of_model}")
     told = {field: overrides.pop(field) for field in kinds if field in overrides}
     _check_untold(told)
-    if (
-        num_classes is not None
-        and not is_count(num_classes)
-        and (type(num_classes), num_classes) != (int, 0)
-    ):
+    no_head = type(num_classes) is int and num_classes == 0
+    if num_classes is not None and not (no_head or is_count(num_classes)):
         raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 0")
     if channels is not None and not is_count(channels):
         raise UserError(f"channels is {channels!r}, expected a whole number of at least 1")
+    if window is not None and not is_count(window):
+        raise UserError(f"window is {window!r}, expected a whole number of at least 1")
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
     told |= {"classifier": classifier} if classifier else {}
@@ -490,6 +492,7 @@ def load(
         allow_nonfinite=allow_nonfinite,
         heads=heads,
         pre_logits=pre_logits,
+        window=window,
     )
     arrays, new = spec.adapt(
         arrays,
@@ -497,6 +500,7 @@ def load(
         image_size=size,
         pre_logits=pre_logits,
         channels=None if channels is None else int(channels),
+        window=window,
     )
     for field in overrides:
         if field not in new.weightless:
@@ -586,7 +590,7 @@ def read_weights(
       likely_size: see `checkpoints.read_spec`.
       told: fields that no array tells, the classifier among them; they go before the notes.
       values, allow_nonfinite: see `checkpoints.load_weights`.
-      **wishes: heads, pre_logits: see `checkpoints.open_network`.
+      **wishes: heads, pre_logits, window: see `checkpoints.open_network`.
 
     Raises UserError if the file can't be read, or the notes are about other weights.
     """
@@ -672,12 +676,13 @@ def read_notes(weights: Path) -> Notes | None:
         notes = json.loads(file.read_text(encoding="utf-8"))
         if (labels := notes["labels"]) is not None and type(labels) is not list:
             raise ValueError("labels is no list")
+        untold = dict(notes.get("untold", {}))
         found = Notes(
             notes["classifier"],
             height_width(notes["image_size"]),
             notes["preprocess"],
             tuple(map(str, labels)) if labels else None,
-            dict(notes.get("untold", {})),
+            {k: tuple(v) if isinstance(v, list) else v for k, v in untold.items()},
             notes.get("loss", "softmax"),
         )
         found.check()

@@ -4,10 +4,8 @@ import logging
 import re
 import time
 
-import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,14 +54,8 @@ def test_official_arrays_tell_their_official_name(name):
 
 @pytest.mark.parametrize("name", sorted(set(list_models()) - set(reference.facts("manifests"))))
 def test_arrays_of_the_other_families_tell_their_official_name(name):
-    depth = variant(name)["num_layers"]
-    model = create_model(name, 1000, num_layers=min(depth, 2))
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    shapes = {k: v.shape for k, v in flatten_dict(variables["params"], sep="/").items()}
-    for i in range(2, depth):  # All blocks have the same shapes.
-        for key in [k for k in shapes if re.search(r"[Bb]lock_1/", k)]:
-            shapes[re.sub(r"([Bb]lock_)1/", rf"\g<1>{i}/", key)] = shapes[key]
+    model = create_model(name, 1000)
+    shapes = model.shapes(model.usual_size, 3)
 
     untold = {k: v for k, v in variant(name).items() if k in getattr(model, "untold", ())}
     spec = read_spec(
@@ -73,7 +65,7 @@ def test_arrays_of_the_other_families_tell_their_official_name(name):
     )
 
     assert spec.name == name.replace("SigLIP-So400m_14", "ViT-So400m_14")  # The same network.
-    assert (spec.num_classes, spec.image_size) == (1000, (224, 224))
+    assert (spec.num_classes, spec.image_size) == (1000, model.usual_size)
     assert spec.num_parameters == sum(np.prod(shape) for shape in shapes.values())
 
 

@@ -418,7 +418,7 @@ def test_networks_that_look_alike_are_refused_by_name(name, tmp_path):
         (("visual.conv1.weight", "visual.class_embedding"), "CLIP"),
         (("vision_model.embeddings.class_embedding",), "CLIP"),
         (("layer.0.attention.q_proj.weight", "embeddings.register_tokens"), "DINOv3"),
-        (("swin.encoder.layers.0.blocks.0.layernorm_before.weight",), "Swin"),
+        (("swin.features.1.0.attn.qkv.weight",), "torchvision's Swin"),
         (("beit.encoder.layer.0.lambda_1",), "BEiT"),
     ],
 )

@@ -25,6 +25,8 @@ from vit_jax.pretrained import load
         ("sincos2d", ["positions      sincos2d"]),
         ("Mixer", ["a Mixer of width 16", "MLPs 12 wide over tokens and 24 over channels"]),
         ("T2T", ["a T2T-ViT of width 16", "three soft splits, with a performer behind the first"]),
+        ("Swin", ["a Swin Transformer of width 8 and 4", "stages of 2, 2, from 8 to 16 wide"]),
+        ("Swin v2", ["windows        3x3 tokens, or the map if", "version        2"]),
         ("LiT", ["a LiT bundle of a ViT", "text_transformer: 2 blocks, 64 wide", "embeddings"]),
         ("LiT of BERT", ["bert: 2 blocks, 64 wide, 1 heads, 14 words", "embeddings     64 wide"]),
     ],

@@ -28,6 +28,8 @@ from vit_jax.training.state import new_guard
 # Wide enough for some weights to be split over 8 devices.
 VIT = dict(patch_size=(4, 4), hidden_size=128, num_layers=2, num_heads=2, mlp_dim=256)
 T2T = dict(hidden_size=128, num_layers=2, num_heads=2, mlp_dim=256)
+SWIN = dict(patch_size=(2, 2), hidden_size=128, depths=(2,), heads=(2,), window=3)
+SWIN |= dict(pretrained_windows=(0,))
 MIXER = dict(patch_size=(4, 4), hidden_size=128, num_layers=2, tokens_mlp_dim=8)
 FAMILIES = {
     "class token": ("ViT-Ti_16", VIT),
@@ -35,6 +37,8 @@ FAMILIES = {
     "attention pooling": ("ViT-mu_16", VIT),
     "hybrid": ("R+ViT-Ti_16", VIT | dict(patch_size=(1, 1), resnet=(1,))),
     "Mixer": ("Mixer-B_16", MIXER | dict(channels_mlp_dim=256)),
+    "Swin": ("Swin-T_4-w7", SWIN),
+    "Swin v2": ("SwinV2-T_4-w8", SWIN),
     "T2T": ("T2T-ViT-7", T2T),
     "T2T of a transformer": ("T2T-ViT-t-14", T2T),
 }

@@ -3,7 +3,7 @@
 import logging
 import re
 
-from vit_jax.checkpoints.torch import FAMILIES, TIMM, Arrays, Layout, Table, _dense, _norm
+from vit_jax.checkpoints.torch import FAMILIES, TIMM, Arrays, Known, Layout, Table, _dense, _norm
 from vit_jax.errors import UserError
 
 _ORDER = {"kqv": ("key", "query", "value"), "attn.qkv": ("query", "key", "value")}
@@ -41,17 +41,17 @@ PERFORMER = _table("kqv", "proj", ("mlp.0", "mlp.2"))
 TRANSFORMER = _table("attn.qkv", "attn.proj", ("mlp.fc1", "mlp.fc2"))
 
 
-def t2t_layout(inside: Arrays, file: str, heads: int | None) -> Layout | None:
+def t2t_layout(inside: Arrays, known: Known) -> Layout | None:
     """The layout of a T2T-ViT's arrays; None if they are another network's."""
     if "tokens_to_token.project.weight" not in inside:
         return None
     is_performer = "tokens_to_token.attention1.w" in inside
     name, depth = (
-        file.lower(),
+        known.file.lower(),
         len([k for k in inside if re.fullmatch(r"blocks\.\d+\.norm1\.bias", k)]),
     )
     may_be_resnext = is_performer and depth == 14 and inside["pos_embed"].shape[-1] == 384
-    if heads is None and may_be_resnext:
+    if known.heads is None and may_be_resnext:
         if "resnext" in name:
             raise UserError(
                 "its name says T2T-ViT-14-resnext, of 32 attention heads, but no array tells it "

@@ -24,6 +24,11 @@ class Tower(NamedTuple):
         """Where the patches start among the tokens."""
         return self.model.num_prefix_tokens
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The (rows, columns) of the tokens that attend: the patches, or those of a last stage."""
+        return self.model.attended_grid(self.spec.image_size)
+
 
 class Seen(NamedTuple):
     """What the network makes of one image, float32; t tokens, the class token first.
@@ -103,4 +108,4 @@ def reading(tower: Tower, seen: Seen) -> np.ndarray:
 def on_grid(tower: Tower, values: np.ndarray) -> np.ndarray:
     """Values of tokens (..., t) as a map of the patches (..., rows, columns)."""
     patches = values[..., tower.first_patch :]
-    return patches.reshape(*values.shape[:-1], *tower.spec.grid_size)
+    return patches.reshape(*values.shape[:-1], *tower.grid)

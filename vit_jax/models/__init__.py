@@ -9,9 +9,10 @@ from vit_jax.models.family import FAMILIES, VARIANTS, ImageModel, Spec, register
 from vit_jax.models.kernels import Kernels, choose_kernels
 from vit_jax.models.lit import LIT_VARIANTS, LiT, create_lit
 from vit_jax.models.mixer import MlpMixer
-from vit_jax.models.t2t import T2TViT
 
 # Importing a family makes it known. What none recognises is taken for the first one, the ViT.
+from vit_jax.models.swin import SwinTransformer
+from vit_jax.models.t2t import T2TViT
 from vit_jax.models.vit import CLASSIFIERS, POOLED, POSITION_EMBEDDINGS, VisionTransformer
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LiT",
     "MlpMixer",
     "Spec",
+    "SwinTransformer",
     "T2TViT",
     "VisionTransformer",
     "choose_kernels",

@@ -128,6 +128,17 @@ class ImageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def for_images(
+        self, arrays: Arrays, old: Size, new: Size, window: int | None = None
+    ) -> tuple[Self, Arrays]:
+        """The network and its weights for images of another size, or with other windows.
+
+        Raises UserError as `resize`, or if there are no windows.
+        """
+        if window is not None:
+            raise UserError(f"a {self.kind} has no windows: leave window out")
+        return self, arrays if old == new else self.resize(arrays, old, new)
+
     @property
     def first_layer(self) -> str:
         """The name of the array (h, w, channels, filters) that looks at the pixels."""
@@ -197,6 +208,11 @@ class ImageModel(nn.Module):
         Raises UserError if there is none.
         """
         raise NotImplementedError
+
+    @property
+    def usual_size(self) -> Size:
+        """(height, width) of the images that published networks of this kind are for."""
+        return 224, 224
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -287,6 +303,15 @@ class ImageModel(nn.Module):
           None without it.
         """
         raise NotImplementedError
+
+    def attended_grid(self, image_size: Size) -> Size:
+        """The (rows, columns) of the tokens that `attention_weights` is about: the patches."""
+        return self.grid_size(image_size)
+
+    @property
+    def attended_blocks(self: Any) -> range:
+        """The numbers of the blocks of `attention_weights` and `block_outputs`: of all."""
+        return range(self.num_layers)
 
     def further_maps(self, collection: Any) -> dict[str, jax.Array]:
         """Other attention in "intermediates" of one image: {title: (rows, columns)} of any size."""
@@ -389,6 +414,7 @@ class Spec:
         image_size: Size | None = None,
         pre_logits: bool | None = None,
         channels: int | None = None,
+        window: int | None = None,
     ) -> tuple[Arrays, Self]:
         """Weights for another task: another head, another size of image, other channels.
 
@@ -399,6 +425,7 @@ class Spec:
           pre_logits: None keeps the tanh layer with a kept head and drops it with a new one, as the
             paper's fine-tuning does; True keeps it, False drops it.
           channels: None keeps the first layer; a number changes it, see `ImageModel.with_channels`.
+          window: None keeps the windows, of which only a Swin Transformer has any.
 
         Returns:
           (arrays, spec) of the changed network. Arrays that didn't change are shared.
@@ -407,14 +434,14 @@ class Spec:
         network can't change so: a Mixer its number of tokens, a LiT its head.
         """
         module, arrays = self.module.with_head(arrays, num_classes, pre_logits)
-        if image_size is not None:
-            arrays = module.resize(arrays, self.image_size, image_size)
+        new_size = image_size or self.image_size
+        module, arrays = module.for_images(arrays, self.image_size, new_size, window)
         if channels not in (None, self.channels):
             arrays = module.with_channels(arrays, channels)
         return arrays, dataclasses.replace(
             self,
             module=module,
-            image_size=image_size or self.image_size,
+            image_size=new_size,
             channels=channels or self.channels,
         )
 
