@@ -24,8 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Our name, timm's (None for the plain network), images in a batch, steps a round, and the least ratio
-# that is wanted.
+# Our name, timm's (None for the plain network), images in a batch, steps a round, and the least
+# ratio that is wanted.
 MODELS = {
     "ViT-Ti_16": ("vit_tiny_patch16_224", 8, 3, 1.0),
     "ViT-S_16": ("vit_small_patch16_224", 8, 1, 1.05),
