@@ -30,7 +30,8 @@ from vit_jax.models import FAMILIES, LiT, Spec
 from vit_jax.models.family import weightless_fields
 from vit_jax.models.kernels import choose_kernels
 
-WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
+WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir,
+STYLE = "prelinen"  # with the names that the original, big_vision and timm read.
 
 _LARGEST_NOTES = 64 << 20  # Bytes of a .json beside weights: the names of a million classes.
 _LARGEST_IMAGE = 4096  # Pixels a side that notes can ask for.
