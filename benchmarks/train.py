@@ -3,6 +3,8 @@
     pip install -e . timm torch
     python benchmarks/train.py [MODEL ...]
 
+(Of T2T-ViT, which timm hasn't, with the plain network of tests/torch_t2t.py.)
+
 Both do the same: float32 images of 224 px and 1,000 classes, forwards, backwards, the gradient
 clipped to norm 1, SGD with momentum. Ours is what `vit-jax train` runs. Each side is a process of
 its own that lives through all rounds; they take turns of a second, so that whatever else the
@@ -18,12 +20,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-# Our name, timm's, images in a batch, steps a round, and the least ratio that is wanted.
+ROOT = Path(__file__).resolve().parents[1]
+
+# Our name, timm's (None for the plain network), images in a batch, steps a round, and the least
+# ratio that is wanted.
 MODELS = {
     "ViT-Ti_16": ("vit_tiny_patch16_224", 8, 3, 1.0),
     "ViT-S_16": ("vit_small_patch16_224", 8, 1, 1.05),
     "ViT-B_16": ("vit_base_patch16_224", 4, 1, 1.05),
+    "T2T-ViT-14": (None, 8, 1, 1.0),
 }
 ROUNDS = 31
 UNCOUNTED = 3
@@ -51,7 +58,7 @@ def ours(name: str, batch_size: int) -> Callable[[int], object]:
     levels = np.random.default_rng(0).integers(0, 256, (batch_size, 224, 224, 3), np.uint8)
     images = np.zeros((1, 224, 224, 3), np.float32)
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0), images)["params"])
-    tx = training.make_optimizer(config, config.total_steps)
+    tx = training.make_optimizer(config, config.total_steps, model.frozen)
     state = training.TrainState.create(params=params, tx=tx, mesh=mesh)
     step = training.make_train_step(
         model.clone(kernels=kernels),
@@ -72,12 +79,21 @@ def ours(name: str, batch_size: int) -> Callable[[int], object]:
 
 def timm(name: str, batch_size: int) -> Callable[[int], object]:
     """The same of timm's."""
-    import timm
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = timm.create_model(MODELS[name][0], num_classes=1000).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+    if theirs := MODELS[name][0]:
+        import timm
+
+        model = timm.create_model(theirs, num_classes=1000).train()
+    else:
+        sys.path.insert(0, str(ROOT))
+        from tests.torch_t2t import T2T
+        from vit_jax.models import variant
+
+        model = T2T(**variant(name), num_classes=1000, patches=14 * 14).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.03, momentum=0.9)
     images = torch.randn(batch_size, 3, 224, 224)
     labels = torch.arange(batch_size)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from tests import reference
 from vit_jax import checkpoints
-from vit_jax.models import LiT, MlpMixer, Spec, VisionTransformer
+from vit_jax.models import LiT, MlpMixer, Spec, SwinTransformer, T2TViT, VisionTransformer
 from vit_jax.pretrained import Pretrained, PretrainedLiT
 
 LABELS = ("ape", "bär", "cat", "狗", "eel")
@@ -29,13 +29,23 @@ def _lit(image: Spec, text_model: str, text: dict[str, int], text_classes: int |
     return Spec(LiT(fields, text_model, text, (image.num_classes, text_classes)), (16, 16), 3)
 
 
+_SWIN = dict(window=3, pretrained_windows=(0, 0), mlp_ratio=2.0)
+
+
+def _swin(**fields: Any) -> Spec:
+    return Spec(SwinTransformer(5, (2, 2), 8, (2, 2), (2, 4), **_SWIN, **fields), (16, 16), 3)
+
+
 SPECS = {
+    "Swin": _swin(),
+    "Swin v2": _swin(version=2),
     "hybrid": _HYBRID,
     "root": _HYBRID.replace(patch_size=(2, 2), resnet=(), classifier="gap"),
     "MAP": vit_spec(classifier="map", representation_size=9),
     "sincos2d": vit_spec(position_embedding="sincos2d", classifier="gap"),
     "sincos2d token": vit_spec(position_embedding="sincos2d"),
     "Mixer": Spec(MlpMixer(5, (4, 4), 16, 2, tokens_mlp_dim=12, channels_mlp_dim=24), (16, 16), 3),
+    "T2T": Spec(T2TViT(5, 16, num_layers=2, num_heads=2, mlp_dim=24), (16, 16), 3),
     "LiT": _lit(
         vit_spec(num_classes=64), "text_transformer", _TEXT | dict(max_len=16), text_classes=None
     ),

@@ -79,6 +79,8 @@ def _array(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     is_norm = owner.startswith(("LayerNorm_", "gn")) or owner.endswith("norm")
     deviations = {"pos_embedding": 0.2, "cls": 0.5, "probe": 0.5, "embedding": 0.3}
     deviations["registers"] = deviations["dist"] = 0.5
+    deviations["features"] = 0.2
+    deviations["relative_position_bias"] = deviations["logit_scale"] = 1.0
     deviations["bias"] = 0.1 if is_norm else 0.02
     return np.float32(deviations[kind]) * normal
 

@@ -20,6 +20,7 @@ ARGUMENTS = {
     "vit": "b16,cifar10",
     "augreg": "Ti_16",
     "finetune_folder": "digits",
+    "t2t": "14",
 }
 
 
@@ -69,6 +70,31 @@ def test_vit_is_the_published_recipe(arg, model, steps, lr):
     assert (config.model.name, config.total_steps, config.base_lr) == (model, steps, lr)
     assert (config.batch, config.accum_steps, config.pp.crop) == (512, 8, 384)
     assert (config.optim, config.momentum, config.grad_norm_clip) == ("sgd", 0.9, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arg", "model", "rates"),
+    [
+        ("7", "T2T-ViT-7", (1e-3, 0.03)),
+        ("T2T-ViT-14", "T2T-ViT-14", (5e-4, 0.05)),
+        ("t-24", "T2T-ViT-t-24", (5e-4, 0.065)),
+    ],
+)
+def test_t2t_is_the_published_recipe(arg, model, rates):
+    config = check_config(load_config(f"configs/t2t.py:{arg}"))
+    assert (config.model.name, config.model.stochastic_depth_rate) == (model, 0.1)
+    assert (config.base_lr, config.weight_decay, config.ema_decay) == (*rates, 0.99996)
+    assert (config.batch, config.total_steps, config.warmup_steps) == (512, 775_620, 25_020)
+    assert (config.mixup, config.cutmix, config.label_smoothing) == (0.8, 1.0, 0.1)
+    assert data.parse(config.pp.eval).output_size == (224, 224)
+
+
+def test_every_t2t_has_settings():
+    names = [name for name in list_models() if name.startswith("T2T")]
+    for name in names:
+        assert load_config(f"configs/t2t.py:{name}").model.name == name
+    with pytest.raises(UserError, match=r"t2t\.py needs one of 7, 10, .*, found '15'"):
+        load_config("configs/t2t.py:15")
 
 
 @pytest.mark.parametrize("images", [2, 20, 500, 20_000, 1_000_000])

@@ -20,6 +20,7 @@ ALLOWED = {
     "escape": set(),
     "files": set(),
     "signals": set(),
+    "original": set(),
     "buckets": set(),
     "page": set(),
     "models": set(),

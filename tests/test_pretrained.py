@@ -1,11 +1,15 @@
 """`vit_jax.load`: weights with all that is needed to use them, and the refusals on the way."""
 
+import copy
 import dataclasses
+import io
 import json
+import pickle
 
 import cv2
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import tifffile
 
@@ -364,11 +368,15 @@ def test_images_that_are_not_ready_are_refused(vit, x, message):
 @pytest.mark.parametrize(
     ("images", "wishes", "message"),
     [
-        ("one.jpg", {}, "takes a list of images"),
-        (np.zeros((8, 8, 3), np.uint8), {}, "takes a list of images"),
+        ("one.jpg", {}, r"one image was given, expected a list of images: write \[image\]"),
+        (np.zeros((8, 8, 3), np.uint8), {}, "one image was given"),
+        (b"content", {}, "one image was given"),
+        (7, {}, "one image was given"),
         ([np.zeros((8, 8, 3))], {}, r"image is of type float64, .* put levels\(lo, hi\) first"),
-        ([np.zeros((8, 8, 3), bool)], {}, r"shape \(8, 8, 3\) and type bool, expected \(h, w, 3\)"),
-        ([np.zeros((8, 8), np.uint8)], {}, r"expected \(h, w, 3\) of uint8"),
+        ([np.zeros((8, 8, 3), bool)], {}, r"shape \(8, 8, 3\) and type bool, expected a path, the"),
+        ([np.zeros((8, 8, 2), np.uint8)], {}, r"or an array \(h, w, 3\) of uint8"),
+        ([None], {}, r"shape \(\) and type object, expected a path"),
+        ([b"no image"], {}, "image: "),
         (["absent.jpg"], {}, "absent.jpg: can't be read"),
         ([], {"top": 0}, "top is 0, expected at least 1"),
     ],
@@ -376,6 +384,63 @@ def test_images_that_are_not_ready_are_refused(vit, x, message):
 def test_what_is_no_list_of_images_is_refused(vit, images, wishes, message):
     with pytest.raises(UserError, match=message):
         vit.predict(images, **wishes)
+
+
+def test_an_image_may_be_given_in_any_usual_form(vit, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 24, 4), np.uint8)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # To be turned.
+    PIL.Image.fromarray(pixels[..., :3]).save(tmp_path / "a.png", exif=exif)
+    content = (tmp_path / "a.png").read_bytes()
+    expected = vit.read(tmp_path / "a.png")
+    turned = np.rot90(pixels, -1)
+    forms = [str(tmp_path / "a.png"), content, bytearray(content), io.BytesIO(content)]
+    forms += [PIL.Image.open(tmp_path / "a.png"), turned, jnp.asarray(turned[..., :3])]
+    forms += [PIL.Image.fromarray(turned)]
+    for form in forms:
+        np.testing.assert_array_equal(vit.read(form), expected)
+    grey = pixels[..., 0]
+    for form in (grey, grey[..., None], PIL.Image.fromarray(grey)):
+        np.testing.assert_array_equal(vit.read(form), np.repeat(grey[..., None], 3, axis=2))
+    deep = grey.astype(np.uint16) * 257
+    np.testing.assert_array_equal(vit.read(PIL.Image.fromarray(deep))[..., 0], deep)
+    one = make(channels=1).read(PIL.Image.fromarray(grey).convert("RGB"))
+    np.testing.assert_array_equal(one, grey[..., None])
+    forms[3].seek(0)
+    answers = vit.predict((form for form in forms), top=1)  # Any iterable.
+    assert len(answers) == len(forms)
+    assert all(answer[0][0] == answers[0][0][0] for answer in answers)
+
+
+def test_features_are_what_the_head_reads_tokens_and_those_of_any_block(vit, saved):
+    given = list(np.random.default_rng(0).integers(0, 256, (35, 16, 16, 3), np.uint8))
+    x = np.stack([data.parse(vit.preprocess)(image) for image in given])
+    _, all_features = vit.model.apply({"params": vit.params}, x, return_features=True)
+    tokens, block = all_features["encoder_norm"], all_features["encoderblock_0"]
+    expected = {
+        ("pooled", None): all_features["pre_logits"],
+        ("class", None): tokens[:, 0],
+        ("patches", None): tokens[:, 1:],
+        ("tokens", None): tokens,
+        ("patches", "encoderblock_0"): block[:, 1:],
+    }
+    for (what, layer), values in expected.items():
+        found = vit.features(given, what, layer=layer)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-5)
+    headless = load(saved, num_classes=0)
+    assert (headless.spec.num_classes, "head" in headless.params) == (None, False)
+    np.testing.assert_allclose(headless(x), all_features["pre_logits"], rtol=1e-5, atol=1e-5)
+    headless.save(saved.with_name("headless.npz"))
+    assert load(saved.with_name("headless.npz")).spec == headless.spec
+
+
+def test_weights_are_pickled_and_copied(vit):
+    vit(images(1))
+    for other in (pickle.loads(pickle.dumps(vit)), copy.deepcopy(vit)):
+        np.testing.assert_array_equal(other(images(3)), vit(images(3)))
+        assert (other.spec, other.labels, other.preprocess) == (vit.spec, LABELS, vit.preprocess)
 
 
 def test_weights_that_give_no_classes_are_refused_for_prediction():
@@ -450,8 +515,9 @@ def test_sources_that_are_no_weights_are_refused(tmp_path):
         ({"image_size": "16"}, "image_size is '16', expected pixels or"),
         ({"image_size": (16, 16.0)}, r"image_size is \(16, 16.0\), expected pixels or"),
         ({"image_size": True}, "image_size is True, expected"),
-        ({"num_classes": 0}, "num_classes is 0"),
-        ({"num_classes": "3"}, "num_classes is '3', expected a whole number of at least 1"),
+        ({"num_classes": -1}, "num_classes is -1"),
+        ({"num_classes": False}, "num_classes is False"),
+        ({"num_classes": "3"}, "num_classes is '3', expected a whole number of at least 0"),
         ({"num_classes": True}, "num_classes is True, expected"),
         ({"num_classes": 3.0}, "num_classes is 3.0, expected"),
         ({"pre_logits": True}, "no pre_logits layer"),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference
+from tests import reference, swin_reference, t2t
 from tests.families import LABELS, LITS, OTHERS, SPECS, WORDS, make
 from vit_jax import checkpoints
 from vit_jax.errors import UserError
@@ -20,6 +20,18 @@ from vit_jax.pretrained import PretrainedLiT, load
 
 def images(n: int, size: int = 16) -> np.ndarray:
     return np.random.default_rng(n).uniform(-1, 1, (n, size, size, 3)).astype(np.float32)
+
+
+def papers_logits(spec, arrays, x: np.ndarray) -> np.ndarray:
+    """In float64 and NumPy."""
+    if spec.kind == "Mixer":
+        return reference.mixer_forward(arrays, x)
+    if spec.kind == "T2T-ViT":
+        return t2t.forward(t2t.named_officially(arrays, spec.num_layers), x, spec.num_heads)
+    if spec.kind == "Swin Transformer":
+        windows = dict(window=spec.window, pretrained=spec.pretrained_windows)
+        return swin_reference.forward(arrays, x, **windows)
+    return reference.forward(arrays, x, classifier=spec.classifier)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +99,7 @@ def networks(draw) -> tuple[str, dict]:
     stride = spec.model().stride
     grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     changes["image_size"] = tuple(a * b for a, b in zip(stride, grid, strict=True))
-    if family != "Mixer":
+    if family not in ("Mixer", "T2T"):
         changes["representation_size"] = draw(st.none() | st.integers(1, 9))
     return family, changes
 
@@ -108,11 +120,7 @@ def test_any_network_comes_back_and_gives_the_papers_logits(network, style, data
     x = np.random.default_rng(0).uniform(-1, 1, (2, *found.image_size, 3)).astype(np.float32)
     arrays = reference.make_params(found.spec.shapes(), seed=2)
 
-    if family == "Mixer":
-        expected = reference.mixer_forward(arrays, x)
-    else:
-        expected = reference.forward(arrays, x, classifier=found.spec.classifier)
-    np.testing.assert_allclose(found(x), expected, atol=1e-4)
+    np.testing.assert_allclose(found(x), papers_logits(found.spec, arrays, x), atol=1e-4)
 
 
 def test_fixed_positions_without_notes_are_taken_for_the_usual_size_with_a_warning(saved, caplog):
@@ -144,12 +152,8 @@ def test_logits_are_the_papers_and_each_image_stands_alone(family, tmp_path):
     logits = vit(x)
 
     arrays = reference.make_params(vit.spec.shapes(), seed=2)
-    if family == "Mixer":
-        expected = reference.mixer_forward(arrays, x[30:])
-    else:
-        expected = reference.forward(arrays, x[30:], classifier=vit.spec.classifier)
     assert logits.shape == (33, 5)
-    np.testing.assert_allclose(logits[30:], expected, atol=1e-4)
+    np.testing.assert_allclose(logits[30:], papers_logits(vit.spec, arrays, x[30:]), atol=1e-4)
     np.testing.assert_allclose(vit(x[31:32])[0], logits[31], atol=1e-5)
 
 

@@ -260,9 +260,9 @@ def make(name: str) -> tuple[Any, Made]:
     return model, Made(arrays, config, images, ask(model, images, CASES[name].answer))
 
 
-def stored(name: str) -> Made:
+def stored(name: str, folder: Path = FOLDER) -> Made:
     """A case as tests/official/torch has it."""
-    file = np.load(FOLDER / f"{name}.npz")
+    file = np.load(folder / f"{name}.npz")
     shapes, config = json.loads(str(file["shapes_and_config"]))
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     parts = np.split(file["values"] / np.float32(64), ends[:-1])
@@ -270,13 +270,13 @@ def stored(name: str) -> Made:
     return Made(arrays, config, file["images"], file["answer"])
 
 
-def _store(name: str) -> None:
-    _, case = make(name)
+def store(file: Path, case: Made) -> None:
+    """Writes a case, for `stored`."""
     values = np.concatenate([array.reshape(-1) for array in case.arrays.values()]) * 64
     assert (values == np.round(values)).all()
     shapes = {key: array.shape for key, array in case.arrays.items()}
     np.savez_compressed(
-        FOLDER / f"{name}.npz",
+        file,
         values=values.astype(np.int16),
         shapes_and_config=np.array(json.dumps([shapes, case.config])),
         images=case.images,
@@ -286,4 +286,4 @@ def _store(name: str) -> None:
 
 if __name__ == "__main__":
     for case_name in sys.argv[1:] or CASES:
-        _store(case_name)
+        store(FOLDER / f"{case_name}.npz", make(case_name)[1])

@@ -6,6 +6,7 @@ The public names are `list_models`, `create_model`, `load` and the sub-packages 
 
 from typing import TYPE_CHECKING, Any
 
+from vit_jax import original
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ _HOME = {
 }
 
 
+original.answer_imports()
+
+
 def __getattr__(name: str) -> Any:
     # Imported when first used, so that `import vit_jax` costs next to nothing.
     import importlib
@@ -31,6 +35,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in ("checkpoints", "data", "evaluation", "explain", "models", "pretrained", "training"):
         return importlib.import_module(f"vit_jax.{name}")
+    if name in original.MODULES:
+        raise original.explain(name)
     raise AttributeError(f"module 'vit_jax' has no attribute {name!r}")
 
 

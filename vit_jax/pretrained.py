@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
 _LARGEST_NOTES = 64 << 20  # Bytes of a .json beside weights: the names of a million classes.
 _LARGEST_IMAGE = 4096  # Pixels a side that notes can ask for.
 _BATCH = 32  # Images that `Pretrained.__call__` puts through the network at once.
+
+Image = Any  # Whatever `Pretrained.read` takes.
 
 _log = logging.getLogger(__name__)
 
@@ -125,14 +128,11 @@ class Pretrained:
     def _compiled(self) -> dict[str, Callable]:
         return {}
 
-    def predict(
-        self, images: Sequence[str | os.PathLike | np.ndarray], *, top: int = 5
-    ) -> list[list[tuple[str, float]]]:
+    def predict(self, images: Iterable[Image], *, top: int = 5) -> list[list[tuple[str, float]]]:
         """Says what is on images.
 
         Args:
-          images: paths, or arrays (h, w, channels) of any size, of uint8 or of what `levels` in the
-            recorded preprocessing are for.
+          images: any number of images as `read` takes them, of any size.
           top: how many classes to name.
 
         Returns:
@@ -149,32 +149,118 @@ class Pretrained:
             )
         if not self.spec.gives_classes:
             raise UserError("these weights give no classes: load weights that have a head")
-        if isinstance(images, str | os.PathLike | np.ndarray):
-            raise UserError("predict takes a list of images: write predict([image])")
         if top < 1:
             raise UserError(f"top is {top}, expected at least 1")
-        preprocess = data.parse(self.preprocess)
         answers: list[list[tuple[int, float]]] = []
-        # Memory for one batch, however many there are.
-        for start in range(0, len(images), _BATCH):
-            batch = [preprocess(self.read(p), None) for p in images[start : start + _BATCH]]
-            for logits in self(np.stack(batch)):
-                answers.append(ranked(logits, range(len(logits)), top, loss=self.loss))
+        for batch in self.prepared(images):
+            answers += [ranked(row, range(len(row)), top, loss=self.loss) for row in self(batch)]
         return [[(self.label(i), p) for i, p in answer] for answer in answers]
 
-    def read(self, image: str | os.PathLike | np.ndarray) -> np.ndarray:
-        """An image as `predict` takes it, (h, w, channels). Raises UserError if it can't be read or
-        has other channels than the network takes."""
-        if isinstance(image, np.ndarray):
-            fits = image.ndim == 3 and image.shape[2] == self.spec.channels
-            if not fits or image.dtype.kind not in "iuf":
-                raise UserError(
-                    f"the image has shape {image.shape} and type {image.dtype}, "
-                    f"expected (h, w, {self.spec.channels}) of uint8, or of numbers for which the "
-                    "preprocessing has levels"
-                )
-            return image
-        return data.read(image, channels=self.spec.channels)
+    def features(
+        self, images: Iterable[Image], what: str = "pooled", *, layer: str | None = None
+    ) -> np.ndarray:
+        """What the network makes of images, for a model of one's own.
+
+        Args:
+          images: any number of images as `read` takes them, of any size.
+          what: "pooled", what the head would read (of LiT weights the embedding); "class", the
+            class token; "patches", the tokens of the patches in rows; or "tokens", all there are.
+          layer: whose tokens: the name of a block ("encoderblock_3") or of another feature that
+            `model.apply(..., return_features=True)` gives; by default what the last block gives,
+            normalised.
+
+        Returns:
+          float32 (n, ...).
+
+        Raises UserError if an image can't be read, or the network has no such features.
+        """
+        function = self.feature_function(what, layer)
+        name = f"features {what} {layer}"
+        found = [self._batched(function, name, batch) for batch in self.prepared(images)]
+        if not found:
+            raise UserError("no image to take the features of: give one at least")
+        return np.concatenate(found)
+
+    def feature_function(
+        self, what: str = "pooled", layer: str | None = None
+    ) -> Callable[[Any, Any, jax.Array], jax.Array]:
+        """(model, params, preprocessed images) -> float32 features; see `features`.
+
+        Raises UserError for features that there are none of.
+        """
+        kinds, tower = ("pooled", "class", "patches", "tokens"), self.spec.image_tower().module
+        if what not in kinds:
+            raise UserError(f"features are {what!r}, expected one of {', '.join(kinds)}")
+        if what == "class" and not tower.has_class_token:
+            raise UserError(f"{self.spec.description} has no class token: take the pooled features")
+        if what == "pooled" and layer:
+            raise UserError(f"pooled features are those of the end: leave out the layer {layer!r}")
+
+        def function(model: Any, params: Any, images: jax.Array) -> jax.Array:
+            if what == "pooled" and self.classifies_by_text:
+                return model.apply({"params": params}, images=images)[0]
+            variables = {"params": model.image_params(params)}
+            network = model.image_tower()
+            _, found = network.apply(variables, images, return_features=True)
+            name = layer or ("pre_logits" if what == "pooled" else network.final_norm)
+            if name not in found:
+                raise UserError(f"there is no layer {name!r}, only {', '.join(found)}")
+            x = found[name].astype(jnp.float32)
+            if what in ("pooled", "tokens"):
+                return x
+            if x.ndim != 3 or x.shape[1] != self.spec.image_tower().num_tokens:
+                raise UserError(f"{name} has no {what} {x.shape}: take its tokens, which are all")
+            return x[:, 0] if what == "class" else x[:, network.num_prefix_tokens :]
+
+        return function
+
+    def prepared(self, images: Iterable[Image]) -> Iterator[np.ndarray]:
+        """Batches of preprocessed images: memory for one, however many images there are."""
+        if isinstance(images, str | bytes | os.PathLike | np.ndarray) or not np.iterable(images):
+            raise UserError("one image was given, expected a list of images: write [image]")
+        preprocess, rest = data.parse(self.preprocess), iter(images)
+        while batch := [preprocess(self.read(x)) for x in itertools.islice(rest, _BATCH)]:
+            yield np.stack(batch)
+
+    def read(self, image: Image) -> np.ndarray:
+        """An image with the channels that the network takes, (h, w, channels).
+
+        Args:
+          image: a path; the content of an image file, as bytes or an open file; an image of Pillow;
+            or an array (h, w) or (h, w, channels) of uint8, or of what `levels` in the recorded
+            preprocessing are for. Where the network takes colours, grey ones get three channels and
+            transparency is dropped, as of files.
+
+        Raises UserError if it can't be read or has other channels.
+        """
+        channels = self.spec.channels
+        if isinstance(image, str | os.PathLike):
+            return data.read(image, channels=channels)
+        if hasattr(image, "read"):
+            image = image.read()
+        if isinstance(image, bytes | bytearray | memoryview):
+            return data.decode(bytes(image), channels=channels)
+        if hasattr(image, "getexif"):
+            from PIL import ImageOps
+
+            image = ImageOps.exif_transpose(image)
+            if not image.mode.startswith(("I", "F")):  # Those of more than 8 bits keep them.
+                image = image.convert("L" if channels == 1 else "RGB")
+        array = np.asarray(image)
+        array = array[..., None] if array.ndim == 2 else array
+        if channels == 3 and array.ndim == 3 and array.shape[2] in (1, 4):
+            array = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[..., :3]
+        if array.ndim != 3 or array.shape[2] != channels or array.dtype.kind not in "iuf":
+            raise UserError(
+                f"the image has shape {array.shape} and type {array.dtype}, expected a path, the "
+                f"content of an image file, an image of Pillow or an array (h, w, {channels}) of "
+                "uint8, or of numbers for which the preprocessing has levels"
+            )
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields: what was compiled or put on a device stays here."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def label(self, index: int) -> str:
         """The name of a class, or its index as text."""
@@ -348,6 +434,7 @@ def load(
     heads: int | None = None,
     allow_nonfinite: bool = False,
     channels: int | None = None,
+    window: int | None = None,
     **overrides: Any,
 ) -> Pretrained:
     """Loads weights. The architecture is read from the file.
@@ -359,7 +446,8 @@ def load(
         "gs://...", "https://..."; see `checkpoints.hub.resolve`), which are downloaded once. Files
         and workdirs may be in buckets.
       num_classes: None keeps the stored head; a number gives a new head of zeros, for fine-tuning,
-        even if the stored one has as many classes.
+        even if the stored one has as many classes; 0 gives none, and the network answers with what
+        its head would read.
       image_size: None keeps the stored position embeddings; a size in pixels, one number or
         (height, width), resamples them.
         Images are then made that large as recorded: by the same method, with the same crop and
@@ -372,6 +460,8 @@ def load(
       allow_nonfinite: whether weights that hold NaN or infinity are loaded, to look at them.
       channels: None keeps the first layer; a number makes it that of images of so many channels, by
         timm's rule: filters are added up for grey, and repeated and scaled for others.
+      window: None keeps the windows of a Swin Transformer; a number of tokens changes them, and
+        resizes the tables of biases as the original does.
       **overrides: fields of the model that have no weights: dropout_rate, attention_dropout_rate,
         stochastic_depth_rate, drop_path_mode and dtype, the one that is computed in. And what else
         no array tells, before notes: activation, layer_norm_epsilon, position_resize, layer_scale.
@@ -385,10 +475,13 @@ def load(
             raise UserError(f"load takes no {field!r}: of the model only {of_model}")
     told = {field: overrides.pop(field) for field in kinds if field in overrides}
     _check_untold(told)
-    if num_classes is not None and not is_count(num_classes):
-        raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 1")
+    no_head = type(num_classes) is int and num_classes == 0
+    if num_classes is not None and not (no_head or is_count(num_classes)):
+        raise UserError(f"num_classes is {num_classes!r}, expected a whole number of at least 0")
     if channels is not None and not is_count(channels):
         raise UserError(f"channels is {channels!r}, expected a whole number of at least 1")
+    if window is not None and not is_count(window):
+        raise UserError(f"window is {window!r}, expected a whole number of at least 1")
     size = None if image_size is None else height_width(image_size)
     path, tower = find_weights(source)
     told |= {"classifier": classifier} if classifier else {}
@@ -399,6 +492,7 @@ def load(
         allow_nonfinite=allow_nonfinite,
         heads=heads,
         pre_logits=pre_logits,
+        window=window,
     )
     arrays, new = spec.adapt(
         arrays,
@@ -406,6 +500,7 @@ def load(
         image_size=size,
         pre_logits=pre_logits,
         channels=None if channels is None else int(channels),
+        window=window,
     )
     for field in overrides:
         if field not in new.weightless:
@@ -495,7 +590,7 @@ def read_weights(
       likely_size: see `checkpoints.read_spec`.
       told: fields that no array tells, the classifier among them; they go before the notes.
       values, allow_nonfinite: see `checkpoints.load_weights`.
-      **wishes: heads, pre_logits: see `checkpoints.open_network`.
+      **wishes: heads, pre_logits, window: see `checkpoints.open_network`.
 
     Raises UserError if the file can't be read, or the notes are about other weights.
     """
@@ -581,12 +676,13 @@ def read_notes(weights: Path) -> Notes | None:
         notes = json.loads(file.read_text(encoding="utf-8"))
         if (labels := notes["labels"]) is not None and type(labels) is not list:
             raise ValueError("labels is no list")
+        untold = dict(notes.get("untold", {}))
         found = Notes(
             notes["classifier"],
             height_width(notes["image_size"]),
             notes["preprocess"],
             tuple(map(str, labels)) if labels else None,
-            dict(notes.get("untold", {})),
+            {k: tuple(v) if isinstance(v, list) else v for k, v in untold.items()},
             notes.get("loss", "softmax"),
         )
         found.check()

@@ -158,7 +158,18 @@ def test_known_names_all_have_an_address(mirror):
         + "".join(f"x,i21k,0.1,{model}-i21k-300ep-x\n" for model in hub.augreg.MODELS)
     ).encode()
     addresses = {name: url_for(name) for name in hub.names()}
-    assert all(url.endswith(".npz") for url in addresses.values())
+    releases = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main/"
+    for name, url in addresses.items():
+        if name.startswith("t2t/"):
+            assert url.startswith(releases)
+            assert url.endswith(".pth" if "cifar" in name else ".pth.tar")
+        else:
+            assert url.endswith(".npz")
+    assert addresses["t2t/T2T-ViT-t-14"] == f"{releases}81.7_T2T_ViTt_14.pth.tar"
+    assert addresses["t2t/cifar100/T2T-ViT-14"] == f"{releases}cirfar100_t2t-vit-14_88.4.pth"
+    # By the names of the files, too, of which there may be more.
+    assert url_for("t2t/81.7_T2T_ViTt_14") == addresses["t2t/T2T-ViT-t-14"]
+    assert url_for("t2t/84.2_T2T_ViT_24.pth.tar") == f"{releases}84.2_T2T_ViT_24.pth.tar"
 
 
 def test_a_local_path_wins_over_a_name(tmp_path):
@@ -336,4 +347,5 @@ def test_sources_of_a_model_are_loadable_names():
         "sam/ViT-B_16",
     ]
     assert hub.sources("Mixer-B_16")[0] == "mixer/Mixer-B_16"
+    assert hub.sources("T2T-ViT-14")[:2] == ["t2t/T2T-ViT-14", "t2t/T2T-ViT-14-384"]
     assert hub.sources("ViT-e_14") == []

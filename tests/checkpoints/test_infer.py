@@ -4,17 +4,15 @@ import logging
 import re
 import time
 
-import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import families, reference
 from vit_jax.checkpoints import Spec, check_arrays, read_spec
 from vit_jax.errors import UserError
-from vit_jax.models import MlpMixer, create_model, list_models, variant
+from vit_jax.models import MlpMixer, T2TViT, create_model, list_models, variant
 
 TINY = families.vit_spec(num_layers=3)
 BLOCK = "Transformer/encoderblock_"
@@ -56,14 +54,8 @@ def test_official_arrays_tell_their_official_name(name):
 
 @pytest.mark.parametrize("name", sorted(set(list_models()) - set(reference.facts("manifests"))))
 def test_arrays_of_the_other_families_tell_their_official_name(name):
-    depth = variant(name)["num_layers"]
-    model = create_model(name, 1000, num_layers=min(depth, 2))
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    shapes = {k: v.shape for k, v in flatten_dict(variables["params"], sep="/").items()}
-    for i in range(2, depth):  # All blocks have the same shapes.
-        for key in [k for k in shapes if re.search(r"[Bb]lock_1/", k)]:
-            shapes[re.sub(r"([Bb]lock_)1/", rf"\g<1>{i}/", key)] = shapes[key]
+    model = create_model(name, 1000)
+    shapes = model.shapes(model.usual_size, 3)
 
     untold = {k: v for k, v in variant(name).items() if k in getattr(model, "untold", ())}
     spec = read_spec(
@@ -73,7 +65,7 @@ def test_arrays_of_the_other_families_tell_their_official_name(name):
     )
 
     assert spec.name == name.replace("SigLIP-So400m_14", "ViT-So400m_14")  # The same network.
-    assert (spec.num_classes, spec.image_size) == (1000, (224, 224))
+    assert (spec.num_classes, spec.image_size) == (1000, model.usual_size)
     assert spec.num_parameters == sum(np.prod(shape) for shape in shapes.values())
 
 
@@ -89,6 +81,7 @@ FAMILIES = {
     "sincos2d MAP": _family(position_embedding="sincos2d", classifier="map"),
     "sincos2d token": _family(position_embedding="sincos2d"),
     "Mixer": Spec(MlpMixer(5, (8, 6), 16, 3, 7, 9), (64, 96), 2),
+    "T2T": Spec(T2TViT(5, 16, 3, 2, 24, "transformer"), (64, 96), 2),
 }
 
 
@@ -113,6 +106,8 @@ def test_arrays_of_any_family_with_notes_tell_everything(family):
         ("MAP", "MAPHead_0/probe"),
         ("Mixer", "MixerBlock_1/token_mixing/Dense_1/bias"),
         ("Mixer", "pre_head_layer_norm/scale"),
+        ("T2T", "tokens_to_token/attention2/value/kernel"),
+        ("T2T", "cls"),
     ],
 )
 def test_a_missing_array_of_any_family_is_named(family, key):

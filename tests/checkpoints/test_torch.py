@@ -418,7 +418,7 @@ def test_networks_that_look_alike_are_refused_by_name(name, tmp_path):
         (("visual.conv1.weight", "visual.class_embedding"), "CLIP"),
         (("vision_model.embeddings.class_embedding",), "CLIP"),
         (("layer.0.attention.q_proj.weight", "embeddings.register_tokens"), "DINOv3"),
-        (("swin.encoder.layers.0.blocks.0.layernorm_before.weight",), "Swin"),
+        (("swin.features.1.0.attn.qkv.weight",), "torchvision's Swin"),
         (("beit.encoder.layer.0.lambda_1",), "BEiT"),
     ],
 )
@@ -682,3 +682,13 @@ def test_the_docs_have_the_table_of_layouts(tmp_path):
 
 def test_the_cases_are_of_the_layouts_of_both_libraries():
     assert {file.stem for file in torch_models.FOLDER.iterdir()} == set(CASES)
+
+
+def test_the_name_of_a_file_tells_a_deit(tmp_path, caplog):
+    path = tmp_path / "deit_small_patch16_224.safetensors"
+    save_file(stored("timm-vit").arrays, path)
+
+    vit = load(path, heads=3, image_size=(12, 20))
+
+    assert vit.preprocess.endswith("normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))")
+    assert "nothing tells whether it is a ViT" not in caplog.text

@@ -1,6 +1,7 @@
 """Zero-shot classification picks the class whose mean prompt lies nearest to the image."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation import Scores
 from vit_jax.evaluation.zero_shot import class_embeddings, classify, zero_shot
 from vit_jax.models.lit import LiT
+from vit_jax.pretrained import Pretrained
 
 CLASSES = ("cat", "sea_lion", "dog", "owl", "emu", "gnu")
 MODEL = LiT(
@@ -32,6 +34,8 @@ class Towers:
     params: Any
     asked: list[str] = dataclasses.field(default_factory=list)
     preprocess = "resize(16)|value_range(-1, 1)"
+    spec = SimpleNamespace(channels=3)
+    prepared, read = Pretrained.prepared, Pretrained.read
 
     def model_on(self, devices):
         return MODEL
@@ -168,10 +172,10 @@ def test_templates_go_around_labels(towers):
 
 
 def test_one_image_or_a_strange_array_is_refused(towers):
-    with pytest.raises(UserError, match=r"write classify\(vit, \[image\], labels\)"):
+    with pytest.raises(UserError, match=r"one image was given, .*write \[image\]"):
         classify(towers, "photo.jpg", ["cat"])
-    with pytest.raises(UserError, match=r"shape \(4, 4\) and type uint8, expected \(h, w, 3\)"):
-        classify(towers, [np.zeros((4, 4), np.uint8)], ["cat"])
+    with pytest.raises(UserError, match=r"shape \(4, 4, 2\) and type uint8, expected a path"):
+        classify(towers, [np.zeros((4, 4, 2), np.uint8)], ["cat"])
 
 
 def test_a_class_lies_at_the_mean_direction_of_its_prompts():

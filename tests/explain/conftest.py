@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[str, dict]] = {
     "hybrid": ("hybrid", dict(image_size=(40, 64))),
     "grey": ("MAP", dict(channels=1)),
     "LiT": ("LiT", {}),
+    "T2T": ("T2T", dict(image_size=(33, 52))),
 }
 
 

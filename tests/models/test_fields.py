@@ -227,10 +227,14 @@ def test_stochastic_depth_is_the_same_in_all_blocks_or_grows():
     "fields",
     [
         dict(distilled="heads"),
-        dict(distilled="token", cls_has_position=False),
-        dict(classifier="gap", fc_norm=True, unread_class_token=True),
-        dict(classifier="token_gap", num_registers=2),
-        dict(mlp="swiglu", layer_scale=0.1),
+        dict(mlp="swiglu", layer_scale=0.1, classifier="token_gap", num_registers=2),
+        *(
+            pytest.param(fields, marks=[pytest.mark.slow, pytest.mark.ci])
+            for fields in (
+                dict(distilled="token", cls_has_position=False),
+                dict(classifier="gap", fc_norm=True, unread_class_token=True),
+            )
+        ),
     ],
 )
 def test_fields_of_other_libraries_train_are_explained_and_come_back(fields, tmp_path):

@@ -18,7 +18,7 @@ def timm_rule(kernel, channels):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 12])
-@pytest.mark.parametrize("family", SPECS)
+@pytest.mark.parametrize("family", [name for name in SPECS if name != "T2T"])
 def test_the_first_layer_follows_timms_rule_and_nothing_else_changes(family, channels):
     spec = SPECS[family]
     rng = np.random.default_rng(0)

@@ -178,6 +178,8 @@ def test_a_misspelt_field_in_a_file_is_named_too():
     config.pp.resise = 3
     with pytest.raises(UserError, match=r"unknown field config\.pp\.resise: did you mean config"):
         check_config(config)
+    with pytest.raises(UserError, match=r"there is no config\.shuffle_buffer: .* leave it out"):
+        changed("--config.shuffle_buffer=9")
     with pytest.raises(UserError, match=r"unknown field config\.qqqq: often set are config\.base"):
         check_config(ConfigDict({"qqqq": 1}))
 

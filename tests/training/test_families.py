@@ -6,7 +6,7 @@ import pytest
 
 from tests.training.conftest import TINY
 from vit_jax.errors import UserError
-from vit_jax.models import MlpMixer, VisionTransformer
+from vit_jax.models import MlpMixer, SwinTransformer, T2TViT, VisionTransformer
 from vit_jax.pretrained import load
 from vit_jax.training import run
 from vit_jax.training.options import load_config, override
@@ -38,6 +38,17 @@ FROM_SCRATCH = {
         *("model.name=Mixer-B_16", "model.patch_size=(4,4)", *_SIZES, "model.tokens_mlp_dim=4"),
         *("model.channels_mlp_dim=24", "model.stochastic_depth_rate=0.1"),
     ),
+    "T2T": ("model.name=T2T-ViT-7", *_HEADS),
+    "Swin": (
+        *("model.name=Swin-T_4-w7", "model.patch_size=(1,1)", "model.hidden_size=8"),
+        *("model.depths=(1,2)", "model.heads=(2,2)", "model.pretrained_windows=(0,0)"),
+        *("model.window=2", "model.stochastic_depth_rate=0.1"),
+    ),
+    "Swin v2": (
+        *("model.name=SwinV2-T_4-w8", "model.patch_size=(1,1)", "model.hidden_size=8"),
+        *("model.depths=(1,2)", "model.heads=(2,2)", "model.pretrained_windows=(0,0)"),
+        "model.window=3",
+    ),
 }
 
 
@@ -53,7 +64,9 @@ def test_any_family_is_trained_from_scratch_and_then_from_its_file(family, tmp_p
 
     first, second = load(tmp_path / "a"), load(tmp_path / "b")
     assert first.spec == second.spec
-    assert type(first.model) is (MlpMixer if family == "Mixer" else VisionTransformer)
+    families = {"Mixer": MlpMixer, "T2T": T2TViT}
+    families |= dict.fromkeys(("Swin", "Swin v2"), SwinTransformer)
+    assert type(first.model) is families.get(family, VisionTransformer)
     assert first.labels == tuple("0123456789")
     assert np.any(second.params["head"]["kernel"])
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.params, second.params)

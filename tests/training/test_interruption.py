@@ -133,7 +133,13 @@ def test_a_run_killed_at_ten_random_moments_ends_like_one_left_alone(tiny, tmp_p
     assert best[0] == best[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=[pytest.mark.slow, pytest.mark.ci]),
+    ],
+)
 def test_a_run_that_is_asked_to_stop_saves_says_how_to_go_on_and_exits_with_75(number, tmp_path):
     workdir = tmp_path / "run"
     training = Training(workdir, "total_steps=1000000", "eval_every=0", "checkpoint_every=0")

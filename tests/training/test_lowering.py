@@ -4,6 +4,7 @@ It proves that the step can be lowered for them, what is in the program, and tha
 of cuDNN's attention pass. What their compilers make of it, only they can tell.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -26,6 +27,9 @@ from vit_jax.training.state import new_guard
 
 # Wide enough for some weights to be split over 8 devices.
 VIT = dict(patch_size=(4, 4), hidden_size=128, num_layers=2, num_heads=2, mlp_dim=256)
+T2T = dict(hidden_size=128, num_layers=2, num_heads=2, mlp_dim=256)
+SWIN = dict(patch_size=(2, 2), hidden_size=128, depths=(2,), heads=(2,), window=3)
+SWIN |= dict(pretrained_windows=(0,))
 MIXER = dict(patch_size=(4, 4), hidden_size=128, num_layers=2, tokens_mlp_dim=8)
 FAMILIES = {
     "class token": ("ViT-Ti_16", VIT),
@@ -33,6 +37,10 @@ FAMILIES = {
     "attention pooling": ("ViT-mu_16", VIT),
     "hybrid": ("R+ViT-Ti_16", VIT | dict(patch_size=(1, 1), resnet=(1,))),
     "Mixer": ("Mixer-B_16", MIXER | dict(channels_mlp_dim=256)),
+    "Swin": ("Swin-T_4-w7", SWIN),
+    "Swin v2": ("SwinV2-T_4-w8", SWIN),
+    "T2T": ("T2T-ViT-7", T2T),
+    "T2T of a transformer": ("T2T-ViT-t-14", T2T),
 }
 SIZE, BATCH = (16, 16), 16
 ONE = AbstractMesh((1, 1), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -54,7 +62,7 @@ def network(family: str):
 
 def step_and_arguments(model, mesh):
     """The compiled step and the shapes of its arguments, in their places."""
-    tx = make_optimizer(default_config(), 100)
+    tx = make_optimizer(default_config(), 100, model.frozen)
     image = jax.ShapeDtypeStruct((1, *SIZE, 3), jnp.float32)
     params = jax.eval_shape(model.clone(loop=BlockLoop()).init, jax.random.key(0), image)["params"]
     if model.loop.scan:
@@ -94,8 +102,18 @@ def lowered(model, mesh, *platforms: str) -> Counter:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        # Each family in one layout, and one family in each.
+        pytest.param(*pair, marks=[pytest.mark.slow, pytest.mark.ci] if 0 not in at else [])
+        for at, pair in zip(
+            itertools.product(range(len(FAMILIES)), range(len(LAYOUTS))),
+            itertools.product(FAMILIES, LAYOUTS),
+            strict=True,
+        )
+    ],
+)
 def test_gpus_and_tpus_get_no_form_for_cpus(monkeypatch, family, layout):
     """Those have barriers, to keep XLA's compiler for CPUs from what is slow there."""
     mesh, loop, barriers = LAYOUTS[layout]

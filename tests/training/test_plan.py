@@ -50,7 +50,9 @@ CONFIGS = {
 def real_step(config):
     """The step that a run compiles, its state and its first batch."""
     task = open_data(config)
-    vit = make_network(config, image_shape=task.image_shape, labels=task.labels, preprocess="")
+    vit = make_network(
+        config, image_shape=task.image_shape, labels=task.labels, preprocess=task.eval_ops.spec
+    )
     mesh = make_mesh(config)
     tx = make_optimizer(config, config.total_steps)
     model, params = as_trained(config, vit.model, vit.params)

@@ -231,9 +231,7 @@ class _Interrupted:
 SLOW = (pytest.mark.slow, pytest.mark.ci)
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(1, marks=SLOW), 13, 20, pytest.param(39, marks=SLOW)]
-)
+@pytest.mark.parametrize("step", [13, *(pytest.param(step, marks=SLOW) for step in (1, 20, 39))])
 def test_a_run_stopped_by_sigterm_goes_on_exactly(
     step, whole, tiny, tmp_path, outcome, monkeypatch, saved_steps
 ):
@@ -488,7 +486,10 @@ def images_of_12_bits(classes=2, per_class=12, channels=1):
             *("100, 2000", "levels(100, 2000)", "levels(100, 2000) makes of them 0 to 255"),
             marks=[pytest.mark.slow, pytest.mark.ci],
         ),
-        ("percentile", "levels(", "the 0.1th and 99.9th percentiles of 24 images"),
+        pytest.param(
+            *("percentile", "levels(", "the 0.1th and 99.9th percentiles of 24 images"),
+            marks=[pytest.mark.slow, pytest.mark.ci],
+        ),
     ],
 )
 def test_levels_are_recorded_with_the_weights_and_said(
@@ -606,7 +607,7 @@ def test_a_stop_while_a_run_starts_is_heeded(moment, tiny, tmp_path, monkeypatch
 # What a run looks at, evaluates and saves, and when.
 
 
-@pytest.mark.parametrize("progress_every", [1, 40])
+@pytest.mark.parametrize("progress_every", [pytest.param(1, marks=SLOW), 40])
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(
     progress_every, tiny, tmp_path, saved_steps
 ):
@@ -704,6 +705,8 @@ def test_without_checkpoints_or_evaluations_on_the_way_the_end_still_has_both(
     assert "test/top1" in lines[-1]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_while_it_trains_python_looks_for_garbage_among_what_is_new_alone(
     tiny, tmp_path, monkeypatch
 ):

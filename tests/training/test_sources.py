@@ -142,6 +142,8 @@ def test_the_first_line_says_what_was_left_out_or_guessed(photos, tiny, tmp_path
     assert "1 (.dcm); convert or remove them" in line
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_so_are_those_of_arrays_in_memory(photos, from_folder, tiny, tmp_path, outcome):
     names = ["bee", "cat", "dog"]
     train, test = (
@@ -223,6 +225,8 @@ def test_the_original_command_line_trains_on_the_stock_cifar10(shared, tmp_path)
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_weights_of_12_bits_are_fine_tuned_and_reported_with_their_levels(tiny, tmp_path):
     values = np.random.default_rng(0).integers(0, 4096, (24, 8, 8, 1), np.uint16)
     np.savez(tmp_path / "images.npz", images=values, labels=np.arange(24) % 2)

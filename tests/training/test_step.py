@@ -374,8 +374,14 @@ def test_eight_devices_give_the_losses_of_one_and_exchange_nothing_but_sums():
 @pytest.mark.parametrize(
     "options",
     [
-        *({}, dict(accum_steps=4), dict(mixup=0.5), dict(cutmix=1.0)),
-        *(dict(mixup=0.5, cutmix=1.0, accum_steps=2), dict(mixup=0.5, cutmix=1.0, compile="pmap")),
+        dict(mixup=0.5, cutmix=1.0, accum_steps=2),
+        *(
+            pytest.param(options, marks=[pytest.mark.slow, pytest.mark.ci])
+            for options in (
+                *({}, dict(accum_steps=4), dict(mixup=0.5), dict(cutmix=1.0)),
+                dict(mixup=0.5, cutmix=1.0, compile="pmap"),
+            )
+        ),
     ],
 )
 def test_whole_grey_levels_are_normalised_on_the_device(options):

@@ -5,18 +5,18 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.checkpoints import torch
+from vit_jax.checkpoints import torch, torch_swin
 from vit_jax.checkpoints.formats import with_zero_token
 from vit_jax.checkpoints.torch import POSITIONS
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
-from vit_jax.models import Spec, VisionTransformer
+from vit_jax.models import Spec, SwinTransformer, VisionTransformer
 
 LIBRARIES = ("timm", "hf")
 
@@ -57,7 +57,7 @@ def export(
     Args:
       folder: where to; it is made if it isn't there.
       library: one of LIBRARIES.
-      arrays, spec: a Vision Transformer, under today's names.
+      arrays, spec: a Vision or Swin Transformer, under today's names.
       labels, preprocess, loss: see `pretrained.Pretrained`. Of a preprocessing that the library
         doesn't do, mean and deviation are written and that images are squeezed to the size, and
         said.
@@ -70,14 +70,8 @@ def export(
     """
     if library not in LIBRARIES:
         raise UserError(f"unknown library {library!r}, expected one of {', '.join(LIBRARIES)}")
-    refusals = {
-        f"a {spec.kind}": not isinstance(spec.module, VisionTransformer),
-        f"classifier {spec.classifier!r}": spec.classifier.endswith(("unpooled", "first")),
-        "a ResNet before the patches": getattr(spec, "resnet", None) is not None,
-        "positions of fixed sines": getattr(spec, "position_embedding", "learned") != "learned",
-    }
-    _refuse(library, refusals)
-    own = _for_timm if library == "timm" else _for_transformers
+    _refuse(library, {f"a {spec.kind}": type(spec.module) not in _WRITERS})
+    own = _WRITERS[type(spec.module)][library]
     values, resizing = _values(preprocess, spec.channels), _resizing(library, preprocess, spec)
     written, config, table = own(dict(arrays), spec, labels)
     if loss == "sigmoid" and spec.num_classes is not None:
@@ -171,9 +165,19 @@ def _timm_preprocessing(spec: Spec, values: Any, resizing: _Resizing) -> dict[st
     }
 
 
+def _not_theirs(spec: Spec) -> dict[str, bool]:
+    """What neither library computes of a ViT."""
+    return {
+        f"classifier {spec.classifier!r}": spec.classifier.endswith(("unpooled", "first")),
+        "a ResNet before the patches": spec.resnet is not None,
+        "positions of fixed sines": spec.position_embedding != "learned",
+    }
+
+
 def _for_timm(
     arrays: Arrays, spec: Spec, labels: Sequence[str] | None
 ) -> tuple[Arrays, dict[str, Any], torch.Table]:
+    _refuse("timm", _not_theirs(spec))
     swiglu, channels = spec.mlp == "swiglu", spec.channels
     prefix = spec.num_prefix_tokens
     problems = {
@@ -242,6 +246,7 @@ def _for_timm(
 def _for_transformers(
     arrays: Arrays, spec: Spec, labels: Sequence[str] | None
 ) -> tuple[Arrays, dict[str, Any], torch.Table]:
+    _refuse("hf", _not_theirs(spec))
     is_siglip = spec.classifier == "map"
     is_dinov2 = not is_siglip and (
         spec.layer_scale is not None
@@ -346,6 +351,23 @@ def _as_dinov2(
 
 
 _WITH_REGISTERS = ("dinov2_with_registers", "Dinov2WithRegisters")
+
+
+def _swin_for(library: str) -> Callable[..., Any]:
+    own = {"timm": torch_swin.for_timm, "hf": torch_swin.for_transformers}[library]
+
+    def write(arrays: Arrays, spec: Spec, labels: Sequence[str] | None) -> Any:
+        _refuse(library, torch_swin.problems(library, spec))
+        return own(arrays, spec, labels)
+
+    return write
+
+
+# (arrays, spec, labels) -> (arrays, config.json, table).
+_WRITERS: dict[type, dict[str, Callable[..., Any]]] = {
+    VisionTransformer: {"timm": _for_timm, "hf": _for_transformers},
+    SwinTransformer: {library: _swin_for(library) for library in LIBRARIES},
+}
 
 
 def _prefixed(table: torch.Table, prefix: str) -> torch.Table:

@@ -112,6 +112,7 @@ def url_for(
         return _store_url(rest)
 
     folder, _, stem = name.removesuffix(".npz").rpartition("/")
+    stem = stem.removesuffix(_FOLDERS.get(folder, {}).get("ending", ".npz"))
     if not folder and name.endswith(".npz"):
         raise UserError(f"no such file: {name}")
     if not folder:
@@ -137,7 +138,10 @@ def url_for(
         if augreg.is_file_name(stem):
             return _store_url(f"vit_models/augreg/{stem}.npz")
     elif folder in _FOLDERS and re.fullmatch(r"[\w.+-]*\w", stem):
-        return _store_url(f"{_FOLDERS[folder]['place']}/{stem}.npz")
+        found = _FOLDERS[folder]
+        files = found["names"] if isinstance(found["names"], dict) else {}
+        file = f"{found['place']}/{files.get(stem, stem)}{found.get('ending', '.npz')}"
+        return _url(found.get("site", STORE), file)
     known = {n.rpartition("/")[2]: n for n in reversed(names())} | {n: n for n in names()}
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     near = list(dict.fromkeys(known[n] for n in close))
@@ -169,8 +173,11 @@ def sources(model: str) -> list[str]:
     listed = [f"augreg/{short}"] if short in augreg.MODELS else []
     for name in names():
         folder, _, stem = name.rpartition("/")
-        # "-224" is an image size; the folder left out is "mixer" too.
-        if stem.removesuffix("-224") == model and folder not in ("augreg", "mixer/imagenet21k"):
+        # What ends a name is an image size; the folder left out is "mixer" too.
+        if re.sub(r"-(224|384)$", "", stem) == model and folder not in (
+            "augreg",
+            "mixer/imagenet21k",
+        ):
             listed.append(name)
     return listed
 
@@ -281,7 +288,11 @@ def _safe(part: str) -> str:
 
 
 def _store_url(place: str) -> str:
-    return f"{STORE}/{urllib.parse.quote(place, safe='/+=@,~')}"
+    return _url(STORE, place)
+
+
+def _url(site: str, place: str) -> str:
+    return f"{site}/{urllib.parse.quote(place, safe='/+=@,~')}"
 
 
 def class_names(num_classes: int | None) -> tuple[str, ...] | None:

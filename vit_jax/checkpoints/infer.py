@@ -30,13 +30,14 @@ def open_network(
     tower: str | None = None,
     heads: int | None = None,
     pre_logits: bool | None = None,
+    window: int | None = None,
     **hints: Any,
 ) -> Iterator[tuple[Layout, Spec]]:
     """Opens a file of weights and finds out what network they are of.
 
     Args:
       path, tower: see `checkpoints.load_weights`.
-      heads, pre_logits: for files of PyTorch's, see `torch.read_torch`.
+      heads, pre_logits, window: for files of PyTorch's, see `torch.read_torch`.
       **hints: for `read_spec`; they go before what the file says of itself.
 
     Returns:
@@ -46,7 +47,8 @@ def open_network(
     Raises UserError if the file can't be read or its arrays do not fit together.
     """
     with open_arrays(path) as stored:
-        layout = logged_layout(stored, Path(path), tower=tower, heads=heads, pre_logits=pre_logits)
+        wishes: dict[str, Any] = dict(heads=heads, pre_logits=pre_logits, window=window)
+        layout = logged_layout(stored, Path(path), tower=tower, **wishes)
         hints = {k: v for k, v in hints.items() if v is not None}
         if layout.hints:
             hints["untold"] = {**layout.hints["untold"], **hints.get("untold", {})}

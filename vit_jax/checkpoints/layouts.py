@@ -14,6 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from vit_jax.checkpoints import (  # noqa: F401 (they make a family's layout known)
+    torch_swin,
+    torch_t2t,
+)
 from vit_jax.checkpoints.formats import rows, with_zero_token
 from vit_jax.checkpoints.torch import IMAGENET, from_flax, is_torch, read_torch
 from vit_jax.errors import UserError

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,12 +217,34 @@ class Layout(NamedTuple):
       table: of its names.
       dropped: a regular expression for arrays that are not the network's.
       told: fields of the network that no array tells.
+      config: what a config.json beside it would say, where there is none.
+      heads: of today's name of an array, the attention heads; None if all blocks have as many,
+        which are then found by the usual rules.
+      known_from: {field: place}, of what no array tells.
     """
 
     kind: str
     table: Table
     dropped: str
     told: dict[str, Any]
+    config: Mapping[str, Any] = MappingProxyType({})
+    heads: Callable[[str], int] | None = None
+    known_from: Mapping[str, str] = MappingProxyType({})
+
+
+class Known(NamedTuple):
+    """What is known beside arrays: the file's name, the config.json beside it, and what was given
+    of heads and windows."""
+
+    file: str
+    config: Mapping[str, Any]
+    heads: int | None
+    window: int | None
+
+
+# Of a family with a file of its own: of arrays without what stands before their names their layout,
+# None if they are another network's.
+FAMILIES: list[Callable[[Arrays, Known], Layout | None]] = []
 
 
 class TorchFile(NamedTuple):
@@ -246,13 +269,14 @@ class TorchFile(NamedTuple):
 # The array by which a network of theirs is found, whatever stands before its name.
 _ANCHOR = re.compile(
     r"(.*?)(patch_embed\.proj\.weight|embeddings\.patch_embeddings\.projection\.weight"
-    r"|embeddings\.patch_embedding\.weight)"
+    r"|embeddings\.patch_embedding\.weight|tokens_to_token\.project\.weight)"
 )
 # The axes of what is looked at before all arrays are.
 _RANKS = {
     "patch_embed.proj.weight": 4,
     "embeddings.patch_embeddings.projection.weight": 4,
     "embeddings.patch_embedding.weight": 4,
+    "tokens_to_token.project.weight": 2,
     "pos_embed": 3,
     "embeddings.position_embeddings": 3,
     "embeddings.position_embedding.weight": 2,
@@ -263,18 +287,21 @@ _WRAPPERS = (
     *pth.WRAPPERS,
     *("module", "_orig_mod", "backbone", "base_model", "base_encoder", "encoder"),
 )
-_HF_NAMES = ("vit", "deit", "dinov2", "dinov2_with_registers", "vision_model")
+_HF_NAMES = ("vit", "deit", "dinov2", "dinov2_with_registers", "vision_model", "swin", "swinv2")
 
+_NO_SWIN = r"^(?!.*layers\.\d+\.blocks\.)"
 # Networks that have the anchor, or none, but are others. The first that fits is named.
 _OTHERS = {
-    r"tokens_to_token\.": "T2T-ViT",
     r"blocks_token_only\.": "CaiT",
-    r"layers\.\d+\.blocks\.\d+\.attn\.(relative_position_bias_table|cpb_mlp|logit_scale)": "Swin",
-    r"swin(v2)?\.encoder\.|encoder\.layers\.\d+\.blocks\.|features\.1\.0\.attn\.": "Swin",
+    r"layers\.\d+\.blocks\.\d+\.spatial_mlp\.": "Swin-MLP",
+    r"attn\.meta_mlp\.": "timm's SwinV2-CR",
+    r"features\.1\.0\.attn\.": "torchvision's Swin",
     r"storage_tokens|rope_embed\.|^(model\.)?layer\.\d+\.attention\.q_proj": "DINOv3",
     r"attn\.(q_norm|k_norm|norm)\.": "a ViT with norms within attention",
-    r"relative_position|rel_pos|attention\.lambda_1|encoder\.layer\.\d+\.lambda_1": "BEiT",
-    r"attn\.q_bias|(^|\.)rope\.|mlp\.fc1_g": "EVA",
+    rf"{_NO_SWIN}.*(relative_position|rel_pos)|attention\.lambda_1|encoder\.layer\.\d+\.lambda_1": (
+        "BEiT"
+    ),
+    rf"{_NO_SWIN}.*attn\.q_bias|(^|\.)rope\.|mlp\.fc1_g": "EVA",
     r"class_embedding|visual\.(conv1|transformer)|norm_pre\.|pre_layrnorm": "CLIP",
     r"(^|\.)conv_proj\.weight": "torchvision's ViT",
     r"patch_embed\.(backbone|conv)": "a hybrid or another stem of timm's",
@@ -307,6 +334,10 @@ def is_torch(arrays: Arrays) -> bool:
     for pattern, name in _OTHERS.items():
         if any(re.search(pattern, key) for key in arrays):
             raise UserError(_refusal(name))
+    if any(re.search(r"layers\.\d+\.blocks\.", key) for key in arrays) and any(
+        re.search(r"(^|\.)(mask_token$|decoder\.)", key) for key in arrays
+    ):
+        raise UserError(_refusal("a Swin Transformer pre-trained by SimMIM, with its decoder"))
     if any("gamma_1" in key for key in arrays) and not any("pos_embed" in key for key in arrays):
         raise UserError(_refusal("DINOv3" if any("reg_token" in key for key in arrays) else "EVA"))
     return bool(anchors)
@@ -315,7 +346,7 @@ def is_torch(arrays: Arrays) -> bool:
 def _refusal(name: str) -> str:
     return (
         f"it is {name}, by its arrays, which has no place here: expected a ViT, DeiT, DeiT-III, "
-        "MAE, DINOv2 or SigLIP of timm, Facebook or Hugging Face"
+        "MAE, DINOv2 or SigLIP of timm, Facebook or Hugging Face, a T2T-ViT or a Swin Transformer"
     )
 
 
@@ -325,6 +356,7 @@ def read_torch(
     *,
     heads: int | None = None,
     pre_logits: bool | None = None,
+    window: int | None = None,
 ) -> TorchFile:
     """Gives a file of theirs today's names.
 
@@ -334,6 +366,7 @@ def read_torch(
       heads: attention heads, if they are known.
       pre_logits: whether the pooler of Hugging Face's ViT is taken, a tanh layer that was trained
         in few files.
+      window: of a Swin Transformer of version 2, where nothing else tells it.
 
     Raises UserError if an array is unknown or has another number of axes than expected, or if
     nothing tells the number of heads.
@@ -345,24 +378,26 @@ def read_torch(
             raise UserError(f"{taken[key]} has shape {shape}, expected {rank} axes, none of them 0")
     is_timm = "patch_embed.proj.weight" in inside
     config = (huggingface.read_config(path.parent) if path else None) or {}
+    name = path.name if path else ""
     try:
-        settings, labels = _settings(config), _labels(config)
-        stated = _stated_values(config)
+        known = Known(name, config, heads, window)
+        layout = next(filter(None, (family(inside, known) for family in FAMILIES)), None)
+        settings = {} if layout and layout.heads else _settings(config)
+        labels, stated = _labels(config), _stated_values(config)
     except UserError:
         raise
     except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as e:
         raise UserError(
             f"the config.json beside it is damaged ({type(e).__name__}: {e}): mend or remove it"
         ) from e
-    name = path.name if path else ""
     is_facebook = bool(prefix) or name.endswith((".pth", ".pt", ".tar"))
-    layout = (
+    layout = layout or (
         _timm_layout(inside, settings, "timm" if settings or not is_facebook else "fb", name)
         if is_timm
         else _hf_layout(inside, bool(pre_logits))
     )
     named = str(config.get("architecture", ""))
-    if named and not re.match(_ARCHITECTURES, named):
+    if named and not (layout.heads or re.match(_ARCHITECTURES, named)):
         _log.warning("timm's %s is not known here: taken as %s", named, layout.kind)
     places = dict.fromkeys(settings, "config.json")
     told = layout.told | {k: v for k, v in settings.items() if k in layout.told and v is not None}
@@ -373,43 +408,35 @@ def read_torch(
             f"the config.json beside it is of a network of width {settings['width']}, but this one "
             f"is {width} wide: put its own there, or none"
         )
-    if heads is not None:
-        places["num_heads"] = "what was given"
-        if settings.get("num_heads", heads) != heads:
-            raise UserError(
-                f"{heads} attention heads are given, but the config.json beside it tells "
-                f"{settings['num_heads']}: leave them out, or mend that file"
-            )
-    elif settings.get("num_heads"):
-        heads = settings["num_heads"]
-    else:
-        heads, places["num_heads"] = _usual_heads(inside, width), f"the width {width}"
-    if type(heads) is not int or heads < 1 or width % heads:
-        raise UserError(f"{heads} attention heads do not divide the width {width}: {_GIVE_HEADS}")
+    heads_of = layout.heads
+    if heads_of is None:
+        heads, places["num_heads"] = _heads_and_place(inside, width, heads, settings)
     found, left_out, unknown = {}, [], []
     for key, array in inside.items():
         if re.search(layout.dropped, key):
             left_out.append(taken[key])
             continue
-        name, block = _template(key)
-        if name not in table:
+        template, block = (key, "") if key in table else _template(key)
+        if template not in table:
             unknown.append(f"{taken[key]} {tuple(array.shape)}")
             continue
-        targets, op = table[name]
+        targets, op = table[template]
         parts = _split(array, len(targets), OPS[op], taken[key])
         for target, part in zip(targets, parts, strict=True):
             try:
-                found[target.replace("{i}", block)] = _lazily(part, OPS[op].to, heads)
+                ours = target.replace("{i}", block)
+                count = heads_of(ours) if heads_of else heads or 1
+                found[ours] = _lazily(part, OPS[op].to, count)
             except ValueError:
                 raise UserError(
-                    f"{taken[key]} has shape {tuple(array.shape)}, not divided by {heads} heads"
+                    f"{taken[key]} has shape {tuple(array.shape)}, not divided by {count} heads"
                 ) from None
     if unknown:
         raise UserError(
             f"it is {layout.kind}, but has arrays that are not known there, "
             f"{listing('unknown', unknown)}: it is another network"
         )
-    if POSITIONS not in found:
+    if POSITIONS not in found and heads_of is None:
         raise UserError(f"it is {layout.kind} without position embeddings: it is another network")
     inner = set(taken.values())
     left_out += [key for key in arrays if key not in inner]
@@ -418,14 +445,41 @@ def read_torch(
     if size := settings.get("image_size"):
         _check_size(size, found, fields)
         hints["image_size"] = size
+    elif size := told.get("image_size"):
+        hints["image_size"] = size
     places = {
         field: places.get(field, "what the library does")
         for field in ("num_heads", "activation", "layer_norm_epsilon")
     }
+    places = dict(layout.known_from) or places
     kind = f"{layout.kind} ({prefix})" if prefix else layout.kind
-    about = (stated or _values(layout.kind, name)) | {"labels": labels, "known_from": places}
-    about["config"] = config
+    stated = stated or _stated_values(layout.config) or _values(layout.kind, name)
+    about = stated | {"labels": labels, "known_from": places}
+    about["config"] = {**layout.config, **config}
     return TorchFile(found, kind, tuple(left_out), hints, about)
+
+
+def _heads_and_place(
+    inside: Arrays, width: int, heads: Any, settings: Mapping[str, Any]
+) -> tuple[int, str]:
+    """The attention heads of a network of one width, and what tells them.
+
+    Raises UserError if nothing does, or they don't divide the width.
+    """
+    place = "what was given"
+    if heads is not None:
+        if settings.get("num_heads", heads) != heads:
+            raise UserError(
+                f"{heads} attention heads are given, but the config.json beside it tells "
+                f"{settings['num_heads']}: leave them out, or mend that file"
+            )
+    elif settings.get("num_heads"):
+        heads, place = settings["num_heads"], "config.json"
+    else:
+        heads, place = _usual_heads(inside, width), f"the width {width}"
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise UserError(f"{heads} attention heads do not divide the width {width}: {_GIVE_HEADS}")
+    return heads, place
 
 
 def write_torch(arrays: Arrays, table: Table, depth: int) -> dict[str, Any]:

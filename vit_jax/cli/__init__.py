@@ -6,7 +6,8 @@ import importlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from vit_jax import __version__
@@ -14,8 +15,8 @@ from vit_jax.errors import UserError, first_line, full_disk_explained
 from vit_jax.signals import EXIT_INTERRUPTED, Answered, tell
 
 COMMANDS = (
-    *("models", "info", "convert", "train", "evaluate", "report", "predict", "explain"),
-    *("data", "plan", "doctor"),
+    *("models", "info", "convert", "train", "evaluate", "report", "predict", "embed"),
+    *("explain", "data", "plan", "doctor"),
 )
 
 EXIT_USER_ERROR = 2
@@ -143,6 +144,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def tell_mistakes(mistakes: Sequence[str], limit: int = 20) -> int:
+    """The exit status, after telling what is wrong with some images, of many the first."""
+    for mistake in mistakes[:limit]:
+        print(f"vit-jax: {mistake}", file=sys.stderr)
+    if len(mistakes) > limit:
+        print(f"vit-jax: and {len(mistakes) - limit:,} more that can't be read", file=sys.stderr)
+    return EXIT_USER_ERROR if mistakes else 0
+
+
 def add_heads(parser: argparse.ArgumentParser) -> None:
     """The option of all that load weights."""
     help = "attention heads, if neither a file of PyTorch's nor one beside it tells them"
@@ -161,3 +171,32 @@ def add_command(subparsers, name: str, run, help: str, example: str) -> argparse
     )
     parser.set_defaults(run=run)
     return parser
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what is called with the numbers of things done and of all: a bar on a terminal, a line
+    for each tenth anywhere else."""
+    if not sys.stderr.isatty():
+        told = 0
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if (tenths := 10 * done // max(total, 1)) > told:
+                told = tenths
+                print(f"{done:,} of {total:,} {what}", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -3,8 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 
@@ -132,6 +130,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> int:
     """Prints a summary; 1 if there is something that training would suffer from."""
+    from vit_jax.cli import progress_bar
     from vit_jax.data import check as checking
     from vit_jax.data.splits import open_all, open_source
     from vit_jax.escape import to_json
@@ -142,7 +141,7 @@ def check(args: argparse.Namespace) -> int:
     else:
         opened = open_all(args.source, **options)
         sources = {name: source for name, source in opened.items() if len(source)}
-    with _progress() as progress:
+    with progress_bar("images read") as progress:
         result = checking.check(sources, progress=progress)
     written = checking.write_report(result, args.out, args.source) if args.out else []
     if args.out and not args.split and os.path.isdir(os.path.expanduser(args.source)):
@@ -189,31 +188,3 @@ def show(args: argparse.Namespace) -> None:
         mix=partial(mix_images, seed=args.seed, mixup=parameter) if parameter else None,
     )
     print(args.out)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line for each tenth anywhere else."""
-    if not sys.stderr.isatty():
-        told = 0
-
-        def tell(done: int, total: int) -> None:
-            nonlocal told
-            if (tenths := 10 * done // total) > told:
-                told = tenths
-                print(f"{done:,} of {total:,} images read", file=sys.stderr, flush=True)
-
-        yield tell
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.BarColumn(bar_width=None),
-        progress.MofNCompleteColumn(),
-        progress.TaskProgressColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -8,8 +8,6 @@ from typing import Any
 from vit_jax.errors import UserError
 from vit_jax.escape import to_json
 
-_IMAGE = (224, 224)  # What every published model was pre-trained at.
-
 _ADAPTED = "imagenet2012"  # What "best after fine-tuning" is said of.
 
 # The columns of the AugReg table that a line of text has room for, beside the one it is sorted by.
@@ -62,14 +60,18 @@ def run(args: argparse.Namespace) -> None:
     )
     for row in rows:
         folders = [name.rpartition("/")[0] for name in row["sources"]]
+        heads = row["num_heads"] or "-"
+        if isinstance(heads, tuple):
+            heads = f"{heads[0]}-{heads[-1]}"
         print(
             f"{row['name']:<20} {row['parameters'] / 1e6:>9.1f} M {row['flops'] / 1e9:>8.1f} "
-            f"{row['hidden_size']:>5} {row['num_layers']:>6} {row['num_heads'] or '-':>5} "
+            f"{row['hidden_size']:>5} {row['num_layers']:>6} {heads:>5} "
             f"{row['tokens']:>6}  {', '.join(dict.fromkeys(folders)) or '-'}"
         )
     print(
-        f"With a head of 1,000 classes, for an image of {_IMAGE[0]}x{_IMAGE[1]} pixels; a "
-        "multiplication and an addition are two FLOPs.\nOf LiT: the parameters of both towers, the "
+        "With a head of 1,000 classes, for an image of 224x224 pixels, of Swin Transformers of as "
+        "many as they\nwere published for; a multiplication and an addition are two FLOPs.\n"
+        "Of LiT: the parameters of both towers, the "
         "rest of the image tower, which has no head.\nLoad weights by FOLDER/NAME; --json lists "
         "those names, --augreg searches the AugReg checkpoints."
     )
@@ -82,18 +84,19 @@ def _models() -> Iterator[dict[str, Any]]:
 
     models = {name: create_model(name, num_classes=1000) for name in list_models()}
     for name, model in (models | {name: create_lit(name) for name in LIT_VARIANTS}).items():
-        spec = Spec(model, _IMAGE, 3)
+        spec = Spec(model, model.image_tower().usual_size, 3)
         image = spec.image_tower().module
+        own = image.architecture()
         yield {
             "name": name,
             "parameters": spec.num_parameters,
-            "flops": flops(image, _IMAGE),
-            "image_size": _IMAGE,
+            "flops": flops(image, spec.image_size),
+            "image_size": spec.image_size,
             "tokens": spec.num_tokens,
-            "patch_size": image.patch_size,
+            "patch_size": getattr(image, "patch_size", image.stride),
             "hidden_size": image.hidden_size,
             "num_layers": image.num_layers,
-            "num_heads": image.architecture().get("num_heads"),
+            "num_heads": own.get("num_heads", own.get("heads")),
             "classifier": image.classifier,
             "sources": hub.sources(name),
         }

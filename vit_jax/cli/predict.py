@@ -12,11 +12,15 @@ def add_parser(subparsers) -> None:
     parser = add_command(subparsers, "predict", run, "say what is on images", example)
     add = parser.add_argument
     add("weights", help="a file or name of weights, or the workdir of a finished run")
-    images = add("images", nargs="+", metavar="image", help="image files; they may stand last, too")
+    what = "image files, folders, patterns in quotes, or tables; files may stand last, too"
+    images = add("images", nargs="+", metavar="image", help=what)
     images.required = False  # --labels takes all that follows it, see `_split`.
     words = 'of LiT weights: what may be on the images, e.g. "a cat" "a dog"'
     add("--labels", nargs="+", metavar="WORDS", help=words)
-    add("--top", type=positive, default=5, help="classes to name (default: 5)")
+    add("--top", type=_top, default=5, help='classes to name, or "all" (default: 5)')
+    table = "write a row for each image to this file; stopped and started again, it goes on there"
+    add("--csv", metavar="FILE", help=table)
+    add("--batch", type=positive, default=64, help="images at once with --csv (default: 64)")
     add_heads(parser)
     add("--json", action="store_true", help="print JSON")
 
@@ -26,22 +30,28 @@ def run(args: argparse.Namespace) -> int:
     import functools
     import sys
 
-    from vit_jax.cli import EXIT_USER_ERROR
+    from vit_jax import data
+    from vit_jax.cli import tell_mistakes
     from vit_jax.errors import UserError
     from vit_jax.escape import printable, to_json
     from vit_jax.evaluation.zero_shot import classify
     from vit_jax.pretrained import load
 
-    labels, images = _split(args.labels, args.images)
+    labels, wanted = _split(args.labels, args.images)
+    images, notes = data.list_images(wanted)
+    for note in notes:
+        print(f"vit-jax: {note}", file=sys.stderr)
     vit = load(args.weights, heads=args.heads)
-    if labels is None:
-        look = functools.partial(vit.predict, top=args.top)
-    elif vit.classifies_by_text:
-        look = functools.partial(classify, vit, labels=labels, top=args.top)
-    else:
+    if labels is not None and not vit.classifies_by_text:
         raise UserError(
             "--labels is for LiT weights, these have classes of their own: leave it out"
         )
+    if args.csv:
+        return _write_csv(args, vit, images, labels)
+    top = args.top or sys.maxsize
+    look = functools.partial(vit.predict, top=top)
+    if labels is not None:
+        look = functools.partial(classify, vit, labels=labels, top=top)
     answers, mistakes = _each(look, images)
     # One mistake in all images is none of theirs, but e.g. of weights that give no classes.
     if not answers and len(set(mistakes)) == 1:
@@ -57,9 +67,31 @@ def run(args: argparse.Namespace) -> int:
             print(printable(image))
             for label, probability in answer:
                 print(f"  {probability:6.1%}  {printable(label)}")
-    for mistake in mistakes:
-        print(f"vit-jax: {mistake}", file=sys.stderr)
-    return EXIT_USER_ERROR if mistakes else 0
+    return tell_mistakes(mistakes)
+
+
+def _write_csv(args: argparse.Namespace, vit, images: list[str], labels: list[str] | None) -> int:
+    from vit_jax.cli import progress_bar, tell_mistakes
+    from vit_jax.escape import printable, to_json
+    from vit_jax.evaluation.many import write_predictions_csv
+
+    options = {"top": args.top, "labels": labels, "batch_size": args.batch}
+    with progress_bar("images") as progress:
+        before, mistakes = write_predictions_csv(
+            vit, images, args.csv, progress=progress, **options
+        )
+    if args.json:
+        print(to_json({"csv": args.csv, "images": len(images), "unreadable": mistakes}))
+    else:
+        gone_on = f", {before:,} of them from before" if before else ""
+        print(printable(f"predictions of {len(images):,} images in {args.csv}{gone_on}"))
+    return tell_mistakes(mistakes)
+
+
+def _top(text: str) -> int | None:
+    from vit_jax.cli import positive
+
+    return None if text == "all" else positive(text)
 
 
 def _split(

@@ -15,6 +15,8 @@ _HOMES = {
     "is_known": "splits",
     "from_arrays": "arrays",
     "from_huggingface": "arrays",
+    "list_images": "listed",
+    "unlabelled": "listed",
     "decode": "images",
     "read": "images",
     "Normalize": "ops",

@@ -77,7 +77,7 @@ def folder_splits(dataset: str, seed: int) -> Splits:
             f"classes, {expected}; rename them, or give a table of the images"
         )
     if not top.folders:
-        found = ", ".join([f"{len(top.images):,} images", *_counted(top.left_out)])
+        found = ", ".join([f"{len(top.images):,} images", *counted(top.left_out)])
         raise UserError(f"{dataset}: no class folders (found {found} and no folder), {expected}")
     return held_out_splits(
         partial(_open_split, dataset, root, "", top.folders, notes, doubts), seed
@@ -127,11 +127,11 @@ def _open_split(
                 "add training images"
             )
         left_out: Counter[str] = Counter()
-        found = _images_below(os.path.join(path, name), left_out)
+        found = images_below(os.path.join(path, name), left_out)
         if not found:
             raise UserError(
                 f"{os.path.join(path, name)}: no images in this class folder (found "
-                f"{', '.join(_counted(left_out)) or 'nothing'}); add some or remove the folder"
+                f"{', '.join(counted(left_out)) or 'nothing'}); add some or remove the folder"
             )
         keys.append(packed([f"{split}/{name}/{image}".lstrip("/") for image in found]))
         counts.append(len(found))
@@ -150,7 +150,7 @@ def _open_split(
     )
 
 
-def _images_below(path: str, left_out: Counter[str]) -> list[str]:
+def images_below(path: str, left_out: Counter[str]) -> list[str]:
     """Sorted paths of the images in and below a class folder, with "/" on every system."""
     found, folders = [], [""]
     while folders:
@@ -243,11 +243,11 @@ def _tell_left_out(where: str, content: Folder, notes: list[str], doubts: list[s
     """Adds what of a folder is not used to the notes, or to the doubts if it may be images."""
     harmless = {kind: n for kind, n in content.left_out.items() if kind in (_HIDDEN, *_NO_IMAGES)}
     if harmless:
-        notes.append(f"left out in {where}: {', '.join(_counted(Counter(harmless)))}")
+        notes.append(f"left out in {where}: {', '.join(counted(Counter(harmless)))}")
     if others := content.left_out - Counter(harmless):
         doubts.append(
             f"left out in {where}, as they are no images that can be read: "
-            f"{', '.join(_counted(others))}; convert or remove them"
+            f"{', '.join(counted(others))}; convert or remove them"
         )
     if content.images:
         doubts.append(
@@ -256,7 +256,7 @@ def _tell_left_out(where: str, content: Folder, notes: list[str], doubts: list[s
         )
 
 
-def _counted(kinds: Counter[str]) -> list[str]:
+def counted(kinds: Counter[str]) -> list[str]:
     """As "12 (.txt)", the most first, a few of them."""
     first = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:8]
     told = [f"{count:,} ({printable(kind)})" for kind, count in first]

@@ -117,6 +117,12 @@ class Preprocess:
         """The uint8 image that a normalised result was made of, to be looked at."""
         return visible(self.range.undo(image))
 
+    def blank(self, channels: int) -> np.ndarray:
+        """Zeros (h, w, channels), an image that all operations can be applied to."""
+        # Not smaller than a crop wants it, nor of a worse aspect.
+        size = np.max([step.size or (1, 1) for step in self.steps], axis=0).clip(1)
+        return np.zeros((*size, channels), np.float32 if self.levels else np.uint8)
+
     def crop_box(self, size: tuple[int, int], rng: np.random.Generator) -> Box | None:
         """The box that the first operation takes of an (h, w) image, drawn from `rng`, if any."""
         crop = self.steps[0].crop if self.steps else None

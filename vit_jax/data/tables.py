@@ -124,10 +124,21 @@ def table_splits(dataset: str, seed: int) -> Splits:
     return {split: partial(sources.__getitem__, split) for split in sources}
 
 
+def listed_images(path: str, notes: list[str]) -> list[str]:
+    """The paths of the images of a table, which needs no labels; `notes` gets what was guessed.
+
+    Raises UserError as `table_splits`.
+    """
+    root, rows = os.path.dirname(path), _read_table(path, notes, [], labelled=False)
+    return [os.path.join(root, row.path) for row in _find_images(root, {"": rows}, notes)[""]]
+
+
 # Reading.
 
 
-def _read_table(path: str, notes: list[str], doubts: list[str]) -> list[_Row]:
+def _read_table(
+    path: str, notes: list[str], doubts: list[str], *, labelled: bool = True
+) -> list[_Row]:
     name = os.path.basename(path)
     rows = []
     seen: dict[Any, Any] = {}  # Equal labels share their memory.
@@ -137,7 +148,9 @@ def _read_table(path: str, notes: list[str], doubts: list[str]) -> list[_Row]:
             file.seek(0)
             text = io.TextIOWrapper(file, "utf-16" if is_utf16 else "utf-8-sig", newline="")
             is_json = path.lower().endswith(".jsonl")
-            records = _json_lines(text) if is_json else _csv_lines(name, text, notes, doubts)
+            records = (
+                _json_lines(text) if is_json else _csv_lines(name, text, notes, doubts, labelled)
+            )
             for number, record in records:
                 row = _row(f"{name} line {number}", record)
                 rows.append(row._replace(labels=seen.setdefault(row.labels, row.labels)))
@@ -148,7 +161,7 @@ def _read_table(path: str, notes: list[str], doubts: list[str]) -> list[_Row]:
         ) from None
     if not rows:
         raise UserError(f"{path}: no images, expected a line for each; add some")
-    if not any(row.several for row in rows):
+    if labelled and not any(row.several for row in rows):
         for row in rows:
             if not row.labels:
                 raise UserError(
@@ -181,7 +194,7 @@ def _columns(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _csv_lines(
-    name: str, file: TextIO, notes: list[str], doubts: list[str]
+    name: str, file: TextIO, notes: list[str], doubts: list[str], labelled: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     first = file.readline()
     delimiter = max(",;\t", key=first.count)
@@ -190,10 +203,10 @@ def _csv_lines(
     columns = _columns(tuple(names))
     # Without labels, the other columns may be of 0 and 1, one a class.
     classes = [n for n in names if n and n not in columns.values() and "label" not in columns]
-    if "path" not in columns or ("label" not in columns and len(classes) < 2):
-        raise csv.Error(
-            f"its first line names the columns {', '.join(names)[:80]!r}, not path and label"
-        )
+    classes = classes if labelled else []
+    if "path" not in columns or (labelled and "label" not in columns and len(classes) < 2):
+        wanted = "path and label" if labelled else "path"
+        raise csv.Error(f"its first line names the columns {', '.join(names)[:80]!r}, not {wanted}")
     if twice := [n for n in {*columns.values(), *classes} if names.count(n) > 1]:
         raise csv.Error(f"its first line names a column {twice[0]!r} twice")
     unseen = set(classes)

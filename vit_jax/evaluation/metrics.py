@@ -287,7 +287,7 @@ def evaluate(
     Raises UserError if there is no example that counts.
     """
     kept, examples = collections.defaultdict(list), 0
-    for figures in _prefetched(eval_step(params, batch) for batch in batches):
+    for figures in prefetched(eval_step(params, batch) for batch in batches):
         examples = max(examples, int(figures["index"].max()) + 1)
         for name, values in figures.items():
             kept[name].append(values[figures["mask"]])
@@ -310,7 +310,7 @@ def evaluate(
     )
 
 
-def _prefetched(results: Iterable[dict[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
+def prefetched(results: Iterable[dict[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
     """Results on the host; the device works on two batches while the host reads the next."""
     waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
     for result in results:

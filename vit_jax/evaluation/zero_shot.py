@@ -3,8 +3,7 @@
 See LiT (arXiv:2111.07991); the prompts are those of CLIP (arXiv:2103.00020, section 3.1.4).
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +15,9 @@ from vit_jax.checkpoints.labels import ranked
 from vit_jax.errors import UserError
 from vit_jax.evaluation.images import score
 from vit_jax.evaluation.metrics import Scores
-from vit_jax.pretrained import Pretrained
+from vit_jax.pretrained import Image, Pretrained
 
 TEMPLATES = ("a photo of a {}.",)
-
-_BATCH = 32  # Images that `classify` puts through the network at once.
 
 
 def class_embeddings(
@@ -100,10 +97,10 @@ def zero_shot(
             f"{source.name}: give one for each, in the order {', '.join(source.labels[:10])}"
             + (", ..." if len(source.labels) > 10 else "")
         )
-    classes = class_embeddings(vit.embed_texts, labels, templates)
+    model, params = text_classifier(vit, labels, templates)
     return score(
-        _Classifier(vit.model_on(jax.devices())),
-        {"img": vit.params["img"], "t": vit.params["t"], "classes": classes},
+        model,
+        params,
         source,
         f"rgb|{vit.preprocess}",  # The towers know colours only.
         np.arange(len(labels), dtype=np.int32),
@@ -113,7 +110,16 @@ def zero_shot(
     )
 
 
-class _Classifier:
+def text_classifier(
+    vit: Pretrained, labels: Sequence[str], templates: Sequence[str]
+) -> tuple["TextClassifier", dict[str, Any]]:
+    """(model, params) for all devices, whose logits are of the classes; see `class_embeddings`."""
+    classes = class_embeddings(vit.embed_texts, labels, templates)
+    params = {"img": vit.params["img"], "t": vit.params["t"], "classes": classes}
+    return TextClassifier(vit.model_on(jax.devices())), params
+
+
+class TextClassifier:
     """An image tower whose head is the embeddings of the classes; it is applied as a module is."""
 
     def __init__(self, model: Any) -> None:
@@ -131,7 +137,7 @@ class _Classifier:
 
 def classify(
     vit: Pretrained,
-    images: Sequence[str | os.PathLike | np.ndarray],
+    images: Iterable[Image],
     labels: Sequence[str],
     *,
     templates: Sequence[str] = ("{}",),
@@ -141,7 +147,7 @@ def classify(
 
     Args:
       vit: LiT weights, see `vit_jax.load`.
-      images: paths, or uint8 arrays (h, w, 3 or 1) of any size.
+      images: any number of images as `Pretrained.read` takes them, of any size.
       labels: descriptions, e.g. "a cat"; or names of classes, with `templates` to go around them.
       templates: see `class_embeddings`; by default the labels stand for themselves.
       top: how many labels to name.
@@ -151,25 +157,10 @@ def classify(
 
     Raises UserError if an image can't be read.
     """
-    if isinstance(images, str | os.PathLike | np.ndarray):
-        raise UserError("classify takes a list of images: write classify(vit, [image], labels)")
-    preprocess = data.parse(f"rgb|{vit.preprocess}")
     classes = class_embeddings(vit.embed_texts, labels, templates)
     temperature = np.exp(np.asarray(vit.params["t"]))
     answers: list[list[tuple[str, float]]] = []
-    for start in range(0, len(images), _BATCH):
-        batch = np.stack([preprocess(_read(image)) for image in images[start : start + _BATCH]])
+    for batch in vit.prepared(images):
         logits = temperature * vit.embed_images(batch) @ classes.T
         answers += [ranked(row, labels, top) for row in logits]
     return answers
-
-
-def _read(image: str | os.PathLike | np.ndarray) -> np.ndarray:
-    if not isinstance(image, np.ndarray):
-        return data.read(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
-        raise UserError(
-            f"the image has shape {image.shape} and type {image.dtype}, "
-            "expected (h, w, 3) or (h, w, 1) of uint8"
-        )
-    return image

@@ -38,11 +38,13 @@ def plot_attention_maps(vit: Pretrained, images: Images, block: int = -1) -> "Fi
     Raises UserError as `attention_maps`, and if there is no such block.
     """
     tower = open_tower(vit)
-    count = tower.spec.num_layers
-    if not -count <= block < count:
-        raise UserError(f"block is {block}, expected 0 to {count - 1}")
-    maps = [head_maps(tower, observe(tower, view.pixels), block) for view in views(vit, images)]
-    name = f"block {block % count + 1}, head"
+    blocks = tower.model.attended_blocks
+    number = block if block >= 0 else blocks.stop + block
+    if number not in blocks:
+        raise UserError(f"block is {block}, expected {blocks[0]} to {blocks[-1]}")
+    index = number - blocks.start
+    maps = [head_maps(tower, observe(tower, view.pixels), index) for view in views(vit, images)]
+    name = f"block {number + 1}, head"
     return plot_maps(
         vit, images, [[(f"{name} {i + 1}", m) for i, m in enumerate(ms)] for ms in maps]
     )
@@ -125,8 +127,9 @@ def attention_distance(vit: Pretrained, images: Images) -> np.ndarray:
     Raises UserError as `attention_maps`.
     """
     tower = open_tower(vit)
-    grid, first = tower.spec.grid_size, tower.first_patch
-    places = np.argwhere(np.ones(grid)) * tower.model.stride
+    grid, first = tower.grid, tower.first_patch
+    patches = np.divide(tower.spec.grid_size, grid).round()  # Of a token of a last stage.
+    places = np.argwhere(np.ones(grid)) * patches * tower.model.stride
     distance = np.linalg.norm(places[:, None] - places, axis=-1)
     result = []
     for view in views(vit, images):
@@ -144,7 +147,7 @@ def plot_attention_distance(vit: Pretrained, images: Images) -> "Figure":
     distance = attention_distance(vit, images).mean(axis=0)
     figure = new_figure(6.4, 4)
     ax = figure.subplots()
-    depth = np.arange(1, len(distance) + 1)
+    depth = np.array(open_tower(vit).model.attended_blocks) + 1
     ax.plot(depth, distance, "o", color=BLUE, markersize=5, alpha=0.7)
     ax.plot(depth, distance.mean(axis=1), color=ORANGE, label="mean of the heads")
     ax.set(xlabel="block", ylabel="mean attention distance (pixels)", ylim=(0, None))

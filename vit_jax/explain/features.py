@@ -37,8 +37,9 @@ def token_norms(vit: Pretrained, images: Images) -> np.ndarray:
 
 def plot_token_norms(vit: Pretrained, images: Images) -> "Figure":
     """`token_norms` over each image, an overlay for each block."""
+    numbers = open_tower(vit).model.attended_blocks
     titled = [
-        [(f"block {i + 1}: up to {m.max():.3g}", m) for i, m in enumerate(blocks)]
+        [(f"block {i + 1}: up to {m.max():.3g}", m) for i, m in zip(numbers, blocks, strict=True)]
         for blocks in token_norms(vit, images)
     ]
     return plot_maps(vit, images, titled)
@@ -64,7 +65,7 @@ def feature_pca(vit: Pretrained, images: Images) -> np.ndarray:
     scores[:, : len(components)] = centred @ components.T
     low, high = np.quantile(scores, (0.01, 0.99), axis=0)
     colours = ((scores - low) / (high - low).clip(1e-12)).clip(0, 1)
-    return colours.reshape(len(tokens), *tower.spec.grid_size, 3).astype(np.float32)
+    return colours.reshape(len(tokens), *tower.grid, 3).astype(np.float32)
 
 
 def plot_feature_pca(vit: Pretrained, images: Images) -> "Figure":

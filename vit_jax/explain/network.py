@@ -24,6 +24,11 @@ class Tower(NamedTuple):
         """Where the patches start among the tokens."""
         return self.model.num_prefix_tokens
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The (rows, columns) of the tokens that attend: the patches, or those of a last stage."""
+        return self.model.attended_grid(self.spec.image_size)
+
 
 class Seen(NamedTuple):
     """What the network makes of one image, float32; t tokens, the class token first.
@@ -34,6 +39,7 @@ class Seen(NamedTuple):
       pooling: (heads, t), how attention pooling weighs the tokens; None without it.
       blocks: (blocks, t, d), the output of each block.
       tokens: (t, d), the output of the encoder.
+      further: see `ImageModel.further_maps`.
     """
 
     answer: Any
@@ -41,6 +47,7 @@ class Seen(NamedTuple):
     pooling: Any
     blocks: Any
     tokens: Any
+    further: Any
 
 
 def open_tower(vit: Pretrained) -> Tower:
@@ -80,7 +87,8 @@ def _observe(model: ImageModel, params: Any, pixels: jax.Array) -> Seen:
     )
     attention, pooling = model.attention_weights(state["intermediates"])
     blocks, tokens = model.block_outputs(features), features[model.final_norm][0]
-    seen = Seen(answer[0], attention, pooling, blocks, tokens)
+    further = model.further_maps(state["intermediates"])
+    seen = Seen(answer[0], attention, pooling, blocks, tokens, further)
     return jax.tree.map(lambda x: x.astype(jnp.float32), seen)
 
 
@@ -100,4 +108,4 @@ def reading(tower: Tower, seen: Seen) -> np.ndarray:
 def on_grid(tower: Tower, values: np.ndarray) -> np.ndarray:
     """Values of tokens (..., t) as a map of the patches (..., rows, columns)."""
     patches = values[..., tower.first_patch :]
-    return patches.reshape(*values.shape[:-1], *tower.spec.grid_size)
+    return patches.reshape(*values.shape[:-1], *tower.grid)

@@ -52,7 +52,7 @@ class Explanation(NamedTuple):
       rollout: see `explain.rollout`, (rows, columns).
       relevance: see `explain.relevance`, of the two most probable classes or those asked for.
       heads: what the token that the head reads attends to in each head of the last block, then
-        where those of attention pooling look.
+        where those of attention pooling look, then `ImageModel.further_maps`.
     """
 
     name: str
@@ -90,6 +90,7 @@ def explanations(
     read.
     """
     tower = open_tower(vit)
+    blocks = tower.model.attended_blocks
     for name, view in zip(images, figures.views(vit, images), strict=True):
         seen = observe(tower, view.pixels)
         answers: list[tuple[Any, float]] = []  # Of classes by index, of LiT weights of texts.
@@ -101,15 +102,16 @@ def explanations(
             answers = ranked(seen.answer, range(len(seen.answer)), loss=vit.loss)
         shown = classes or [c for c, _ in answers[:2]]
         targets = class_targets(vit, shown) if shown else []
-        block = f"block {tower.spec.num_layers}"
+        block = f"block {blocks.stop}"
         heads = [(f"{block}, head {i + 1}", m) for i, m in enumerate(head_maps(tower, seen))]
         if seen.pooling is not None:
             pooled = on_grid(tower, seen.pooling)
             heads += [(f"pooling, head {i + 1}", m) for i, m in enumerate(pooled)]
+        heads += seen.further.items()
         yield Explanation(
             os.fspath(name),
             view.thumbnail(),
-            attention_data(seen.attention, MAX_BYTES // len(images)),
+            attention_data(seen.attention, MAX_BYTES // len(images), blocks.start),
             [(vit.label(c) if isinstance(c, int) else c, p) for c, p in answers[:top]],
             rollout_map(tower, seen),
             [(called, relevance_map(vit, tower, view.pixels, y)) for called, y in targets],
@@ -117,8 +119,9 @@ def explanations(
         )
 
 
-def attention_data(attention: np.ndarray, budget: int) -> dict[str, Any]:
+def attention_data(attention: np.ndarray, budget: int, first: int = 0) -> dict[str, Any]:
     """Attention (blocks, heads, t, t) as explain.js knows it, as many layers as fit so many bytes.
+    `first` is the number of the first block.
 
     Returns:
       "layers": see `choose_layers`; "weights": uint8 (layers, t, t) as text in base 64, in 1/255 of
@@ -130,7 +133,7 @@ def attention_data(attention: np.ndarray, budget: int) -> dict[str, Any]:
     top = weights.max(axis=-1, keepdims=True)
     levels = np.rint(255 * weights / top.clip(1e-12)).astype(np.uint8)
     return {
-        "layers": layers,
+        "layers": [(first + block, head) for block, head in layers],
         "weights": base64.b64encode(levels.tobytes()).decode(),
         "top": [float(f"{x:.4g}") for x in top.ravel()],
     }
@@ -165,8 +168,9 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
         + [2.6 * e.view.aspect + 0.35] * math.ceil(len(e.heads) / COLUMNS)
         for first, e in zip(firsts, explained, strict=True)
     ]
-    similarity = features.position_similarity(vit)
-    heights = [*map(sum, rows), max(features.positions_height(similarity, 6), 3)]
+    similarity = _similarity(vit)
+    last = 0 if similarity is None else features.positions_height(similarity, 6)
+    heights = [*map(sum, rows), max(last, 3)]
     figure = page.new_figure(13, sum(heights))
     if (pixels := figure.bbox.height) > MAX_PIXELS:
         raise UserError(
@@ -183,9 +187,13 @@ def page_figure(vit: Pretrained, explained: Sequence[Explanation]) -> "Figure":
             for ax, (title, values) in zip(places, maps, strict=False):
                 draw_image(ax, e.view, title, values)
     left, right = parts[-1].subplots(1, 2)
-    features.draw_positions(left, similarity)
+    if similarity is None:
+        left.axis("off")
+    else:
+        features.draw_positions(left, similarity)
     right.axis("off")
-    notes = [_about(open_tower(vit)), *(f"{title}: {note}" for title, note in NOTES.items())]
+    shown = _notes(similarity is not None).items()
+    notes = [_about(open_tower(vit)), *(f"{title}: {note}" for title, note in shown)]
     right.text(0, 1, "\n\n".join(notes), va="top", wrap=True, fontsize=9)
     return figure
 
@@ -209,7 +217,7 @@ def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
     tower = open_tower(vit)
     sections = []
     for e in explained:
-        place = {"grid": tower.spec.grid_size, "first": tower.first_patch, "box": e.view.box}
+        place = {"grid": tower.grid, "first": tower.first_patch, "box": e.view.box}
         place["class_token"] = tower.model.has_class_token
         sections.append(
             {
@@ -225,19 +233,38 @@ def page_html(vit: Pretrained, explained: Sequence[Explanation]) -> bytes:
         "explain",
         _title(vit),
         about=_about(tower),
-        notes=NOTES,
+        notes=_notes(has_positions := _similarity(vit) is not None),
         sections=sections,
-        positions=features.plot_position_similarity(vit),
+        positions=features.plot_position_similarity(vit) if has_positions else None,
     )
+
+
+def _similarity(vit: Pretrained) -> np.ndarray | None:
+    """See `features.position_similarity`; None of a network without position embeddings."""
+    try:
+        return features.position_similarity(vit)
+    except UserError:
+        return None
+
+
+def _notes(has_positions: bool) -> dict[str, str]:
+    return {k: v for k, v in NOTES.items() if has_positions or k != "Position embeddings"}
 
 
 def _about(tower: Tower) -> str:
     """What is true of all maps."""
     (height, width), (rows, columns) = tower.spec.image_size, tower.spec.grid_size
-    return (
+    text = (
         f"An image goes in as {height}x{width} pixels, {rows}x{columns} patches. In each map the "
         "brightest patch counts most and the darkest least, so that maps can't be compared."
     )
+    if tower.grid != tower.spec.grid_size:
+        text += (
+            " Blocks, rollout and relevance are those of the last stage, of {}x{} tokens: what the "
+            "stages before it mix isn't followed. Of them is shown how much attention each token "
+            "receives within its window."
+        ).format(*tower.grid)
+    return text
 
 
 def _title(vit: Pretrained) -> str:

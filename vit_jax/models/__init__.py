@@ -11,6 +11,8 @@ from vit_jax.models.lit import LIT_VARIANTS, LiT, create_lit
 from vit_jax.models.mixer import MlpMixer
 
 # Importing a family makes it known. What none recognises is taken for the first one, the ViT.
+from vit_jax.models.swin import SwinTransformer
+from vit_jax.models.t2t import T2TViT
 from vit_jax.models.vit import CLASSIFIERS, POOLED, POSITION_EMBEDDINGS, VisionTransformer
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "LiT",
     "MlpMixer",
     "Spec",
+    "SwinTransformer",
+    "T2TViT",
     "VisionTransformer",
     "choose_kernels",
     "create_lit",

@@ -81,6 +81,7 @@ class ImageModel(nn.Module):
       classifiers: what the field `classifier` may be.
       weightless: fields that have no weights, so that they may be chosen for stored ones.
       untold: fields that no shape tells; they are noted beside saved weights.
+      frozen: names of weights that are constants: they are stored, but never trained.
       shows_attention: whether it has `attention_weights`; without them there is nothing to explain.
       classifies_by_text: whether the classes are texts, as LiT's; then there is no head.
       value_range: the operation that gives pixels the values that the published weights are for.
@@ -92,6 +93,7 @@ class ImageModel(nn.Module):
     classifiers: ClassVar[tuple[str, ...]] = ("gap",)
     weightless: ClassVar[tuple[str, ...]] = ("stochastic_depth_rate", "dtype")
     untold: ClassVar[tuple[str, ...]] = ()
+    frozen: ClassVar[tuple[str, ...]] = ()
     shows_attention: ClassVar[bool] = False
     classifies_by_text: ClassVar[bool] = False
     value_range: ClassVar[str] = "value_range(-1, 1)"
@@ -126,6 +128,17 @@ class ImageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def for_images(
+        self, arrays: Arrays, old: Size, new: Size, window: int | None = None
+    ) -> tuple[Self, Arrays]:
+        """The network and its weights for images of another size, or with other windows.
+
+        Raises UserError as `resize`, or if there are no windows.
+        """
+        if window is not None:
+            raise UserError(f"a {self.kind} has no windows: leave window out")
+        return self, arrays if old == new else self.resize(arrays, old, new)
+
     @property
     def first_layer(self) -> str:
         """The name of the array (h, w, channels, filters) that looks at the pixels."""
@@ -155,7 +168,7 @@ class ImageModel(nn.Module):
     def with_head(
         self: Any, arrays: Arrays, num_classes: int | None, pre_logits: bool | None
     ) -> tuple[Any, Arrays]:
-        """The network with a new head of zeros, or without its tanh layer; see `Spec.adapt`."""
+        """The network with a new head or none, or without its tanh layer; see `Spec.adapt`."""
         stored, arrays = self.representation_size, dict(arrays)
         if pre_logits and stored is None:
             raise UserError(
@@ -170,9 +183,13 @@ class ImageModel(nn.Module):
                 )
             del arrays["pre_logits/kernel"], arrays["pre_logits/bias"]
             model = model.clone(representation_size=None)
-        if num_classes is not None:
-            if num_classes < 1:
-                raise UserError(f"num_classes is {num_classes}, expected at least 1")
+        if num_classes == 0:
+            heads = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
+            model = model.clone(num_classes=None)
+            arrays = {name: array for name, array in arrays.items() if name not in heads}
+        elif num_classes is not None:
+            if num_classes < 0:
+                raise UserError(f"num_classes is {num_classes}, expected at least 0")
             model = model.clone(num_classes=num_classes)
             arrays["head/kernel"] = np.zeros((model.num_features, num_classes), np.float32)
             arrays["head/bias"] = np.zeros((num_classes,), np.float32)
@@ -191,6 +208,11 @@ class ImageModel(nn.Module):
         Raises UserError if there is none.
         """
         raise NotImplementedError
+
+    @property
+    def usual_size(self) -> Size:
+        """(height, width) of the images that published networks of this kind are for."""
+        return 224, 224
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -281,6 +303,19 @@ class ImageModel(nn.Module):
           None without it.
         """
         raise NotImplementedError
+
+    def attended_grid(self, image_size: Size) -> Size:
+        """The (rows, columns) of the tokens that `attention_weights` is about: the patches."""
+        return self.grid_size(image_size)
+
+    @property
+    def attended_blocks(self: Any) -> range:
+        """The numbers of the blocks of `attention_weights` and `block_outputs`: of all."""
+        return range(self.num_layers)
+
+    def further_maps(self, collection: Any) -> dict[str, jax.Array]:
+        """Other attention in "intermediates" of one image: {title: (rows, columns)} of any size."""
+        return {}
 
     @property
     def final_norm(self) -> str:
@@ -379,16 +414,18 @@ class Spec:
         image_size: Size | None = None,
         pre_logits: bool | None = None,
         channels: int | None = None,
+        window: int | None = None,
     ) -> tuple[Arrays, Self]:
         """Weights for another task: another head, another size of image, other channels.
 
         Args:
           arrays: {"a/b/c": array}, see `checkpoints.load_weights`.
-          num_classes: None keeps the head; a number puts a new head of zeros in its place.
+          num_classes: None keeps the head; a number puts a new head of zeros in its place, 0 none.
           image_size: (height, width); None keeps the grid, else positions are resampled.
           pre_logits: None keeps the tanh layer with a kept head and drops it with a new one, as the
             paper's fine-tuning does; True keeps it, False drops it.
           channels: None keeps the first layer; a number changes it, see `ImageModel.with_channels`.
+          window: None keeps the windows, of which only a Swin Transformer has any.
 
         Returns:
           (arrays, spec) of the changed network. Arrays that didn't change are shared.
@@ -397,16 +434,21 @@ class Spec:
         network can't change so: a Mixer its number of tokens, a LiT its head.
         """
         module, arrays = self.module.with_head(arrays, num_classes, pre_logits)
-        if image_size is not None:
-            arrays = module.resize(arrays, self.image_size, image_size)
+        new_size = image_size or self.image_size
+        module, arrays = module.for_images(arrays, self.image_size, new_size, window)
         if channels not in (None, self.channels):
             arrays = module.with_channels(arrays, channels)
         return arrays, dataclasses.replace(
             self,
             module=module,
-            image_size=image_size or self.image_size,
+            image_size=new_size,
             channels=channels or self.channels,
         )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """ "a/b/c", the name of a weight, of its key path of `jax.tree_util`."""
+    return "/".join(key.key for key in path)
 
 
 def traced_shapes(module: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[int, ...]]:
@@ -418,7 +460,7 @@ def traced_shapes(module: Any, inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[
     first = re.compile(rf"(.*\b(?:{'|'.join(module.blocks)})_)0(/.+)")
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        key = "/".join(k.key for k in path)
+        key = path_name(path)
         if match := first.fullmatch(key):
             for i in range(module.num_layers):
                 shapes[f"{match[1]}{i}{match[2]}"] = leaf.shape

@@ -33,25 +33,33 @@ TRIAL_TOLERANCE = 0.05
 CUDNN_TOKEN_MULTIPLE = 8
 
 
-# softmax(Q K^T / sqrt(c)) V for each head: query (n, t, h, c), key and value (n, s, h, c), and a
-# number or None, `length`: only so many keys are attended to, the others are padding. It gives
-# (n, t, h, c) in the inputs' dtype, finite in every row.
-Attention = Callable[[jax.Array, jax.Array, jax.Array, int | None], jax.Array]
+# softmax(Q K^T / sqrt(c) + bias) V for each head: query (n, t, h, c), key and value (n, s, h, c); a
+# number or None, `length`: only so many keys are attended to, the others are padding; and, but for
+# cuDNN, a float32 bias or None, broadcast to (n, h, t, s). With a bias there may be several axes in
+# place of n. It gives (n, t, h, c) in the inputs' dtype, finite in every row.
+Attention = Callable[..., jax.Array]
 
 
-def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """softmax(Q K^T / sqrt(c)), equation 1 of arXiv:1706.03762; the softmax is in float32.
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(Q K^T / sqrt(c) + bias), equation 1 of arXiv:1706.03762; the softmax is in float32.
 
-    (n, t, h, c) and (n, s, h, c) give (n, h, t, s), whose rows sum to 1. `mask`: bool, broadcast to
-    that, False for the keys that a query can't attend to.
+    (..., t, h, c) and (..., s, h, c) give (..., h, t, s), whose rows sum to 1. `mask`: bool,
+    broadcast to that, False for the keys that a query can't attend to.
     """
-    weights = nn.dot_product_attention_weights(query, key, mask=mask, force_fp32_for_softmax=True)
+    weights = nn.dot_product_attention_weights(
+        query, key, bias=bias, mask=mask, force_fp32_for_softmax=True
+    )
     return weights.astype(query.dtype)
 
 
 def weighted_sum(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """The values by their weights: (n, h, t, s) and (n, s, h, c) give (n, t, h, c)."""
-    return jnp.einsum("nhts,nshc->nthc", weights, value)
+    """The values by their weights: (..., h, t, s) and (..., s, h, c) give (..., t, h, c)."""
+    return jnp.einsum("...hts,...shc->...thc", weights, value)
 
 
 def key_mask(keys: int, length: int | None) -> jax.Array | None:
@@ -60,10 +68,15 @@ def key_mask(keys: int, length: int | None) -> jax.Array | None:
 
 
 def dot_product_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, length: int | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    length: int | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """`Attention` in Flax's stock form."""
-    return weighted_sum(attention_weights(query, key, key_mask(key.shape[1], length)), value)
+    mask = key_mask(key.shape[1], length)
+    return weighted_sum(attention_weights(query, key, mask, bias), value)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -76,13 +89,14 @@ class Kernels:
     """The forms in which a model computes; the defaults are stock Flax and JAX.
 
     Attributes:
-      attention: of the blocks of a Vision Transformer, without dropout and unobserved weights.
+      attention: of the blocks, without dropout and unobserved weights.
       token_multiple: to a multiple of which tokens are padded for `attention`.
       dot_general: of the dense layers of the blocks, as `jax.lax.dot_general`.
       conv_general_dilated: of the patch embedding, as `jax.lax.conv_general_dilated`.
       gelu: x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (arXiv:1606.08415, section 2), of any
         shape, in the dtype of x.
-      layer_norm: the module, with the fields `epsilon`, `dtype` and `name` of `nn.LayerNorm`.
+      layer_norm: the module, with the fields `epsilon`, `dtype`, `scale_init` and `name` of
+        `nn.LayerNorm`.
     """
 
     attention: Attention = dot_product_attention
@@ -231,11 +245,16 @@ class SlicedAttention:
     devices: int
 
     def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, length: int | None = None
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        length: int | None = None,
+        bias: jax.Array | None = None,
     ) -> jax.Array:
         if length is not None:
             raise ValueError("attention on CPUs takes no padding")
-        heads = [x.swapaxes(1, 2) for x in (query, key, value)]
+        heads = [x.swapaxes(-3, -2) for x in (query, key, value)]
         images_each, rest = divmod(query.shape[0], self.devices)
         slices = 1
         if images_each and not rest:
@@ -244,45 +263,58 @@ class SlicedAttention:
             fitting = (i for i in range(1, 5) if images_each % i == 0 and images_each != i)
             slices = max(fitting, default=1)
         if slices == 1:
-            return _attend(*heads).swapaxes(1, 2)
+            return _attend(*heads, bias).swapaxes(-3, -2)
 
         def cut(x: jax.Array) -> tuple[jax.Array, ...]:
             # Of the images on a device, so that none has to be moved: every so many.
             return jnp.unstack(x.reshape(-1, slices, *x.shape[1:]), axis=1)
 
-        parts = [_attend(*part) for part in zip(*map(cut, heads), strict=True)]
-        return jnp.stack(parts, axis=1).reshape(heads[0].shape).swapaxes(1, 2)
+        parts = [_attend(*part, bias) for part in zip(*map(cut, heads), strict=True)]
+        return jnp.stack(parts, axis=1).reshape(heads[0].shape).swapaxes(-3, -2)
 
 
 @jax.custom_vjp
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """(n, h, t, c), (n, h, s, c), (n, h, s, c) -> (n, h, t, c)."""
-    return _attend_fwd(query, key, value)[0]
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """(..., h, t, c), (..., h, s, c), (..., h, s, c) -> (..., h, t, c)."""
+    return _attend_fwd(query, key, value, bias)[0]
 
 
-def _attend_fwd(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+def _attend_fwd(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> Any:
     query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    scores = (query @ key.swapaxes(2, 3)).astype(jnp.float32)
+    scores = (query @ key.swapaxes(-2, -1)).astype(jnp.float32)
+    if bias is not None:
+        scores += bias
     exp_scores = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(value.dtype)
     # Of the rounded numbers, so that weights sum to 1. Dividing (t, c) is less than (t, s).
     inv_sum = 1 / exp_scores.sum(axis=-1, keepdims=True, dtype=jnp.float32)
     y = ((exp_scores @ value) * inv_sum).astype(value.dtype)
-    return y, (query, key, value, exp_scores, inv_sum)
+    return y, (query, key, value, bias, exp_scores, inv_sum)
 
 
 def _attend_bwd(residuals: Any, grad: jax.Array) -> Any:
-    query, key, value, exp_scores, inv_sum = residuals
+    query, key, value, bias, exp_scores, inv_sum = residuals
     weights = exp_scores * inv_sum
-    by_weights = grad @ value.swapaxes(2, 3)
+    by_weights = grad @ value.swapaxes(-2, -1)
     # The softmax's derivative, in float32: what all scores have in common has to cancel.
     mean = (weights * by_weights).sum(axis=-1, keepdims=True)
-    scores = (weights * (by_weights - mean)).astype(query.dtype)
+    exact = weights * (by_weights - mean)
+    scores = exact.astype(query.dtype)
     scale = jnp.sqrt(query.shape[-1]).astype(query.dtype)
     return (
         (scores @ key) / scale,
-        scores.swapaxes(2, 3) @ query,
-        weights.astype(grad.dtype).swapaxes(2, 3) @ grad,
+        scores.swapaxes(-2, -1) @ query,
+        weights.astype(grad.dtype).swapaxes(-2, -1) @ grad,
+        None if bias is None else _summed_to(exact, bias.shape),
     )
+
+
+def _summed_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What a gradient is of an array of that shape that was broadcast."""
+    x = x.sum(axis=range(x.ndim - len(shape)))
+    ones = [axis for axis, size in enumerate(shape) if size < x.shape[axis]]
+    return x.sum(axis=ones, keepdims=True)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -371,10 +403,11 @@ class LayerNorm(nn.Module):
 
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
+    scale_init: Callable = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", self.scale_init, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return _layer_norm(x, scale, bias, self.epsilon, self.dtype)
 

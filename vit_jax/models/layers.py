@@ -36,10 +36,10 @@ MLPS = ("gelu", "swiglu")
 LAYER_NORM_EPSILON = 1e-6
 
 
-def layer_norm(module: Any, name: str) -> nn.Module:
+def layer_norm(module: Any, name: str, **fields: Any) -> nn.Module:
     """A LayerNorm (arXiv:1607.06450) in the form, dtype and epsilon of its module."""
     return module.kernels.layer_norm(
-        epsilon=module.layer_norm_epsilon, dtype=module.dtype, name=name
+        epsilon=module.layer_norm_epsilon, dtype=module.dtype, name=name, **fields
     )
 
 
@@ -143,7 +143,7 @@ class MultiHeadAttention(nn.Module):
         key = dense("key", heads, bias=self.qkv_bias)(inputs_kv)
         value = dense("value", heads, bias=self.qkv_bias)(inputs_kv)
         drops = self.dropout_rate > 0 and not deterministic and not self.is_initializing()
-        if drops or self._is_observed():
+        if drops or is_observed(self):
             weights = self._weights(query, key, perturbed=not drops)
             weights = nn.Dropout(self.dropout_rate, deterministic=not drops)(weights)
             y = weighted_sum(weights, value)
@@ -161,22 +161,25 @@ class MultiHeadAttention(nn.Module):
             return real
         return weights.at[:, :, : self.length, : self.length].set(real)
 
-    def _is_observed(self) -> bool:
-        # While initializing they would become a part of the network's variables.
-        collections = ("intermediates", "perturbations")
-        return not self.is_initializing() and (
-            any(self.is_mutable_collection(name) for name in collections)
-            or self.has_variable("perturbations", "attention_weights")
-        )
+
+def is_observed(attention: nn.Module) -> bool:
+    """Whether attention's weights are looked at."""
+    # While initializing they would become a part of the network's variables.
+    collections = ("intermediates", "perturbations")
+    return not attention.is_initializing() and (
+        any(attention.is_mutable_collection(name) for name in collections)
+        or attention.has_variable("perturbations", "attention_weights")
+    )
 
 
-def shown_weights(module_variables: Any) -> jax.Array:
-    """(n, h, t, s): what `MultiHeadAttention` left in "intermediates" or "perturbations".
+def shown_weights(module_variables: Any, name: str = ATTENTION_NAME) -> jax.Array:
+    """(n, h, t, s): what attention left in "intermediates" or "perturbations".
 
     Args:
       module_variables: the part of the collection that belongs to the module around attention.
+      name: that of attention.
     """
-    weights = module_variables[ATTENTION_NAME]["attention_weights"]
+    weights = module_variables[name]["attention_weights"]
     (sown,) = weights if type(weights) is tuple else (weights,)
     return sown
 
@@ -222,7 +225,7 @@ class LayerScale(nn.Module):
 
 class DropPath(nn.Module):
     """Stochastic depth (arXiv:1603.09382): leaves a branch out for an image with probability
-    `rate`, which may be traced, and divides by 1 - rate if not. (n, t, d) -> (n, t, d)."""
+    `rate`, which may be traced, and divides by 1 - rate if not. (n, ...) -> (n, ...)."""
 
     @nn.compact
     def __call__(
@@ -231,7 +234,8 @@ class DropPath(nn.Module):
         if deterministic or (type(rate) is float and rate == 0):
             return branch
         keep = 1.0 - rate
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (len(branch), 1, 1))
+        shape = (len(branch), *[1] * (branch.ndim - 1))
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
         return jnp.where(kept, branch / jnp.asarray(keep, branch.dtype), jnp.zeros_like(branch))
 
 

@@ -3,7 +3,7 @@ keep where, and what is kept for the way back."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -50,6 +50,7 @@ def run_blocks(
     depth: int,
     drop_path_rate: float,
     drop_path_mode: str = "linear",
+    own: Mapping[str, Sequence[Any]] | None = None,
     loop: BlockLoop,
     deterministic: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -60,6 +61,8 @@ def run_blocks(
         drop_path_rate, see `layers.DropPath`.
       drop_path_rate, drop_path_mode: "linear", the rate grows with depth, from 0 up to this one in
         the last block; "constant", all blocks have this one.
+      own: further keywords that each block has its own value of, or other rates; in a loop the
+        values are traced.
       x: goes into the first; all blocks keep its shape and type.
       name: one of the family's `ImageModel.blocks`.
 
@@ -69,13 +72,14 @@ def run_blocks(
     rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
     if drop_path_mode == "constant":
         rates = [drop_path_rate] * depth
+    own = {"drop_path_rate": rates, **(own or {})}
     if loop.param_transform is not None:
         transform = functools.partial(jax.tree.map, loop.param_transform)
         block = nn.map_variables(block, "params", trans_in_fn=transform)
 
-    def run(module: Any, x: jax.Array, rate: Any) -> jax.Array:
+    def run(module: Any, x: jax.Array, values: Mapping[str, Any]) -> jax.Array:
         def apply(module: Any, x: jax.Array) -> jax.Array:
-            return module(x, deterministic=deterministic, drop_path_rate=rate)
+            return module(x, deterministic=deterministic, **values)
 
         if loop.remat != "none":  # In a loop the compiler can't merge what is computed twice.
             apply = nn.remat(apply, policy=REMAT[loop.remat], prevent_cse=not loop.scan)
@@ -83,12 +87,13 @@ def run_blocks(
 
     features = {}
     if not loop.scan:
-        for i, rate in enumerate(rates):
-            x = features[f"{name}_{i}"] = run(block(**fields, name=f"{name}_{i}"), x, rate)
+        for i in range(depth):
+            values = {key: row[i] for key, row in own.items()}
+            x = features[f"{name}_{i}"] = run(block(**fields, name=f"{name}_{i}"), x, values)
         return x, features
 
-    def step(module: Any, x: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = run(module, x, rate if drop_path_rate else 0.0)
+    def step(module: Any, x: jax.Array, values: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        x = run(module, x, values | ({} if drop_path_rate else {"drop_path_rate": 0.0}))
         return x, x
 
     scan = nn.scan(
@@ -97,7 +102,8 @@ def run_blocks(
         split_rngs={"params": True, "dropout": True},
         length=depth,
     )
-    x, outputs = scan(block(**fields, name=name), x, jnp.asarray(rates, jnp.float32))
+    values = {key: jnp.asarray(row, jnp.float32) for key, row in own.items()}
+    x, outputs = scan(block(**fields, name=name), x, values)
     return x, {f"{name}_{i}": outputs[i] for i in range(depth)}
 
 

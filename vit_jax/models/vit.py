@@ -7,7 +7,7 @@ d = hidden_size.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -190,12 +190,13 @@ class AddPositionEmbs(nn.Module):
     """
 
     placeless: int = 0
+    embedding_init: Callable = nn.initializers.normal(stddev=0.02)
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         _, t, d = tokens.shape
         shape = (1, t - self.placeless, d)
-        embedding = self.param("pos_embedding", nn.initializers.normal(stddev=0.02), shape)
+        embedding = self.param("pos_embedding", self.embedding_init, shape)
         if self.placeless:
             embedding = jnp.pad(embedding, ((0, 0), (self.placeless, 0), (0, 0)))
         return tokens + embedding.astype(tokens.dtype)
@@ -255,13 +256,15 @@ class Encoder(BlockFields):
     `positions` (1, t, d) are added in place of learned ones if they are given. Then `registers`
     (1, r, d) are put before the patches, of which there are the last `patches` of the tokens.
     Around the blocks tokens are padded to what the kernels take; what is returned has no padding.
-    The first `placeless` tokens have no position. With `fc_norm` there is no final LayerNorm.
+    The first `placeless` tokens have no position; the others' are `position_init` at first. With
+    `fc_norm` there is no final LayerNorm.
     """
 
     num_layers: int = 12
     stochastic_depth_rate: float = 0.0
     drop_path_mode: str = "linear"
     placeless: int = 0
+    position_init: Callable = AddPositionEmbs.embedding_init
     fc_norm: bool = False
     loop: BlockLoop = BlockLoop()
 
@@ -276,7 +279,7 @@ class Encoder(BlockFields):
         patches: int = 0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         if positions is None:
-            x = AddPositionEmbs(self.placeless, name="posembed_input")(x)
+            x = AddPositionEmbs(self.placeless, self.position_init, name="posembed_input")(x)
         else:
             x = x + positions.astype(x.dtype)
         if registers is not None:
@@ -719,7 +722,7 @@ class VisionTransformer(ImageModel):
         self, arrays: Arrays, num_classes: int | None, pre_logits: bool | None
     ) -> tuple[Any, Arrays]:
         model, arrays = super().with_head(arrays, num_classes, pre_logits)
-        if num_classes is not None and self.distilled == "heads":
+        if num_classes and self.distilled == "heads":
             arrays |= {f"head_dist/{x}": arrays[f"head/{x}"] for x in ("kernel", "bias")}
         return model, arrays
 

@@ -77,6 +77,13 @@ ALIASES = {
 }
 
 
+# Fields of the original's that have no counterpart, and why.
+_ANSWERS = {
+    "shuffle_buffer": "the order of images follows from config.seed and the step alone",
+    "trainer": "there is one, and config.compile and config.sharding say how it is spread",
+}
+
+
 def default_config() -> ConfigDict:
     """Every field with its default value."""
     values: dict[str, Any] = {}
@@ -224,6 +231,8 @@ def unknown_field(path: str, known: list[str]) -> UserError:
     for field in known:
         fields.setdefault(field.rpartition(".")[2], []).append(field)
     name = path.rpartition(".")[2]
+    if name in _ANSWERS:
+        return UserError(f"there is no {path}: {_ANSWERS[name]}; leave it out")
     names = [name] if name in fields else difflib.get_close_matches(name, fields, n=3, cutoff=0.6)
     near = list(dict.fromkeys(field for n in names for field in fields[n]))
     if near:

@@ -172,12 +172,9 @@ def open_data(
 
 
 def _shape(ops: data.Preprocess, source: data.Source) -> tuple[int, int, int]:
-    # Not smaller than a crop wants it, nor of a worse aspect.
-    size = np.max([step.size or (1, 1) for step in ops.steps], axis=0).clip(1)
-    blank = np.zeros((*size, source.channels), np.float32 if ops.levels else np.uint8)
-    if ops.output_size is None:  # The images keep their size: look at one.
-        blank = source[0]["image"]
-    return ops(blank, np.random.default_rng(0)).shape
+    # Where the images keep their size, look at one.
+    image = source[0]["image"] if ops.output_size is None else ops.blank(source.channels)
+    return ops(image, np.random.default_rng(0)).shape
 
 
 class Clock(NamedTuple):

@@ -61,6 +61,7 @@ def make_network(
         image_size=(height, width),
         channels=channels,
         heads=given_heads(config),
+        window=fields.get("window"),
         **{k: v for k, v in fields.items() if k in weightless and v},
     )
     stored = vit.spec.architecture()

@@ -1,9 +1,13 @@
 """Learning-rate schedules and optimizers."""
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+
+from vit_jax.models.family import path_name
 
 LINEAR_END = 1e-5  # Learning rate at the end of the linear decay, as in the original.
 
@@ -52,8 +56,11 @@ def schedule_of(config: ConfigDict, total_steps: int) -> optax.Schedule:
     return make_schedule(total_steps, config.base_lr, config.decay_type, config.warmup_steps)
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer that a configuration asks for.
+def make_optimizer(
+    config: ConfigDict, total_steps: int, frozen: Collection[str] = ()
+) -> optax.GradientTransformation:
+    """The optimizer that a configuration asks for. Weights of the names in `frozen` stay as they
+    are, and nothing is remembered for them, see `ImageModel.frozen`.
 
     Gradients are clipped to the global norm `grad_norm_clip`; then SGD with momentum (`momentum`,
     kept in `optim_dtype`) or Adam (`b1`, `b2`, first moment kept in `optim_dtype`); then decoupled
@@ -73,7 +80,16 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
     if config.weight_decay > 0:
         steps.append(optax.add_decayed_weights(config.weight_decay, mask=_kernels))
     steps.append(optax.scale_by_learning_rate(schedule_of(config, total_steps)))
-    return optax.chain(*steps)
+    tx = optax.chain(*steps)
+    if not frozen:
+        return tx
+
+    def kinds(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "frozen" if path_name(path) in frozen else "trained", params
+        )
+
+    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, kinds)
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

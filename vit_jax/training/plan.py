@@ -196,7 +196,7 @@ def _memory(phase: str, task: RunData, model: Any, params: Any) -> dict[str, int
     """
     config = task.config.copy_and_resolve_references()
     config.compile = "jit"  # The same program as of pmap, and one that can be looked at.
-    mesh, tx = make_mesh(config), make_optimizer(config, config.total_steps)
+    mesh, tx = make_mesh(config), make_optimizer(config, config.total_steps, model.frozen)
     trained, _ = as_trained(config, model, {})
 
     def first_state(params: Any) -> TrainState:

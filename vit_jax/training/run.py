@@ -285,7 +285,7 @@ def prepare(
         fingerprints = data.fingerprints
     found = {"attention by": chosen.attention, "preprocessing": data.eval_ops.spec}
     assert_equal_across_processes(run_signature(config, fingerprints) | found)
-    tx = make_optimizer(config, config.total_steps)
+    tx = make_optimizer(config, config.total_steps, vit.model.frozen)
     model, params = as_trained(config, vit.model, vit.params)
     model = model.clone(kernels=chosen.kernels)
     ema = config.ema_decay > 0

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import example_losses
-from vit_jax.models.family import ImageModel
+from vit_jax.models.family import ImageModel, path_name
 from vit_jax.models.stack import in_block
 from vit_jax.sharding import batch_sharding, make_mesh, replicated, shardings
 from vit_jax.training.config import mixup as mixup_of
@@ -92,13 +92,21 @@ def make_train_step(
             "config.compile=jit"
         )
     # Of another network than ours no blocks are known.
-    loop = model.loop if isinstance(model, ImageModel) else None
+    loop, frozen = (model.loop, model.frozen) if isinstance(model, ImageModel) else (None, ())
     gather = functools.partial(_gather, mesh=mesh)
     if in_parts and loop:  # Inside of them, so that each is gathered when its turn comes.
         model = model.clone(loop=dataclasses.replace(loop, param_transform=gather))
 
     def gather_outside_blocks(path: Any, x: jax.Array) -> jax.Array:
         return x if loop and in_block(path) else gather(x)
+
+    def stop_if_frozen(path: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(x) if path_name(path) in frozen else x
+
+    def averaged(path: Any, new: jax.Array, old: jax.Array) -> Any:  # Rounding would move it.
+        return (
+            old if path_name(path) in frozen else optax.incremental_update(new, old, 1 - ema_decay)
+        )
 
     def logits_of(params: Any, images: jax.Array) -> Any:
         return model.apply({"params": params}, images)
@@ -115,6 +123,7 @@ def make_train_step(
         return operation(images)
 
     def loss_fn(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+        params = jax.tree_util.tree_map_with_path(stop_if_frozen, params)
         if in_parts:
             params = jax.tree_util.tree_map_with_path(gather_outside_blocks, params)
         if not mixes:  # A slice at a time.
@@ -160,7 +169,7 @@ def make_train_step(
             )
         new = {"params": params, "opt_state": opt_state}
         if state.ema is not None:
-            new["ema"] = optax.incremental_update(params, state.ema, 1 - ema_decay)
+            new["ema"] = jax.tree_util.tree_map_with_path(averaged, params, state.ema)
         if skip_bad:
             old = {name: getattr(state, name) for name in new}
             new = jax.tree.map(functools.partial(jnp.where, ok), new, old)
