@@ -1,7 +1,7 @@
 """What a network costs, counted from itself without running, lowering or compiling it."""
 
 import math
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ def flops_by_part(
     model = model.clone(kernels=Kernels(), loop=BlockLoop(scan=True))  # One block is traced.
     images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    parts: Counter[str] = Counter()
+    parts: defaultdict[str, float] = defaultdict(float)
     for eqn in jax.make_jaxpr(model.apply)(variables, images).jaxpr.eqns:
         _, part, *_ = *str(eqn.source_info.name_stack).split("/"), "", ""
         parts[part] += _flops_of(eqn)

@@ -93,8 +93,9 @@ def window_and_shift(grid: Size, window: int) -> tuple[Size, Size]:
 def cut_windows(x: Any, window: Size) -> Any:
     """(n, rows, columns, ...) -> (n, windows, t, ...), both row by row."""
     (n, rows, columns, *rest), (height, width) = x.shape, window
-    x = x.reshape(n, rows // height, height, columns // width, width, *rest)
-    return x.swapaxes(2, 3).reshape(n, -1, height * width, *rest)
+    down, across = rows // height, columns // width
+    x = x.reshape(n, down, height, across, width, *rest)
+    return x.swapaxes(2, 3).reshape(n, down * across, height * width, *rest)
 
 
 def join_windows(x: jax.Array, window: Size, grid: Size) -> jax.Array:
