@@ -515,7 +515,8 @@ class SwinTransformer(ImageModel):
             )
             x, features[f"stage_{i}"], own = stage(x, deterministic=not train)
             features |= {f"stage_{i}/{name}": value for name, value in own.items()}
-        x = layer_norm(self, "encoder_norm")(x.reshape(len(x), -1, x.shape[-1]))
+        n, rows, columns, d = x.shape
+        x = layer_norm(self, "encoder_norm")(x.reshape(n, rows * columns, d))
         features["encoder_norm"] = x
         x = features["pre_logits"] = x.astype(jnp.float32).mean(axis=1)
         logits = head(self, x)
