@@ -543,7 +543,10 @@ def test_on_a_gpu_the_reason_for_the_stock_form_is_told(gpu, fields, reason):
 
 def test_a_network_without_attention_has_no_choice(gpu):
     assert choose(name="Mixer-B_16") == (Kernels(), "", "")
-    assert choose(name="Mixer-B_16", attention="cudnn").why == "this network has no attention"
+    assert (
+        choose(name="Mixer-B_16", attention="cudnn").why
+        == "this network has no attention that cuDNN computes"
+    )
 
 
 def test_cudnn_is_tried_with_padded_tokens_there_and_back(cudnn):
