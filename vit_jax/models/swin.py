@@ -461,6 +461,7 @@ class SwinTransformer(ImageModel):
     variants: ClassVar = _VARIANTS
     untold: ClassVar = ("window", "pretrained_windows")
     shows_attention: ClassVar = True
+    value_range: ClassVar = "normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))"
     classifier: ClassVar = "gap"
     representation_size: ClassVar = None
     layer_norm_epsilon: ClassVar = 1e-5
