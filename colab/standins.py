@@ -9,6 +9,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jax
@@ -94,16 +95,24 @@ def photos(folder: Path, names: Sequence[str] = NEW, **counts: int) -> None:
 
 
 def weights(
-    path: Path, *, names: Sequence[str] = KNOWN, steps: int = 250, hidden_size: int = 48
+    path: Path,
+    *,
+    names: Sequence[str] = KNOWN,
+    steps: int = 250,
+    hidden_size: int = 48,
+    size: int = SIZE,
+    model: dict[str, Any] | None = None,
 ) -> None:
-    """Trains a small ViT to tell discs by their names, and saves it in the official layout."""
+    """Trains a small ViT, or another network of images of a size, to tell discs by their names, and
+    saves it in the official layout."""
     config = training.default_config()
-    config.model.update(name="ViT-Ti_16", patch_size=(6, 6), hidden_size=hidden_size)
-    config.model.update(num_layers=3, num_heads=4, mlp_dim=2 * hidden_size)
+    vit = dict(name="ViT-Ti_16", patch_size=(6, 6), hidden_size=hidden_size)
+    vit |= dict(num_layers=3, num_heads=4, mlp_dim=2 * hidden_size)
+    config.model.update(model or vit)
     config.update(optim="adamw", base_lr=2e-3, weight_decay=0.1, total_steps=steps)
     config.update(warmup_steps=steps // 10, batch=32, accum_steps=1, batch_eval=60)
     config.update(progress_every=steps, eval_every=0, checkpoint_every=0)
-    config.pp.train = config.pp.eval = f"resize({SIZE})|value_range(-1, 1)"
+    config.pp.train = config.pp.eval = f"resize({size})|value_range(-1, 1)"
     train, test = (
         data.from_arrays(*discs(names, count, seed), name="discs")
         for seed, count in enumerate((100, 5))

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "colab"
-NAMES = ("quickstart", "finetune_tpu", "augreg", "lit", "inside_vit")
+NAMES = ("quickstart", "finetune_tpu", "augreg", "lit", "inside_vit", "families")
 COLAB = "https://colab.research.google.com/github/vit-jax/vit_jax/blob/main/colab"
 
 

@@ -174,10 +174,13 @@ def test_the_performer_drops_out_in_training_and_the_transformer_does_not():
             np.testing.assert_array_equal(outputs[0], apply(model, arrays, images))
 
 
-def test_at_first_features_are_orthogonal_and_positions_sines():
+def test_at_first_features_are_orthogonal_positions_sines_and_attention_is_alive():
     images = random_images(1, 32, 48, 3)
-    params = jax.jit(model_of("performer").init)(key(0), images)["params"]
-    params = flatten_dict(params, sep="/")
+    tree = jax.jit(model_of("performer").init)(key(0), images)["params"]
+    params = flatten_dict(tree, sep="/")
+    _, state = model_of("performer").apply({"params": tree}, images, mutable=["intermediates"])
+    for map_ in model_of("performer").further_maps(state["intermediates"]).values():
+        assert map_.sum() == pytest.approx(1, abs=1e-3)  # Of vanishing features it would be less.
     for step in (1, 2):
         rows = params[f"tokens_to_token/attention{step}/features"]
         np.testing.assert_allclose(rows @ rows.T, 32 * np.eye(32), atol=1e-4)

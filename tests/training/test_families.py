@@ -74,6 +74,21 @@ def test_any_family_is_trained_from_scratch_and_then_from_its_file(family, tmp_p
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(second.params))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_t2t_vit_learns_the_digits_in_half_the_steps(tmp_path):
+    """Of 32 pixels, as wide and deep as the ViT of configs/digits.py, which gets 97 % in 1,000."""
+    config = load_config("digits")
+    del config.model["patch_size"]
+    config.model.name = "T2T-ViT-7"
+    config.pp.train = config.pp.eval = "resize(32)|value_range(-1, 1)"
+    config.total_steps, config.eval_every, config.checkpoint_every = 500, 0, 0
+
+    result = run(config, tmp_path / "run")
+
+    assert result.test["test/top1"] >= 0.96
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [

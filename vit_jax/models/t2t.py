@@ -39,6 +39,9 @@ _WIDTH = 64  # Of a token between the steps.
 _FEATURES = 32  # Of the performer.
 _DROPOUT = 0.1  # Of the performer, whatever the rate of the blocks.
 _EPSILON = 1e-5  # Of every LayerNorm.
+# As in the original: of queries and keys much longer than this gives nothing would be left of the
+# performer's features, nor of its derivative.
+_WEIGHTS = nn.initializers.normal(0.02)
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 
 
@@ -157,7 +160,7 @@ class TokenAttention(nn.Module):
                 _WIDTH,
                 use_bias=bias,
                 dtype=self.dtype,
-                kernel_init=nn.initializers.xavier_uniform(),
+                kernel_init=_WEIGHTS,
                 dot_general=self.kernels.dot_general,
                 name=name,
             )
@@ -182,6 +185,8 @@ class TokenAttention(nn.Module):
             activation="gelu_erf",
             dtype=self.dtype,
             kernels=self.kernels,
+            kernel_init=_WEIGHTS,
+            bias_init=nn.initializers.zeros,
             name="MlpBlock_0",
         )
         return (y + dropout(mlp(z))).reshape(n, rows, columns, _WIDTH)
@@ -217,7 +222,7 @@ class TokensToToken(nn.Module):
         project = nn.Dense(
             self.hidden_size,
             dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
+            kernel_init=_WEIGHTS,
             dot_general=self.kernels.dot_general,
             name="project",
         )
