@@ -252,9 +252,12 @@ class WindowAttention(nn.Module):
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """float32 of length 1 over the last axis; zeros stay zeros."""
+    """float32 of length 1 over the last axis; what is shorter than 1e-12 is divided by that."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
+    square = jnp.square(x).sum(axis=-1, keepdims=True)
+    is_long = square > 1e-24
+    # Of what isn't chosen derivatives would be infinite.
+    return x * jnp.where(is_long, jax.lax.rsqrt(jnp.where(is_long, square, 1)), 1e12)
 
 
 class PositionMlp(nn.Module):
