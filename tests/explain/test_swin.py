@@ -131,6 +131,14 @@ def test_the_gradient_of_relevance_is_that_of_finite_differences(make):
     np.testing.assert_allclose(found, expected, rtol=1e-2)
 
 
+def test_the_maps_of_each_stage_are_a_pyramid(make):
+    vit = make("Swin", (24, 20))
+    uint8 = ((noise(vit) + 1) * 127).astype(np.uint8)
+    shapes = [vit.features([uint8], "patches", layer=f"stage_{i}").shape for i in (0, 1)]
+    assert shapes == [(1, 12, 10, 8), (1, 6, 5, 16)]
+    assert vit.features([uint8]).shape == (1, 16)
+
+
 def test_the_page_says_what_it_shows(make, tmp_path):
     vit = make("Swin", (24, 24))
     from PIL import Image
