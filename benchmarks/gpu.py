@@ -78,6 +78,7 @@ NETWORKS = {
     "S/16": Network(("ViT-S_16", "vit_small_patch16_224"), 512),
     "L/16": Network(("ViT-L_16", "vit_large_patch16_224"), 128),
     "Ti/16": Network(("ViT-Ti_16", "vit_tiny_patch16_224"), 1024),
+    "Swin-T": Network(("Swin-T_4-w7", "swin_tiny_patch4_window7_224"), 256),
 }
 TINY = {
     "tiny": Network(

@@ -30,6 +30,7 @@ MODELS = {
     "ViT-Ti_16": ("vit_tiny_patch16_224", 8, 3, 1.0),
     "ViT-S_16": ("vit_small_patch16_224", 8, 1, 1.05),
     "ViT-B_16": ("vit_base_patch16_224", 4, 1, 1.05),
+    "Swin-T_4-w7": ("swin_tiny_patch4_window7_224", 8, 1, 1.0),
     "T2T-ViT-14": (None, 8, 1, 1.0),
 }
 ROUNDS = 31

@@ -21,6 +21,7 @@ ARGUMENTS = {
     "augreg": "Ti_16",
     "finetune_folder": "digits",
     "t2t": "14",
+    "swin": "SwinV2-B_4-w12to24",
 }
 
 

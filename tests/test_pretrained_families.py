@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests import reference, swin_reference, t2t
 from tests.families import LABELS, LITS, OTHERS, SPECS, WORDS, make
 from vit_jax import checkpoints
+from vit_jax.data import parse
 from vit_jax.errors import UserError
 from vit_jax.models.positions import resample
 from vit_jax.pretrained import PretrainedLiT, load
@@ -317,3 +318,20 @@ def test_a_missing_vocabulary_is_asked_for_when_it_is_needed(saved):
         found.embed_texts(["a cat"])
     found.save(path.with_name("copy.npz"))
     assert not path.with_name("copy.txt").exists()
+
+
+@pytest.mark.parametrize("family", SPECS)
+def test_every_family_has_pooled_features_and_those_of_its_patches(family, tmp_path):
+    vit = make(family, tmp_path)
+    h, w = vit.image_size
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, h, w, 3), np.uint8))
+    pooled = vit.features(pictures)
+    assert (pooled.shape[0], pooled.ndim) == (3, 2)
+    if family in OTHERS and vit.spec.num_classes:
+        head = vit.params["head"]
+        x = np.stack([parse(vit.preprocess)(image) for image in pictures])
+        close = dict(rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(pooled @ head["kernel"] + head["bias"], vit(x), **close)
+    patches = vit.features(pictures, "patches")
+    assert patches.ndim == 3
+    assert np.isfinite(patches).all()

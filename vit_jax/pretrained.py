@@ -30,7 +30,8 @@ from vit_jax.models import FAMILIES, LiT, Spec
 from vit_jax.models.family import weightless_fields
 from vit_jax.models.kernels import choose_kernels
 
-WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir.
+WEIGHTS = "weights.npz"  # What the end of a training run leaves in its workdir,
+STYLE = "prelinen"  # with the names that the original, big_vision and timm read.
 
 _LARGEST_NOTES = 64 << 20  # Bytes of a .json beside weights: the names of a million classes.
 _LARGEST_IMAGE = 4096  # Pixels a side that notes can ask for.
@@ -164,7 +165,7 @@ class Pretrained:
         Args:
           images: any number of images as `read` takes them, of any size.
           what: "pooled", what the head would read (of LiT weights the embedding); "class", the
-            class token; "patches", the tokens of the patches in rows; or "tokens", all there are.
+            class token; "patches", those of the patches, row by row or as a map; or "tokens", all.
           layer: whose tokens: the name of a block ("encoderblock_3") or of another feature that
             `model.apply(..., return_features=True)` gives; by default what the last block gives,
             normalised.
@@ -208,7 +209,9 @@ class Pretrained:
             x = found[name].astype(jnp.float32)
             if what in ("pooled", "tokens"):
                 return x
-            if x.ndim != 3 or x.shape[1] != self.spec.image_tower().num_tokens:
+            if what == "patches" and x.ndim == 4:  # A map, of patches alone.
+                return x
+            if x.ndim != 3 or x.shape[1] <= network.num_prefix_tokens:
                 raise UserError(f"{name} has no {what} {x.shape}: take its tokens, which are all")
             return x[:, 0] if what == "class" else x[:, network.num_prefix_tokens :]
 

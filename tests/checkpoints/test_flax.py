@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
-from flax.serialization import msgpack_serialize
+from flax.serialization import msgpack_serialize, to_state_dict
 from flax.traverse_util import unflatten_dict
 
+from tests import families
 from tests.checkpoints.test_torch import close, written
 from tests.torch_models import stored
 from vit_jax import load
@@ -171,3 +172,13 @@ def test_damaged_files_are_one_line(tmp_path):
     assert container(path) == "Flax's .msgpack"
     with open_arrays(path) as arrays:
         assert [*arrays] == ["model/embed/wte/kernel"]
+
+
+def test_a_checkpoint_of_the_originals_training_is_loaded_without_its_optimizer(tmp_path):
+    vit = families.make("MAP", tmp_path)
+    state = (vit.params, {"trace": vit.params}, np.int32(7))
+    path = tmp_path / "checkpoint_7"
+    path.write_bytes(msgpack_serialize(to_state_dict(state)))
+    found = load(path)
+    assert found.spec.num_classes == vit.spec.num_classes
+    jax.tree.map(np.testing.assert_array_equal, found.params, vit.params)

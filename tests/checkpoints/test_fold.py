@@ -209,6 +209,7 @@ def test_mistakes_are_one_line_and_nothing_is_replaced(tmp_path, capsys):
         (["a.npz", "--fold", "--dtype=bfloat16"], "--fold writes float32"),
         (["a.pt", "--fold"], "expected a name that ends in"),
         (["there.npz", "--fold"], "there.json is there already"),
+        (["model.npz", "--fold", "--force"], "model.npz would share"),
     ]:
         target, *options = arguments
         assert main(["convert", str(path), str(tmp_path / target), *options]) == 2

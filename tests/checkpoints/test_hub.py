@@ -163,6 +163,11 @@ def test_known_names_all_have_an_address(mirror):
         if name.startswith("t2t/"):
             assert url.startswith(releases)
             assert url.endswith(".pth" if "cifar" in name else ".pth.tar")
+        elif name.startswith("swin"):
+            place = (
+                f"SwinTransformer/storage/releases/download/v{1 + name.startswith('swinv2')}.0.0"
+            )
+            assert re.fullmatch(rf"https://github\.com/{place}/swin\w+\.pth", url)
         else:
             assert url.endswith(".npz")
     assert addresses["t2t/T2T-ViT-t-14"] == f"{releases}81.7_T2T_ViTt_14.pth.tar"

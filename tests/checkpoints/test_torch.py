@@ -122,6 +122,13 @@ def test_the_preprocessing_is_written_and_comes_back(text, library, tmp_path, ca
     assert "doesn't resize" not in caplog.text
 
 
+def test_notes_of_other_weights_are_not_left_beside_what_is_written(tmp_path):
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model\.json would be taken for the notes of what is"):
+        exported(ours("the original"), tmp_path, "timm")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.json"]
+
+
 def test_a_preprocessing_that_they_do_not_do_is_told(tmp_path, caplog):
     exported(ours("the original"), tmp_path, "timm")
     assert (

@@ -3,17 +3,20 @@
 Skipped where torch, timm and transformers are not installed: `pip install -e '.[reference]'`.
 """
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from tests import torch_models
+from tests import families, reference, torch_models
 from tests.checkpoints.test_fold import folded, network
 from tests.checkpoints.test_torch import OURS, close, exported, images, ours
 from vit_jax import load
+from vit_jax.checkpoints import to_tree
 from vit_jax.models.positions import resample
+from vit_jax.pretrained import STYLE
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -158,3 +161,21 @@ def test_all_parameters_of_a_published_size_are_there():
 
     spec = Spec(create_model("DeiT3-S_16", num_classes=1000), (224, 224), 3)
     assert spec.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_timm_reads_what_a_run_writes(tmp_path):
+    """Where timm's GELU is ours: its networks have the one by erf, those of a run that by tanh."""
+    vit = families.make("MAP", tmp_path)
+    spec = families.vit_spec(activation="gelu_erf")
+    params = to_tree(reference.make_params(spec.shapes(), seed=3))
+    vit = dataclasses.replace(vit, model=spec.model(), params=params, spec=spec)
+    vit.save(tmp_path / "weights.npz", style=STYLE)
+    model = timm.models.vision_transformer.VisionTransformer(
+        **dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=5),
+        mlp_ratio=1.5,
+    )
+    model.load_pretrained(str(tmp_path / "weights.npz"))
+    x = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
+    with torch.no_grad():
+        found = model.eval()(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
+    close(found, vit(x))

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.checkpoints.test_pth import Call, Values, tensor, write_zip
 from tests.checkpoints.test_torch import close, exported
 from tests.torch_swin import CASES, make, stored
-from vit_jax import load
-from vit_jax.checkpoints import open_arrays, read_layout
+from vit_jax import create_model, load
+from vit_jax.checkpoints import open_arrays, read_layout, read_spec
 from vit_jax.checkpoints.convert import convert
+from vit_jax.checkpoints.torch import write_torch
+from vit_jax.checkpoints.torch_swin import swin_table
 from vit_jax.errors import UserError
+from vit_jax.models import Spec
 
 WRITTEN = [name for name, case in CASES.items() if case.writes]
 
@@ -75,7 +79,51 @@ def test_written_for_its_library_again_it_is_the_same_file(name, tmp_path):
     assert again.preprocess == vit.preprocess
 
 
+def test_the_guide_lists_what_is_read_and_written():
+    guide = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    for case in CASES.values():
+        back = f"`--to {case.writes}`" if case.writes else ""
+        assert f"| {case.kind.removesuffix(' (model)')} | yes | {back} | yes |" in guide
+
+
 # What no array tells.
+
+
+@pytest.mark.parametrize("name", ["ms-swin", "ms-swinv2"])
+def test_microsofts_pth_is_read_fine_tuned_and_evaluated_as_theirs(name, tmp_path):
+    case = stored(name)
+    arrays = {key.removeprefix("model."): value for key, value in case.arrays.items()}
+    kinds = {"f": "torch FloatStorage", "i": "torch LongStorage"}
+    storages = [
+        Values(array.ravel(), str(i), kinds[array.dtype.kind])
+        for i, array in enumerate(arrays.values())
+    ]
+    items = zip(arrays.items(), storages, strict=True)
+    state = {key: tensor(values, array.shape) for (key, array), values in items}
+    content = {"model": state, "config": Call("yacs.config CfgNode"), "epoch": 299}
+    path = write_zip(tmp_path / "swin.pth", content, storages)
+    close(load(path)(case.images), case.answer)
+    vit = load(path, num_classes=2, image_size=(20, 28))
+    assert vit(np.ones((1, 20, 28, 3), np.float32)).shape == (1, 2)
+    assert load(path).preprocess == (
+        "resize_small(27, method='pil_bicubic')|central_crop(24, round_even=True)"
+        "|normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))"
+    )
+
+
+def test_a_folder_of_timms_without_arguments_is_known_by_its_architecture(tmp_path):
+    """As published: the name tells windows, the values' part the size."""
+    spec = Spec(create_model("SwinV2-B_4-w12to24", 5), (384, 384), 3)
+    arrays = {k: np.broadcast_to(np.float32(0), shape) for k, shape in spec.shapes().items()}
+    architecture = "swinv2_base_window12to24_192to384"
+    config = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, 384, 384]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = write_torch(arrays, swin_table("timm", 2, spec.depths), 0)
+    tensors = {k: np.broadcast_to(np.float32(0), v.shape) for k, v in tensors.items()}
+    layout = read_layout(tensors, tmp_path / "model.safetensors")
+    found = read_spec(layout.arrays, **layout.hints)
+    assert (found.name, found.image_size) == ("SwinV2-B_4-w12to24", (384, 384))
+    assert layout.about["known_from"]["window"] == "its name"
 
 
 def test_buffers_tell_windows_and_images(tmp_path):

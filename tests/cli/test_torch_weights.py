@@ -63,6 +63,7 @@ def test_a_folder_is_looked_at_explained_and_evaluated(folder, photos, tmp_path,
     image = photos / "dark" / "0.jpg"
     facts = answer(capfd, "info", folder, "--json")
     assert (facts["num_heads"], facts["known_from"]["num_heads"]) == (2, "config.json")
+    assert "is a folder of timm or transformers: choose another" in fails("report", folder)
     page = tmp_path / "page.html"
     (found,) = answer(capfd, "explain", folder, image, "--out", page, "--json")
     assert np.shape(found["rollout"]) == (4, 4)

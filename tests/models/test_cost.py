@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from vit_jax.models import create_lit, create_model
-from vit_jax.models.cost import count_flops, flops, training_flops
+from vit_jax.models.cost import count_flops, flops, flops_by_part, training_flops
 from vit_jax.models.kernels import CUDNN, cpu_kernels
 from vit_jax.models.stack import BlockLoop
 
@@ -96,3 +96,16 @@ def test_a_loop_of_unknown_length_is_refused():
 
     with pytest.raises(ValueError, match="a loop of unknown length"):
         counted(until, (4, 4))
+
+
+def test_the_operations_of_a_swin_transformer_are_those_of_its_stages():
+    """As counted by hand, of products alone; 4.5 billion multiplications in the paper's table."""
+    parts = flops_by_part(create_model("Swin-T_4-w7", 1000), (224, 224))
+    expected = {"embedding": 2 * 56 * 56 * 96 * 48, "head": 2 * 768 * 1000}
+    for i, depth in enumerate((2, 2, 6, 2)):
+        tokens, width = 56**2 // 4**i, 96 * 2**i
+        block = 12 * tokens * width**2 + 2 * tokens * 49 * width
+        merging = tokens // 4 * 4 * width * 2 * width if i < 3 else 0
+        expected[f"stage_{i}"] = 2 * (depth * block + merging)
+    assert parts == expected
+    assert sum(parts.values()) / 2e9 == pytest.approx(4.5, abs=0.03)

@@ -126,6 +126,37 @@ def test_the_form_for_cpus_refuses_padding():
         SlicedAttention(1)(x, x, x, 3)
 
 
+@pytest.mark.parametrize("images", [2, 8])
+@pytest.mark.parametrize("shape", [(3, 1, 5, 5), (2, 5, 5)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_is_added_to_the_scores_and_has_a_gradient(form, shape, images):
+    """Of each window, head, query and key, or the same for all windows or heads."""
+    query, key, value = (normal(images, 3, 5, 2, 4, seed=i) for i in range(3))
+    bias, weights = normal(*shape, seed=3), normal(images, 3, 5, 2, 4, seed=4)
+
+    def attend(query, key, value, bias):
+        return FORMS[form](query, key, value, None, bias)
+
+    def exact(query, key, value, bias):  # In NumPy's float64.
+        scores = np.einsum("nwthc,nwshc->nwhts", query, key) / 4**0.5 + bias
+        return np.einsum("nwhts,nwshc->nwthc", scipy.special.softmax(scores, axis=-1), value)
+
+    inputs = [x.astype(np.float64) for x in (query, key, value, bias)]
+    np.testing.assert_allclose(attend(query, key, value, bias), exact(*inputs), atol=1e-5)
+    found = jax.jit(jax.grad(lambda *x: (attend(*x) * weights).sum(), range(4)))(
+        query, key, value, bias
+    )
+    for i, gradient in enumerate(found):
+        step = normal(*inputs[i].shape, seed=5) * 1e-6
+        ends = [
+            (exact(*inputs[:i], inputs[i] + sign * step, *inputs[i + 1 :]) * weights).sum()
+            for sign in (1, -1)
+        ]
+        slope = (ends[0] - ends[1]) / 2
+        scale = np.linalg.norm(gradient) * np.linalg.norm(step)
+        assert abs((gradient * step).sum() - slope) < 1e-4 * scale
+
+
 # Dense layers.
 
 
@@ -543,7 +574,10 @@ def test_on_a_gpu_the_reason_for_the_stock_form_is_told(gpu, fields, reason):
 
 def test_a_network_without_attention_has_no_choice(gpu):
     assert choose(name="Mixer-B_16") == (Kernels(), "", "")
-    assert choose(name="Mixer-B_16", attention="cudnn").why == "this network has no attention"
+    assert (
+        choose(name="Mixer-B_16", attention="cudnn").why
+        == "this network has no attention that cuDNN computes"
+    )
 
 
 def test_cudnn_is_tried_with_padded_tokens_there_and_back(cudnn):

@@ -367,3 +367,31 @@ def test_flattened_weights_keep_their_names_through_a_stack():
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
     again = unstack_blocks(stack_blocks(zeros))
     assert flatten_dict(again, sep="/").keys() == flatten_dict(zeros, sep="/").keys()
+
+
+@pytest.mark.parametrize("fields", [{}, V2], ids=["v1", "v2"])
+def test_it_is_exported_for_any_number_of_images(fields):
+    model, x = mini(**fields), random_images(2, 10, 14, 3)
+    arrays = unflatten_dict(arrays_of(model, x), sep="/")
+    many = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *x.shape[1:]), x.dtype)
+    for platforms in (("cpu",), ("cuda", "tpu")):
+        program = jax.export.export(
+            jax.jit(lambda x: model.apply({"params": arrays}, x)), platforms=platforms
+        )(many)
+        if platforms == ("cpu",):
+            found = program.call(x)
+            np.testing.assert_allclose(found, model.apply({"params": arrays}, x), atol=1e-5)
+            assert program.call(x[:1]).shape == (1, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("fields", [{}, V2], ids=["v1", "v2"])
+def test_it_has_no_gathers_but_those_of_the_biases(fields):
+    """Nor forms that XLA compiles to any on the way back: a scatter for each table."""
+    model, x = mini(**fields), random_images(2, 12, 12, 3)
+    arrays = unflatten_dict(arrays_of(model, x), sep="/")
+    gradient = jax.jit(jax.grad(lambda p, x: model.apply({"params": p}, x).sum()))
+    text = gradient.lower(arrays, x).as_text()
+    for operation in ("gather", "scatter"):  # Equal blocks may share theirs.
+        assert 0 < text.count(f'"stablehlo.{operation}"') <= 4

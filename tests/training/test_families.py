@@ -130,3 +130,46 @@ def test_fields_that_a_model_does_not_have_are_refused(tmp_path):
         run(config_of("model.name=ViT-mu_16", "model.classifier=unpooled"), tmp_path)
     with pytest.raises(UserError, match=r"resnet is \(2, 0\), expected the number of units"):
         run(config_of("model.name=R26+ViT-S_32", "model.resnet=(2,0)"), tmp_path)
+
+
+_SWIN = (
+    *("model.name=Swin-T_4-w7", "model.patch_size=(4,4)", "model.hidden_size=32", "model.window=4"),
+    *("model.depths=(2,2)", "model.heads=(2,4)", "model.pretrained_windows=(0,0)"),
+    *("pp.train=resize(32)|value_range(-1, 1)", "pp.eval=resize(32)|value_range(-1, 1)"),
+    *("batch=64", "optim=adamw", "optim_dtype=float32", "base_lr=2e-3", "weight_decay=0.5"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_swin_transformer_learns_digits_of_32_pixels(tmp_path):
+    result = run(config_of(*_SWIN, "total_steps=400", "warmup_steps=50"), tmp_path / "run")
+    assert result.test["test/top1"] > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("version", [1, 2])
+def test_stages_in_loops_and_in_parts_learn_the_same(version, tmp_path):
+    """Their blocks, of which every second is shifted, in a loop, and each weight in parts."""
+    fields = (*_SWIN, f"model.version={version}", "total_steps=4", "warmup_steps=0", "batch=16")
+    loops = ("scan_layers=True", "sharding=fsdp", "remat=full")
+    for name, more in (("plain", ()), ("loops", loops)):
+        assert run(config_of(*fields, *more), tmp_path / name).finished
+    plain, loops = load(tmp_path / "plain"), load(tmp_path / "loops")
+    assert plain.spec == loops.spec
+    assert plain.spec.version == version
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+        plain.params,
+        loops.params,
+    )
+
+
+def test_the_windows_of_weights_may_be_changed_for_a_run(saved, tmp_path):
+    path = saved("Swin", channels=1, image_size=(8, 8))
+    sizes = [f"pp.{split}=resize(16)|value_range(-1, 1)" for split in ("train", "eval")]
+    assert run(
+        config_of(f"model_or_filename={path}", "model.window=4", *sizes), tmp_path / "run"
+    ).finished
+    assert load(tmp_path / "run").spec.window == 4

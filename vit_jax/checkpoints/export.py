@@ -89,6 +89,11 @@ def export(
     names = ["model.safetensors", *files]
     if not force and (there := [name for name in names if (folder / name).exists()]):
         raise UserError(f"{folder} has {' and '.join(there)} already: choose another, or --force")
+    if (notes := folder / "model.json").exists():
+        raise UserError(
+            f"{notes} would be taken for the notes of what is written: choose another folder, or "
+            "remove it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with atomic_write(folder / name) as file:

@@ -164,6 +164,11 @@ def swin_layout(inside: Arrays, known: Known) -> Layout | None:
             f"({', '.join(map(str, heads))}): leave heads out"
         )
     told, places = _told(inside, blocks, attention, version, known)
+    if is_hf and _is_padded(inside, told, len(depths)):
+        _log.warning(
+            "it has maps that no whole number of windows fills: Hugging Face pads them before it "
+            "shifts them, here it is the other way round, as in timm, which gives other logits"
+        )
     whose = {"hf": "HF", "timm": "timm", "ms": "Microsoft's"}[library]
     stage_of = re.compile(r"stage_(\d+)/")
 
@@ -183,6 +188,14 @@ def swin_layout(inside: Arrays, known: Known) -> Layout | None:
         heads_of,
         {"heads": f"the shapes of {evidence}", **places},
     )
+
+
+def _is_padded(inside: Arrays, told: Mapping[str, Any], stages: int) -> bool:
+    """Whether there are maps that windows, where they are smaller, don't fill."""
+    *_, height, width = inside["embeddings.patch_embeddings.projection.weight"].shape
+    sides = [n // p for n, p in zip(told.get("image_size", (0, 0)), (height, width), strict=True)]
+    maps = [-(-side // 2**i) for side in sides for i in range(stages)]
+    return any(side > told["window"] and side % told["window"] for side in maps)
 
 
 def _told(
@@ -209,16 +222,15 @@ def _told(
         side, trained = int(named["size"]), int(named["trained"])
         tell("its name", window=int(named["window"] or trained), image_size=(side, side))
         if named["window"]:
-            # What that window was on the maps of the images of 16 times as many pixels.
+            # They were trained on images of 16 pixels for each token of the window.
             windows = tuple(min(trained, 4 * trained // 2**i) for i in range(stages))
             tell("its name", pretrained_windows=windows)
     if version == 1:  # Its tables tell.
         rows = inside[f"{blocks[0, 0]}.{attention}.relative_position_bias_table"].shape[0]
-        if (math.isqrt(rows) + 1) // 2 == told.get("window"):
-            places["window"] = "the shapes of its tables"
-        elif "image_size" not in told:
-            told.pop("window", None)
-            tell("the shapes of its tables", window=(math.isqrt(rows) + 1) // 2)
+        side = (math.isqrt(rows) + 1) // 2
+        # A map may be smaller than the window that the network was made with.
+        if "image_size" not in told or told.get("window", 0) <= side:
+            told["window"], places["window"] = side, "the shapes of its tables"
         told.pop("pretrained_windows", None)
         return told, places
     tell("what was given", window=known.window)

@@ -120,7 +120,13 @@ def _rewritten(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     target = Path(expand_user(args.target))
     if not args.to:
         check_ending(target)
-        check_notes(target, find_weights(args.source)[0])
+        source, notes = find_weights(args.source)[0].resolve(), target.with_suffix(".json")
+        check_notes(target, source)
+        if notes.resolve() == source.with_suffix(".json") and target.resolve() != source:
+            raise UserError(
+                f"{target} would share {notes} with {source}, which takes other images: choose a "
+                "name with another beginning"
+            )
         check_free([target, target.with_suffix(".json")], args.force)
     vit = load(args.source, heads=args.heads)
     facts: dict[str, Any] = {}

@@ -78,7 +78,7 @@ def _text(found: dict[str, Any], mfu: float, tflops: float | None) -> str:
         f"of {shape}",
         f"step        {found['batch']:,} images on {found['devices']} devices, {at_once} at once "
         f"on each ({found['accum_steps']} accum_steps), {found['flops_per_step'] / 1e12:,.3g} "
-        "TFLOPs",
+        f"TFLOPs: {', '.join(f'{p} {x:.1%}' for p, x in found['flops_by_part'].items())}",
         "",
         f"{'GiB on each device':<20} {'training':>10} {'evaluation':>10}",
     ]

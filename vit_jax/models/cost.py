@@ -1,6 +1,7 @@
 """What a network costs, counted from itself without running, lowering or compiling it."""
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import jax
@@ -19,10 +20,21 @@ def flops(model: ImageModel, image_size: tuple[int, int], *, channels: int = 3) 
     platform and with whatever kernels; a multiplication and an addition are two. (Papers often
     count them as one.)
     """
+    return float(sum(flops_by_part(model, image_size, channels=channels).values()))
+
+
+def flops_by_part(
+    model: ImageModel, image_size: tuple[int, int], *, channels: int = 3
+) -> dict[str, float]:
+    """The same of each part of the network, {its name in the tree of weights: operations}."""
     model = model.clone(kernels=Kernels(), loop=BlockLoop(scan=True))  # One block is traced.
     images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    return count_flops(jax.make_jaxpr(model.apply)(variables, images))
+    parts: defaultdict[str, float] = defaultdict(float)
+    for eqn in jax.make_jaxpr(model.apply)(variables, images).jaxpr.eqns:
+        _, part, *_ = *str(eqn.source_info.name_stack).split("/"), "", ""
+        parts[part] += _flops_of(eqn)
+    return {part: count for part, count in parts.items() if count}
 
 
 def training_flops(model: ImageModel, image_size: tuple[int, int], *, channels: int = 3) -> float:

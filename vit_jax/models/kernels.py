@@ -162,7 +162,7 @@ def _why_not_cudnn(
 ) -> str:
     """Empty if cuDNN's attention works and is to be taken."""
     if size is None:
-        return "this network has no attention"
+        return "this network has no attention that cuDNN computes"
     if platform_of(devices) != "gpu":
         return f"JAX sees no GPU here, but {devices[0].device_kind}"
     if model.dtype not in (jnp.bfloat16, jnp.float16):

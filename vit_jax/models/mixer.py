@@ -182,6 +182,10 @@ class MlpMixer(ImageModel):
     def stride(self) -> Size:
         return self.patch_size
 
+    @property
+    def final_norm(self) -> str:
+        return "pre_head_layer_norm"
+
     def grid_size(self, image_size: Size) -> tuple[int, int]:
         return (-(-image_size[0] // self.patch_size[0]), -(-image_size[1] // self.patch_size[1]))
 

@@ -93,8 +93,9 @@ def window_and_shift(grid: Size, window: int) -> tuple[Size, Size]:
 def cut_windows(x: Any, window: Size) -> Any:
     """(n, rows, columns, ...) -> (n, windows, t, ...), both row by row."""
     (n, rows, columns, *rest), (height, width) = x.shape, window
-    x = x.reshape(n, rows // height, height, columns // width, width, *rest)
-    return x.swapaxes(2, 3).reshape(n, -1, height * width, *rest)
+    down, across = rows // height, columns // width
+    x = x.reshape(n, down, height, across, width, *rest)
+    return x.swapaxes(2, 3).reshape(n, down * across, height * width, *rest)
 
 
 def join_windows(x: jax.Array, window: Size, grid: Size) -> jax.Array:
@@ -460,6 +461,7 @@ class SwinTransformer(ImageModel):
     variants: ClassVar = _VARIANTS
     untold: ClassVar = ("window", "pretrained_windows")
     shows_attention: ClassVar = True
+    value_range: ClassVar = "normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))"
     classifier: ClassVar = "gap"
     representation_size: ClassVar = None
     layer_norm_epsilon: ClassVar = 1e-5
@@ -514,7 +516,8 @@ class SwinTransformer(ImageModel):
             )
             x, features[f"stage_{i}"], own = stage(x, deterministic=not train)
             features |= {f"stage_{i}/{name}": value for name, value in own.items()}
-        x = layer_norm(self, "encoder_norm")(x.reshape(len(x), -1, x.shape[-1]))
+        n, rows, columns, d = x.shape
+        x = layer_norm(self, "encoder_norm")(x.reshape(n, rows * columns, d))
         features["encoder_norm"] = x
         x = features["pre_logits"] = x.astype(jnp.float32).mean(axis=1)
         logits = head(self, x)

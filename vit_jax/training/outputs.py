@@ -20,6 +20,7 @@ from vit_jax.evaluation.report import Report, choose_examples, environment, writ
 from vit_jax.files import as_path, is_bucket
 from vit_jax.models import variant
 from vit_jax.pretrained import (
+    STYLE,
     WEIGHTS,
     Pretrained,
     find_weights,
@@ -99,7 +100,7 @@ def load_result(workdir: epath.Path, total_steps: int) -> Result | None:
 def write_weights(workdir: epath.Path, vit: Pretrained) -> None:
     """Writes what a run is for, before anything else that may fail after its last step."""
     (workdir / REPORT).unlink(missing_ok=True)  # One of the run on its way says nothing of its end.
-    vit.save(workdir / WEIGHTS)
+    vit.save(workdir / WEIGHTS, style=STYLE)
 
 
 def write_outputs(

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import make_eval_step
-from vit_jax.models.cost import training_flops
+from vit_jax.models.cost import flops_by_part, training_flops
 from vit_jax.models.kernels import choose_kernels, platform_of
 from vit_jax.models.stack import REMAT
 from vit_jax.sharding import batch_sharding, divisible, make_mesh, shardings
@@ -64,7 +64,8 @@ def plan(
 
     Returns:
       "parameters", "picture_shape" (h, w, channels), "classes", "devices", "batch", "accum_steps",
-      "batch_eval" and "total_steps"; "flops_per_step", see `training_flops`; "training" and
+      "batch_eval" and "total_steps"; "flops_per_step", see `training_flops`, and "flops_by_part",
+      the shares of the network's parts in it; "training" and
       "evaluation", see `_memory`; "memory" as given; "fits", None if that can't be known, and
       "changes", the {field: value} with which it would, None if nothing that was tried helps.
 
@@ -95,6 +96,7 @@ def plan(
         changed.update(fields)
         return _memory(phase, dataclasses.replace(task, config=changed), model, params)
 
+    parts = flops_by_part(model, shape[:2], channels=shape[2])
     deadline, batch_eval = math.inf, divisible(config.batch_eval)
     training = needs("training", accum_steps=config.accum_steps)
     evaluation = needs("evaluation", batch_eval=batch_eval)
@@ -115,6 +117,7 @@ def plan(
         **{name: config[name] for name in ("batch", "accum_steps", "total_steps")},
         "batch_eval": batch_eval,
         "flops_per_step": config.batch * training_flops(model, shape[:2], channels=shape[2]),
+        "flops_by_part": {part: count / sum(parts.values()) for part, count in parts.items()},
         "training": training,
         "evaluation": evaluation,
         **dict(memory=memory, fits=fits, changes=changes),

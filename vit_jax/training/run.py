@@ -26,7 +26,7 @@ from vit_jax.evaluation.metrics import EvalStep, Scores, evaluate, make_eval_ste
 from vit_jax.files import as_path, bucket_errors, keep_compiled
 from vit_jax.models.kernels import Choice, choose_kernels
 from vit_jax.models.stack import unstack_blocks
-from vit_jax.pretrained import Pretrained
+from vit_jax.pretrained import STYLE, Pretrained
 from vit_jax.sharding import batch_sharding, device_kinds, make_mesh, to_host
 from vit_jax.signals import StopSignal
 from vit_jax.training.checkpoints import Checkpoints
@@ -386,7 +386,7 @@ def evaluate_and_log(
         if context.config.keep_best and scores.top1 > max(log.accuracies.values(), default=-1.0):
             best = context.with_weights(state)
             if is_main_process():
-                best.save(log.folder / BEST_WEIGHTS)
+                best.save(log.folder / BEST_WEIGHTS, style=STYLE)
         log.accuracies[step] = scores.top1
         log.write(step, score_figures(scores))
         log.say(f"step {step}: {score_text(scores)}")

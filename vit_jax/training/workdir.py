@@ -217,6 +217,9 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     try:
         return config_from_json(content.decode())
     except (ValueError, AttributeError, RecursionError) as e:
+        if weights_in(file.parent):
+            folder = f"{workdir} is a folder of timm or transformers"
+            raise UserError(f"{folder}: choose another workdir") from e
         raise UserError(f"{file} is damaged ({e}): choose another workdir") from e
 
 
