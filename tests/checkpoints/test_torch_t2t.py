@@ -12,7 +12,7 @@ import pytest
 from tests import t2t
 from tests.checkpoints.test_pth import Call, Values, tensor, write_legacy, write_zip
 from vit_jax import load
-from vit_jax.checkpoints import read_layout, read_spec
+from vit_jax.checkpoints import hub, read_layout, read_spec
 from vit_jax.checkpoints.convert import convert
 from vit_jax.cli import main
 from vit_jax.errors import UserError
@@ -240,3 +240,15 @@ def test_a_new_head_and_other_images_are_taken_as_the_docs_say(kind, tmp_path):
     assert vit(np.zeros((1, 48, 80, 3), np.float32)).tolist() == [[0, 0]]
     guide = Path(__file__).parents[2] / "docs" / "weights.md"
     assert f"| T2T-ViT of a {kind} | yes |  | yes |\n" in guide.read_text()
+
+
+def test_a_published_name_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
+    file = hub.cache_path(hub.url_for("t2t/cifar100/T2T-ViT-14"))
+    file.parent.mkdir(parents=True)
+    pth(file, t2t.official_arrays("performer", classes=100), wrapper="net")
+
+    vit = load("t2t/cifar100/T2T-ViT-14", heads=3)
+
+    assert vit.spec.num_classes == 100
+    assert "0.4914" in vit.preprocess  # CIFAR's, though the file is called cirfar100.
