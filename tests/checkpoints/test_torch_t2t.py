@@ -12,7 +12,7 @@ import pytest
 from tests import t2t
 from tests.checkpoints.test_pth import Call, Values, tensor, write_legacy, write_zip
 from vit_jax import load
-from vit_jax.checkpoints import read_layout
+from vit_jax.checkpoints import hub, read_layout, read_spec
 from vit_jax.checkpoints.convert import convert
 from vit_jax.cli import main
 from vit_jax.errors import UserError
@@ -117,6 +117,12 @@ def published(kind="performer", **changes):
     return {name: Shape(shape) for name, shape in t2t.official_shapes(kind, **sizes).items()}
 
 
+def understood(arrays, **wishes):
+    """The layout of a file, and its network."""
+    layout = read_layout(arrays, **wishes)
+    return layout, read_spec(layout.arrays, **layout.hints)
+
+
 def heads_of(layout) -> int:
     name = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
     return layout.arrays[name].shape[1]
@@ -158,10 +164,7 @@ def test_fourteen_blocks_have_six_heads_and_may_have_32(tmp_path, caplog):
     ],
 )
 def test_a_published_network_is_known_by_its_shapes(kind, sizes, name):
-    from vit_jax.checkpoints import read_spec
-
-    layout = read_layout(zeros(published(kind, **sizes)))
-    spec = read_spec(layout.arrays, **layout.hints)
+    layout, spec = understood(zeros(published(kind, **sizes)))
     side = sizes.get("grid", (14, 14))[0] * 16
     assert (spec.name, spec.image_size) == (name, (side, side))
     assert layout.style == f"T2T-ViT of a {kind}"
@@ -180,6 +183,41 @@ def test_a_network_with_more_arrays_is_refused_by_their_names(tmp_path):
     arrays = t2t.official_arrays("performer") | {"aux_head.weight": np.zeros((5, 12), "f4")}
     with pytest.raises(UserError, match=r"has arrays that are not known .* aux_head.weight \(5, 1"):
         load(pth(tmp_path / "84.2_T2T_ViT_24.pth.tar", arrays), heads=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("performer", {"pos_embed": None}, "T2T-ViT of a performer without position embeddings"),
+        (
+            "performer",
+            {"tokens_to_token.attention2.w": None},
+            r"missing \(1\): tokens_to_token/attention2/features",
+        ),
+        ("transformer", {"cls_token": None}, r"missing \(1\): cls"),
+        (
+            "transformer",
+            {"tokens_to_token.attention1.attn.qkv.weight": (190, 147)},
+            "3 equal parts",
+        ),
+        ("performer", {"tokens_to_token.project.weight": (12,)}, "expected 2 axes"),
+        (
+            "performer",
+            {"tokens_to_token.attention2.mlp.0.weight": (64, 60)},
+            r"attention2/MlpBlock_0/Dense_0/kernel \(60, 64\), expected \(64, 64\)",
+        ),
+        ("performer", {"tokens_to_token.attention1.norm1.weight": (50,)}, "wrong shape"),
+        ("transformer", {"blocks.0.dwconv.weight": (12, 1, 3, 3)}, "unknown .* it is another"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused_in_one_line(kind, change, message):
+    arrays = t2t.official_arrays(kind)
+    for name, shape in change.items():
+        arrays.pop(name, None)
+        if shape:
+            arrays[name] = np.zeros(shape, np.float32)
+    with pytest.raises(UserError, match=message):
+        understood(arrays, heads=3)
 
 
 def test_info_says_what_was_taken_and_from_where(tmp_path, capsys):
@@ -202,3 +240,15 @@ def test_a_new_head_and_other_images_are_taken_as_the_docs_say(kind, tmp_path):
     assert vit(np.zeros((1, 48, 80, 3), np.float32)).tolist() == [[0, 0]]
     guide = Path(__file__).parents[2] / "docs" / "weights.md"
     assert f"| T2T-ViT of a {kind} | yes |  | yes |\n" in guide.read_text()
+
+
+def test_a_published_name_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
+    file = hub.cache_path(hub.url_for("t2t/cifar100/T2T-ViT-14"))
+    file.parent.mkdir(parents=True)
+    pth(file, t2t.official_arrays("performer", classes=100), wrapper="net")
+
+    vit = load("t2t/cifar100/T2T-ViT-14", heads=3)
+
+    assert vit.spec.num_classes == 100
+    assert "0.4914" in vit.preprocess  # CIFAR's, though the file is called cirfar100.

@@ -45,12 +45,10 @@ def t2t_layout(inside: Arrays, known: Known) -> Layout | None:
     """The layout of a T2T-ViT's arrays; None if they are another network's."""
     if "tokens_to_token.project.weight" not in inside:
         return None
-    is_performer = "tokens_to_token.attention1.w" in inside
-    name, depth = (
-        known.file.lower(),
-        len([k for k in inside if re.fullmatch(r"blocks\.\d+\.norm1\.bias", k)]),
-    )
-    may_be_resnext = is_performer and depth == 14 and inside["pos_embed"].shape[-1] == 384
+    name, width = known.file.lower(), inside["tokens_to_token.project.weight"].shape[0]
+    is_performer = any(".kqv." in key for key in inside)
+    depth = sum(re.fullmatch(r"blocks\.\d+\.norm1\.bias", key) is not None for key in inside)
+    may_be_resnext = is_performer and (depth, width) == (14, 384)
     if known.heads is None and may_be_resnext:
         if "resnext" in name:
             raise UserError(
