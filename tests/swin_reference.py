@@ -33,7 +33,7 @@ def forward(
         if stage < stages - 1:
             x = _merge(x, a, f"stage_{stage}/PatchMerging_0")
     x = _norm(x, a, "encoder_norm").mean(axis=(1, 2))
-    return x @ a["head/kernel"] + a["head/bias"]
+    return x @ a["head/kernel"] + a["head/bias"] if "head/kernel" in a else x
 
 
 def _block(x, a, name, window, shifted, pretrained):

@@ -100,7 +100,7 @@ def networks(draw) -> tuple[str, dict]:
     stride = spec.model().stride
     grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     changes["image_size"] = tuple(a * b for a, b in zip(stride, grid, strict=True))
-    if family not in ("Mixer", "T2T"):
+    if "representation_size" in {field.name for field in dataclasses.fields(spec.module)}:
         changes["representation_size"] = draw(st.none() | st.integers(1, 9))
     return family, changes
 

@@ -35,8 +35,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in ("checkpoints", "data", "evaluation", "explain", "models", "pretrained", "training"):
         return importlib.import_module(f"vit_jax.{name}")
-    if name in original.MODULES:
-        raise original.explain(name)
+    if name in original.MODULES:  # `from vit_jax import NAME` goes on, and finds it explained, too.
+        raise AttributeError(str(original.explain(name)))
     raise AttributeError(f"module 'vit_jax' has no attribute {name!r}")
 
 

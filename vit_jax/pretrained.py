@@ -143,6 +143,16 @@ class Pretrained:
 
         Raises UserError if an image can't be read or the network has no head.
         """
+        self.check_gives_classes()
+        if top < 1:
+            raise UserError(f"top is {top}, expected at least 1")
+        answers: list[list[tuple[int, float]]] = []
+        for batch in self.prepared(images):
+            answers += [ranked(row, range(len(row)), top, loss=self.loss) for row in self(batch)]
+        return [[(self.label(i), p) for i, p in answer] for answer in answers]
+
+    def check_gives_classes(self) -> None:
+        """Raises UserError if the network has no head for classes."""
         if self.classifies_by_text:
             raise UserError(
                 "these weights are a LiT bundle, which classifies by words: give labels, with "
@@ -150,12 +160,6 @@ class Pretrained:
             )
         if not self.spec.gives_classes:
             raise UserError("these weights give no classes: load weights that have a head")
-        if top < 1:
-            raise UserError(f"top is {top}, expected at least 1")
-        answers: list[list[tuple[int, float]]] = []
-        for batch in self.prepared(images):
-            answers += [ranked(row, range(len(row)), top, loss=self.loss) for row in self(batch)]
-        return [[(self.label(i), p) for i, p in answer] for answer in answers]
 
     def features(
         self, images: Iterable[Image], what: str = "pooled", *, layer: str | None = None
@@ -189,10 +193,11 @@ class Pretrained:
 
         Raises UserError for features that there are none of.
         """
-        kinds, tower = ("pooled", "class", "patches", "tokens"), self.spec.image_tower().module
+        kinds = ("pooled", "class", "patches", "tokens")
         if what not in kinds:
             raise UserError(f"features are {what!r}, expected one of {', '.join(kinds)}")
-        if what == "class" and not tower.has_class_token:
+        # Whether or not the head reads it.
+        if what == "class" and "cls" not in self.spec.image_params(self.params):
             raise UserError(f"{self.spec.description} has no class token: take the pooled features")
         if what == "pooled" and layer:
             raise UserError(f"pooled features are those of the end: leave out the layer {layer!r}")
@@ -219,7 +224,9 @@ class Pretrained:
 
     def prepared(self, images: Iterable[Image]) -> Iterator[np.ndarray]:
         """Batches of preprocessed images: memory for one, however many images there are."""
-        if isinstance(images, str | bytes | os.PathLike | np.ndarray) or not np.iterable(images):
+        one = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike)
+        one = one or hasattr(images, "read") or not np.iterable(images)
+        if one or len(getattr(images, "shape", range(4))) < 4:  # Of arrays, a batch.
             raise UserError("one image was given, expected a list of images: write [image]")
         preprocess, rest = data.parse(self.preprocess), iter(images)
         while batch := [preprocess(self.read(x)) for x in itertools.islice(rest, _BATCH)]:

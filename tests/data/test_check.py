@@ -330,7 +330,7 @@ def test_copies_stay_together_in_the_table_that_is_written(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["data", "check", str(tmp_path / "data"), f"--out={out}"]) == 1
     told = capsys.readouterr().out
-    assert "in a table, which --out writes of a folder, a column group" in told
+    assert "groups.csv, which --out writes of a folder" in told
     assert str(out / "groups.csv") in told
     for seed in range(3):
         parts = [open_source(str(out / "groups.csv"), s, seed=seed) for s in ("train", "test")]
@@ -346,6 +346,19 @@ def test_copies_stay_together_in_the_table_that_is_written(tmp_path, capsys):
     assert cli.main(["data", "check", str(tmp_path / "data"), f"--out={tmp_path / 'new'}"]) == 1
     assert "column group" not in capsys.readouterr().out
     assert not (tmp_path / "new" / "groups.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["a;b", "nan", " a"])
+def test_a_table_that_could_not_be_read_again_is_not_written(name, tmp_path, capsys):
+    for i in range(10):
+        for label in (name, "c"):
+            save(tmp_path / "data" / label / f"{i}.png", image(i + 100 * (label == "c")))
+            save(tmp_path / "data" / label / f"copy of {i}.bmp", image(i + 100 * (label == "c")))
+    out = tmp_path / "out"
+    assert cli.main(["data", "check", str(tmp_path / "data"), f"--out={out}"]) == 2
+    said = capsys.readouterr().err
+    assert f"groups.csv is not written, as no class of a table can be called {name!r}" in said
+    assert sorted(os.listdir(out)) == ["check.png", "check.txt"]
 
 
 def test_nothing_is_written_unasked(clean, tmp_path, capsys, monkeypatch):

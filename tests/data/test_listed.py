@@ -40,7 +40,7 @@ def test_what_is_left_out_or_guessed_is_said(photos):
     (photos / "t.csv").write_text("Filename,age\nc/3,1\n")
     _, notes = data.list_images([f"{photos}/{n}" for n in ("a", "t.csv", "c/3.png")])
     assert notes == [
-        f"left out in {photos}/a: 1 (.txt)",
+        f"left out of {photos}/a: 1 (.txt)",
         "of t.csv the column 'Filename' is taken for the path",
         "of t.csv columns are not used: 'age'",
         "1 images have another name than in the table, as c/3.png (c/3)",
@@ -52,13 +52,33 @@ def test_what_is_left_out_or_guessed_is_said(photos):
     [
         ("empty", "empty: no images there"),
         ("*.tif", "no images there"),
-        ("t.csv", "t.csv line 2: there is no .*nowhere.png"),
+        ("", "the path of an image is empty"),
+        ("*", r"no images there \(but 2 \(folders\)\)"),
         ("bad.csv", r"names the columns 'age, size', not path\)"),
     ],
 )
 def test_nothing_to_look_at_is_refused(photos, wanted, message):
-    (photos / "empty").mkdir()
-    (photos / "t.csv").write_text("path\nnowhere.png\n")
-    (photos / "bad.csv").write_text("age,size\n1,2\n")
+    if wanted == "empty":
+        (photos / "empty").mkdir()
+    if wanted == "bad.csv":
+        (photos / "bad.csv").write_text("age,size\n1,2\n")
     with pytest.raises(UserError, match=message):
-        data.list_images([f"{photos}/{wanted}"])
+        data.list_images([wanted and f"{photos}/{wanted}"])
+
+
+def test_of_a_table_the_paths_count_and_nothing_else(photos):
+    (photos / "t.csv").write_text("path,label,split\na/1.png,nan,train\ngone.png,,test\n")
+    found, notes = data.list_images([f"{photos}/t.csv"])
+    assert names(photos, found) == ["a/1.png", "gone.png"]
+    assert notes == ["of t.csv columns are not used: 'label', 'split'"]
+
+
+def test_of_what_matches_a_pattern_images_count_and_the_rest_is_said(photos):
+    (photos / "top.png").write_bytes(b"")
+    (photos / "readme.txt").touch()
+    found, notes = data.list_images([f"{photos}/*"])
+    assert names(photos, found) == ["top.png"]
+    assert notes == [f"left out of {photos}/*: 2 (folders), 1 (.txt)"]
+    found, notes = data.list_images([f"{photos}/**"])
+    assert names(photos, found) == ["a/1.png", "a/b/2.jpg", "c/3.png", "top.png"]
+    assert notes == [f"left out of {photos}/**: 2 (.txt)"]

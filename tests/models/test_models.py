@@ -52,11 +52,16 @@ def test_the_official_names_are_known():
     dinov2 = {f"DINOv2-{size}_14{more}" for size in "SBLg" for more in ("", "-reg")}
     others = {f"SigLIP-{size}_16" for size in ("B", "L", "So400m", "g-opt")} | {"SigLIP-So400m_14"}
     others |= {"MAE-B_16", "MAE-L_16", "MAE-H_14"}
+    tokens = {f"T2T-ViT-{i}" for i in (7, 10, 12, 14, 19, 24, "14-resnext", "14-wide")}
+    tokens |= {f"T2T-ViT-t-{i}" for i in (14, 19, 24)}
+    swins = {f"Swin-{size}_4-w{w}" for size in "TSBL" for w in (7, 12)} | {"Swin-T_4-c24-w8"}
+    swins |= {f"SwinV2-{size}_4-w{w}" for size in "TSB" for w in (8, 16)}
+    swins |= {f"SwinV2-{size}_4-w12{to}" for size in "BL" for to in ("", "to16", "to24")}
 
     assert set(vit_jax.list_models()) == (
-        {*NAMES} | hybrids | mixers | scaled | deit | dinov2 | others
+        {*NAMES} | hybrids | mixers | scaled | deit | dinov2 | others | tokens | swins
     )
-    assert len(vit_jax.list_models()) == 56
+    assert len(vit_jax.list_models()) == 88
     assert len(NAMES) == 13
 
 
@@ -145,6 +150,8 @@ def test_an_unknown_field_is_answered_with_the_nearest_one():
 
 def test_every_field_of_a_variant_is_a_field_of_the_model():
     for name, fields in models.VARIANTS.items():
-        module = models.MlpMixer if name.startswith("Mixer") else models.VisionTransformer
-        assert models.family_of(name) is module
+        kinds = {"Mixer": models.MlpMixer, "Swin": models.SwinTransformer, "T2T": models.T2TViT}
+        found = [module for start, module in kinds.items() if name.startswith(start)]
+        module = models.family_of(name)
+        assert [module] == (found or [models.VisionTransformer])
         assert set(fields) <= {field.name for field in dataclasses.fields(module)}

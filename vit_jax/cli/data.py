@@ -144,16 +144,16 @@ def check(args: argparse.Namespace) -> int:
     with progress_bar("images read") as progress:
         result = checking.check(sources, progress=progress)
     written = checking.write_report(result, args.out, args.source) if args.out else []
-    if args.out and not args.split and os.path.isdir(os.path.expanduser(args.source)):
-        written += checking.write_groups(sources, result, args.out)
     if args.json:
         print(to_json(checking.as_dict(result), indent=1))
     else:
         print(checking.summary(result))
         if listed := checking.details(result, limit=5):
             print(f"\n{listed}")
-        if written:
-            print(f"\nWritten: {', '.join(written)}")
+    if args.out and not args.split and os.path.isdir(os.path.expanduser(args.source)):
+        written += checking.write_groups(sources, result, args.out)
+    if written and not args.json:
+        print(f"\nWritten: {', '.join(written)}")
     return 1 if result.problems else 0
 
 

@@ -20,6 +20,7 @@ def add_parser(subparsers) -> None:
     layer = 'whose tokens: a block as "encoderblock_3"; by default the end'
     add("--layer", metavar="NAME", help=layer)
     add("--batch", type=positive, default=64, help="images at once (default: 64)")
+    add("--force", action="store_true", help="replace a file of this name")
     add_heads(parser)
     add("--json", action="store_true", help="print JSON")
 
@@ -31,14 +32,16 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax import data
     from vit_jax.cli import progress_bar, tell_mistakes
     from vit_jax.escape import printable, to_json
-    from vit_jax.evaluation.many import write_features
+    from vit_jax.evaluation.many import check_target, write_features
     from vit_jax.pretrained import load
 
     images, notes = data.list_images(args.images)
     for note in notes:
-        print(f"vit-jax: {note}", file=sys.stderr)
+        print(note, file=sys.stderr)
+    check_target(args.out, [args.weights, *args.images, *images], args.force)
     vit = load(args.weights, heads=args.heads)
     options = {"what": args.what, "layer": args.layer, "batch_size": args.batch}
+    options["overwrite"] = args.force
     with progress_bar("images") as progress:
         mistakes = write_features(vit, images, args.out, progress=progress, **options)
     if args.json:

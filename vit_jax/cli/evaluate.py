@@ -37,12 +37,6 @@ def run(args: argparse.Namespace) -> None:
 
     vit = load(args.weights, heads=args.heads)
     source, loss = _open_source(args)
-    options = {"batch_size": args.batch, "corrupt": args.corrupt}
-    if vit.classifies_by_text:
-        scores = zero_shot(vit, source, **options)
-        vit = dataclasses.replace(vit, labels=source.labels)
-    else:
-        scores = evaluate_images(vit, source, loss=loss, **options)
     said = [*source.notes, *source.doubts]
     if args.data is not None and not args.split:  # Perhaps a part, held out for testing.
         said.append(
@@ -50,7 +44,13 @@ def run(args: argparse.Namespace) -> None:
             "another, as --split=train+test for all"
         )
     for text in said:
-        print(f"vit-jax: {text}", file=sys.stderr)
+        print(text, file=sys.stderr)
+    options = {"batch_size": args.batch, "corrupt": args.corrupt}
+    if vit.classifies_by_text:
+        scores = zero_shot(vit, source, **options)
+        vit = dataclasses.replace(vit, labels=source.labels)
+    else:
+        scores = evaluate_images(vit, source, loss=loss, **options)
     labels = [vit.label(i) for i in range(len(scores.per_class))]
     counts = scores.confusion.sum(axis=1).tolist()
     classes = list(zip(labels, scores.per_class.tolist(), counts, strict=True))

@@ -21,6 +21,7 @@ def add_parser(subparsers) -> None:
     table = "write a row for each image to this file; stopped and started again, it goes on there"
     add("--csv", metavar="FILE", help=table)
     add("--batch", type=positive, default=64, help="images at once with --csv (default: 64)")
+    add("--force", action="store_true", help="replace the file of --csv")
     add_heads(parser)
     add("--json", action="store_true", help="print JSON")
 
@@ -34,13 +35,16 @@ def run(args: argparse.Namespace) -> int:
     from vit_jax.cli import tell_mistakes
     from vit_jax.errors import UserError
     from vit_jax.escape import printable, to_json
+    from vit_jax.evaluation.many import check_target
     from vit_jax.evaluation.zero_shot import classify
     from vit_jax.pretrained import load
 
     labels, wanted = _split(args.labels, args.images)
     images, notes = data.list_images(wanted)
     for note in notes:
-        print(f"vit-jax: {note}", file=sys.stderr)
+        print(note, file=sys.stderr)
+    if args.csv:
+        check_target(args.csv, [args.weights, *wanted, *images], args.force)
     vit = load(args.weights, heads=args.heads)
     if labels is not None and not vit.classifies_by_text:
         raise UserError(
@@ -76,6 +80,7 @@ def _write_csv(args: argparse.Namespace, vit, images: list[str], labels: list[st
     from vit_jax.evaluation.many import write_predictions_csv
 
     options = {"top": args.top, "labels": labels, "batch_size": args.batch}
+    options["overwrite"] = args.force
     with progress_bar("images") as progress:
         before, mistakes = write_predictions_csv(
             vit, images, args.csv, progress=progress, **options

@@ -108,12 +108,14 @@ def eval_batches(
     workers: int | Readers = 0,
     prefetch: int = 2,
     corrupt: str = "error",
+    warns: bool = True,
 ) -> Iterator[Batch]:
     """Yields every image once, in order; the last batch is padded.
 
     Args: as `train_batches`. With several hosts all of them get the same number of batches. With
       `corrupt="skip"` an unreadable image is logged and its mask is False. `workers` -1 means
       threads for fewer than 4,096 images: they would be read before processes have started.
+      Without `warns` unreadable images are not logged.
 
     Yields:
       {"image": float32 (rows, h, w, c), "label": int32 (rows,), "mask": bool (rows,), "index":
@@ -140,6 +142,7 @@ def eval_batches(
         threads=threads,
         workers=workers,
         prefetch=prefetch,
+        warns=warns,
     )
 
 
@@ -199,6 +202,7 @@ def _stream(
     threads: int | None,
     workers: int | Readers,
     prefetch: int,
+    warns: bool = True,
 ) -> Iterator[Batch]:
     """The batches of some steps, this host's contiguous rows of them.
 
@@ -229,7 +233,7 @@ def _stream(
 
     def warn(skipped: Skipped) -> None:
         for index, message in skipped:
-            if index not in warned:
+            if warns and index not in warned:
                 warned.add(index)
                 _log.warning("Skipping %s", message)
 

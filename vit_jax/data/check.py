@@ -20,6 +20,7 @@ from vit_jax.data.images import shrink
 from vit_jax.data.levels import sample, sliver
 from vit_jax.data.preprocess import Preprocess
 from vit_jax.data.source import HELD_OUT, Source, similar_labels, some_of
+from vit_jax.data.tables import is_label
 from vit_jax.data.workers import own_cores
 from vit_jax.errors import UserError
 from vit_jax.escape import printable
@@ -138,8 +139,8 @@ class Check:
         if self.leaks:
             text = f"{_count_of(len(self.leaks))} found in several splits"
             if HELD_OUT in self.notes:
-                text += "; in a table, which --out writes of a folder, a column group keeps what is"
-                text += " the same together"
+                text += "; train on a table whose column group keeps what is the same together, as"
+                text += " groups.csv, which --out writes of a folder"
             found.append(text)
         if self.contradictions:
             found.append(f"{_count_of(len(self.contradictions))} found under several classes")
@@ -404,12 +405,17 @@ def write_groups(sources: Mapping[str, Source], result: Check, folder: str) -> l
     """Writes groups.csv, a table of all images in which those of the same pixels are one group, and
     tells its path: training on it keeps them on one side of what is held out.
 
-    Writes nothing unless such images were parted by holding out, of images that are files.
+    Writes nothing unless such images were parted by holding out, of images that are files. Raises
+    UserError if a class has a name that no table can have.
     """
-    parted = bool(result.leaks) and HELD_OUT in result.notes
-    if not parted or any(";" in label for label in result.labels):
+    if not result.leaks or HELD_OUT not in result.notes:
         return []
-    path = os.path.join(folder, "groups.csv")
+    path = os.path.join(os.path.realpath(folder), "groups.csv")
+    if strange := [name for name in result.labels if not is_label(name)]:
+        raise UserError(
+            f"{path} is not written, as no class of a table can be called {some_of(strange)}: "
+            "rename its folder"
+        )
     groups = {image.name: same[0].name for same in result.identical for image in same}
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
@@ -418,7 +424,8 @@ def write_groups(sources: Mapping[str, Source], result: Check, folder: str) -> l
             assert source.label_ids is not None  # As of all folders.
             for i, (key, label_id) in enumerate(zip(source.keys, source.label_ids, strict=True)):
                 name, label = source.describe(i), source.labels[label_id]
-                image = os.path.relpath(source.describe_key(key), folder)
+                image = os.path.realpath(source.describe_key(key))
+                image = os.path.relpath(image, os.path.dirname(path))
                 table.writerow([image, label, groups.get(name, name)])
     return [path]
 

@@ -216,8 +216,16 @@ def _kind(entry: os.DirEntry[str], links: bool) -> str:
         return _FOLDER
     if not is_file:
         return "pipes or devices"
+    return other_kind(entry.path) or _IMAGE
+
+
+def other_kind(path: str) -> str:
+    """The ending of a file that is no image by its name or content; "" of an image."""
+    name = os.path.basename(path).lower()
     ending = os.path.splitext(name)[1]
-    return _IMAGE if ending not in _NO_IMAGES and _is_image(entry.path) else ending or "no ending"
+    if name.endswith(ENDINGS) or (ending not in _NO_IMAGES and _is_image(path)):
+        return ""
+    return ending or "no ending"
 
 
 def _refuse_circle(path: str) -> None:

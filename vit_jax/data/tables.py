@@ -55,6 +55,12 @@ def is_table(name: str) -> bool:
     return name.lower().endswith(TABLES)
 
 
+def is_label(text: str) -> bool:
+    """Whether a cell of this text is one class of this name."""
+    missing = text.casefold() in ("nan", "<na>")
+    return bool(text) and text == text.strip() and ";" not in text and not missing
+
+
 def split_tables(names: Iterable[str]) -> dict[str, str]:
     """Split: name of its table, of the files in a folder, as train.csv and Test.csv.
 
@@ -125,12 +131,14 @@ def table_splits(dataset: str, seed: int) -> Splits:
 
 
 def listed_images(path: str, notes: list[str]) -> list[str]:
-    """The paths of the images of a table, which needs no labels; `notes` gets what was guessed.
+    """The paths of the images of a table, of which nothing else is looked at; `notes` gets what was
+    guessed. One that isn't there stays as it is written.
 
-    Raises UserError as `table_splits`.
+    Raises UserError for a table without a column of paths, or a row without one.
     """
     root, rows = os.path.dirname(path), _read_table(path, notes, [], labelled=False)
-    return [os.path.join(root, row.path) for row in _find_images(root, {"": rows}, notes)[""]]
+    found = _find_images(root, {"": rows}, notes, must_exist=False)[""]
+    return [os.path.join(root, row.path) for row in found]
 
 
 # Reading.
@@ -152,6 +160,9 @@ def _read_table(
                 _json_lines(text) if is_json else _csv_lines(name, text, notes, doubts, labelled)
             )
             for number, record in records:
+                if not labelled and isinstance(record, dict):
+                    used = _columns(tuple(record)).get("path")
+                    record = {**dict.fromkeys(record), used: record[used]} if used else record
                 row = _row(f"{name} line {number}", record)
                 rows.append(row._replace(labels=seen.setdefault(row.labels, row.labels)))
     except (OSError, UnicodeError, csv.Error) as error:
@@ -174,6 +185,7 @@ def _read_table(
             "missing: remove their rows if so"
         )
     columns = _columns(tuple(record))
+    columns = columns if labelled else {"path": columns["path"]}
     for kind, column in columns.items():
         if column.strip().casefold() not in (kind, "labels"):
             notes.append(f"of {name} the column {column!r} is taken for the {kind}")
@@ -268,7 +280,7 @@ def _row(where: str, record: Any) -> _Row:
 
 
 def _find_images(
-    root: str, parts: dict[str, list[_Row]], notes: list[str]
+    root: str, parts: dict[str, list[_Row]], notes: list[str], *, must_exist: bool = True
 ) -> dict[str, list[_Row]]:
     """The rows with the paths of files that are there. Looks into each folder once, which is
     quicker than at each image."""
@@ -311,19 +323,20 @@ def _find_images(
 
     paths = {split: [find(row) for row in part] for split, part in parts.items()}
     both = [pair for split, part in parts.items() for pair in zip(part, paths[split], strict=True)]
-    if missing := [row for row, path in both if not path]:
+    missing = [row for row, path in both if not path]
+    if missing and must_exist:
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         raise UserError(
             f"{missing[0].where}: there is no {os.path.join(root, missing[0].path)}{more}; paths "
             "are relative to the table's folder"
         )
-    if others := [(row.path, path) for row, path in both if row.path != path]:
+    if others := [(row.path, path) for row, path in both if path and row.path != path]:
         one, real = others[0]
         notes.append(
             f"{len(others):,} images have another name than in the table, as {real} ({one})"
         )
     return {
-        split: [row._replace(path=path) for row, path in zip(part, paths[split], strict=True)]
+        split: [row._replace(path=p or row.path) for row, p in zip(part, paths[split], strict=True)]
         for split, part in parts.items()
     }
 
