@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ _HF_ACTIVATIONS = _TIMM_ACTIVATIONS | {"gelu_tanh": "gelu_pytorch_tanh"}
 # What these libraries do to images: squeeze them, or cut the middle out, and normalise.
 _PREPROCESS = re.compile(
     r"(?:resize\((?P<whole>[\d, ()]+), method='pil_(?P<squeeze>\w+)'\)"
-    r"|resize_small\((?P<short>\d+), method='pil_(?P<method>\w+)'\)"
+    r"|resize_small\((?P<short>\d+|\(\d+, \d+\)), method='pil_(?P<method>\w+)'\)"
     r"\|central_crop\((?P<crop>\d+|\(\d+, \d+\))(?P<even>, round_even=True)?\))"
     r"\|(?:value_range|normalize)\("
 )
@@ -131,40 +130,41 @@ def _values(preprocess: str, channels: int) -> tuple[list[float], list[float]]:
 
 
 class _Resizing(NamedTuple):
-    """`short` pixels for the shorter side, from which the middle is cut; None for a squeeze."""
+    """A squeeze, or with `crop` the fraction that timm cuts out, and transformers' shorter side."""
 
     method: str
-    short: int | None
+    crop: tuple[float, int] | None = None
 
 
 def _resizing(library: str, preprocess: str, spec: Spec) -> _Resizing:
     """How images are resized, or how the library comes nearest, which is said."""
+    from vit_jax.data.recorded import crop_fraction  # Slow to import.
+
     height, width = spec.image_size
     size = str(height) if height == width else f"({height}, {width})"
     if found := _PREPROCESS.match(preprocess):
         if found["whole"] == size:
-            return _Resizing(found["squeeze"], None)
+            return _Resizing(found["squeeze"])
         # Of an odd rest each library leaves the odd pixel on the side that it says.
         if found["crop"] == size and bool(found["even"]) == (library == "timm"):
-            return _Resizing(found["method"], int(found["short"]))
+            high, *wide = map(int, re.findall(r"\d+", found["short"]))
+            fraction = crop_fraction(spec.image_size, (high, wide[0] if wide else high))
+            # Transformers has no pair, timm for images that aren't square nothing else.
+            if fraction if library == "timm" else not wide:
+                return _Resizing(found["method"], (fraction or 1.0, high))
     nearest = f"resize({size}, method='pil_bilinear')"
     _log.warning(
         "%s doesn't resize images as %s does: %s is written in its place",
         *(_NAMES[library], repr(preprocess), nearest),
     )
-    return _Resizing("bilinear", None)
+    return _Resizing("bilinear")
 
 
 def _timm_preprocessing(spec: Spec, values: Any, resizing: _Resizing) -> dict[str, Any]:
-    crop = 1.0
-    if resizing.short:  # The shortest fraction of which timm makes that size again.
-        longer = max(spec.image_size)
-        fractions = (round(longer / resizing.short, digits) for digits in range(1, 17))
-        crop = next(f for f in fractions if f and math.floor(longer / f) == resizing.short)
     return {
         "interpolation": resizing.method,
-        "crop_pct": crop,
-        "crop_mode": "center" if resizing.short else "squash",
+        "crop_pct": resizing.crop[0] if resizing.crop else 1.0,
+        "crop_mode": "center" if resizing.crop else "squash",
         "mean": values[0],
         "std": values[1],
     }
@@ -383,12 +383,12 @@ def _prefixed(table: torch.Table, prefix: str) -> torch.Table:
 
 def _processor(spec: Spec, values: Any, resizing: _Resizing) -> dict[str, Any]:
     size = dict(zip(("height", "width"), spec.image_size, strict=True))
-    cut = {"do_center_crop": True, "crop_size": size} if resizing.short else {}
+    cut = {"do_center_crop": True, "crop_size": size} if resizing.crop else {}
     return {
         # This one cuts, that one doesn't.
         "image_processor_type": "BitImageProcessor" if cut else "ViTImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": resizing.short} if cut else size,
+        "size": {"shortest_edge": resizing.crop[1]} if resizing.crop else size,
         "resample": _RESAMPLE[resizing.method],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
