@@ -67,8 +67,8 @@ def export(
 
     Raises UserError with the field that the library can't compute, or if a file is there already.
     """
-    if library not in LIBRARIES:
-        raise UserError(f"unknown library {library!r}, expected one of {', '.join(LIBRARIES)}")
+    folder = Path(folder)
+    names = check_folder(folder, library, force)
     _refuse(library, {f"a {spec.kind}": type(spec.module) not in _WRITERS})
     own = _WRITERS[type(spec.module)][library]
     values, resizing = _values(preprocess, spec.channels), _resizing(library, preprocess, spec)
@@ -79,21 +79,15 @@ def export(
         else:
             _log.warning("timm notes no loss: that classes don't exclude each other is not written")
     tensors = torch.write_torch(written, table, spec.num_layers)
-    files: dict[str, Any] = {"config.json": config}
+    files = {names[1]: config}
     if library == "hf":
-        files["preprocessor_config.json"] = _processor(spec, values, resizing)
+        files[names[2]] = _processor(spec, values, resizing)
     else:
         config["pretrained_cfg"] |= _timm_preprocessing(spec, values, resizing)
-    folder = Path(folder)
-    names = ["model.safetensors", *files]
-    if not force and (there := [name for name in names if (folder / name).exists()]):
-        raise UserError(f"{folder} has {' and '.join(there)} already: choose another, or --force")
-    if (notes := folder / "model.json").exists():
-        raise UserError(
-            f"{notes} would be taken for the notes of what is written: choose another folder, or "
-            "remove it"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"can't make the folder {folder} ({e.strerror}): choose another") from e
     for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -103,6 +97,24 @@ def export(
     with atomic_write(folder / names[0]) as file:
         file.write(save(plain, metadata={"format": "pt"}))
     return [folder / name for name in names]
+
+
+def check_folder(folder: Path, library: str, force: bool) -> list[str]:
+    """The names of the files that `export` writes to a folder. Raises UserError if it may not."""
+    if library not in LIBRARIES:
+        raise UserError(f"unknown library {library!r}, expected one of {', '.join(LIBRARIES)}")
+    names = ["model.safetensors", "config.json"]
+    names += ["preprocessor_config.json"] * (library == "hf")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{folder} is a file, expected a folder to write to: choose another")
+    if not force and (there := [name for name in names if (folder / name).exists()]):
+        raise UserError(f"{folder} has {' and '.join(there)} already: choose another, or --force")
+    if (notes := folder / "model.json").exists():
+        raise UserError(
+            f"{notes} would be taken for the notes of what is written: choose another folder, or "
+            "remove it"
+        )
+    return names
 
 
 def _refuse(library: str, problems: Mapping[str, bool]) -> None:
