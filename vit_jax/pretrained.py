@@ -564,7 +564,7 @@ def _last_of_the_original(workdir: Any) -> Any | None:
     if not found:
         return None
     last = max(found, key=lambda name: int(name.rpartition("_")[2]))
-    _log.warning("%s: of its %d checkpoints the last is taken, %s", workdir, len(found), last)
+    _log.warning("%s: its last checkpoint is taken, %s", workdir, last)
     return workdir / last
 
 
