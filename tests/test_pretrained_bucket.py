@@ -7,6 +7,7 @@ import google.auth.exceptions
 import jax
 import numpy as np
 import pytest
+from flax.serialization import msgpack_serialize, to_state_dict
 from safetensors.numpy import load_file
 
 from tests.checkpoints.test_torch import written
@@ -53,6 +54,17 @@ def test_weights_of_other_libraries_are_read_with_what_lies_beside_them(bucket, 
     for address in [f"{bucket}/theirs", *([f"{bucket}/theirs/{path.name}"] * (not sharded))]:
         assert load(address).spec.num_heads == 3
     assert not is_workdir(f"{bucket}/theirs")
+    (bucket / "theirs" / "config.json").write_text('{"dataset": "digits"}')
+    assert is_workdir(f"{bucket}/theirs")
+
+
+def test_of_a_folder_of_the_originals_training_the_last_checkpoint_is_read(bucket, saved):
+    vit = load(saved("Mixer"))
+    state = to_state_dict((vit.params, {}, 7))
+    (bucket / "run" / "checkpoint_9").write_bytes(b"")
+    (bucket / "run" / "checkpoint_10").write_bytes(msgpack_serialize(state))
+    found = load(f"{bucket}/run")
+    jax.tree.map(np.testing.assert_array_equal, found.params, vit.params)
 
 
 def test_what_holds_no_weights_is_told(bucket, capsys):

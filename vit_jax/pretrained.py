@@ -25,7 +25,7 @@ from vit_jax.checkpoints.hub import class_names
 from vit_jax.checkpoints.labels import check_loss, ranked
 from vit_jax.errors import UserError
 from vit_jax.escape import to_json
-from vit_jax.files import as_path, atomic_write, bucket_errors, cache_folder, is_bucket
+from vit_jax.files import as_path, atomic_write, bucket_errors, cache_folder, is_bucket, list_folder
 from vit_jax.models import FAMILIES, LiT, Spec
 from vit_jax.models.family import weightless_fields
 from vit_jax.models.kernels import choose_kernels
@@ -555,11 +555,24 @@ def find_weights(source: str | os.PathLike) -> tuple[Path, str | None]:
             return weights, tower
         if (path / "config.json").is_file():
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
+        if last := _last_of_the_original(path):
+            return last, tower
         raise UserError(
             f"{path} is no workdir of a training run and no folder of timm or transformers: it "
             f"holds no {WEIGHTS} and no model.safetensors"
         )
     return path, tower
+
+
+def _last_of_the_original(workdir: Any) -> Any | None:
+    """The last checkpoint_N in a folder of the original's training, which is said; None if there is
+    none."""
+    found = [name for name in list_folder(workdir) if re.fullmatch(r"checkpoint_\d+", name)]
+    if not found:
+        return None
+    last = max(found, key=lambda name: int(name.rpartition("_")[2]))
+    _log.warning("%s: its last checkpoint is taken, %s", workdir, last)
+    return workdir / last
 
 
 ORBAX_MARKERS = ("_CHECKPOINT_METADATA", "_METADATA")
@@ -578,7 +591,9 @@ def _copy_from_bucket(path: Any) -> Path:
         elif (path / "config.json").exists():
             raise UserError(f"the run in {path} has not finished: start it again, and it goes on")
         elif path.is_dir() and not any((path / name).exists() for name in ORBAX_MARKERS):
-            raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
+            if not (last := _last_of_the_original(path)):
+                raise UserError(f"{path} is no workdir of a training run: it holds no {WEIGHTS}")
+            path = last
     siblings = huggingface.CONFIGS if path.suffix in huggingface.ENDINGS else ()
     return local_copy(path, beside=(".json", ".txt", ".model"), siblings=siblings)
 

@@ -2,12 +2,15 @@
 
 import json
 
+import flax
 import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
+import optax
 import pytest
-from flax.serialization import msgpack_serialize, to_state_dict
+from flax.serialization import msgpack_serialize
+from flax.training.checkpoints import save_checkpoint
 from flax.traverse_util import unflatten_dict
 
 from tests import families
@@ -174,11 +177,35 @@ def test_damaged_files_are_one_line(tmp_path):
         assert [*arrays] == ["model/embed/wte/kernel"]
 
 
-def test_a_checkpoint_of_the_originals_training_is_loaded_without_its_optimizer(tmp_path):
+@pytest.fixture(params=["msgpack", "Orbax"])
+def original(request, tmp_path):
+    """(workdir, network): what the original's training saves, as Flax does by default or did."""
     vit = families.make("MAP", tmp_path)
-    state = (vit.params, {"trace": vit.params}, np.int32(7))
-    path = tmp_path / "checkpoint_7"
-    path.write_bytes(msgpack_serialize(to_state_dict(state)))
-    found = load(path)
-    assert found.spec.num_classes == vit.spec.num_classes
-    jax.tree.map(np.testing.assert_array_equal, found.params, vit.params)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(optax.constant_schedule(0.1)))
+    state = optimizer.init(vit.params), optax.trace(0.9).init(vit.params)
+    before = flax.config.flax_use_orbax_checkpointing
+    flax.config.update("flax_use_orbax_checkpointing", request.param == "Orbax")
+    try:
+        for step in (9, 10):
+            save_checkpoint(tmp_path / "run", (vit.params, state, step), step, keep=9)
+    finally:
+        flax.config.update("flax_use_orbax_checkpointing", before)
+    assert (tmp_path / "run" / "checkpoint_9").is_dir() == (request.param == "Orbax")
+    return tmp_path / "run", vit
+
+
+def test_a_checkpoint_of_the_originals_training_is_loaded_without_its_optimizer(original, caplog):
+    workdir, vit = original
+    for path in (workdir / "checkpoint_9", workdir.with_name("mine")):
+        if path.name == "mine":
+            (workdir / "checkpoint_9").rename(path)
+        found = load(path)
+        assert found.spec.num_classes == vit.spec.num_classes
+        jax.tree.map(np.testing.assert_array_equal, found.params, vit.params)
+    assert "are taken, those of the network; left out: 1" in caplog.text
+
+
+def test_of_a_workdir_of_the_originals_training_the_last_checkpoint_is_loaded(original, caplog):
+    workdir, vit = original
+    jax.tree.map(np.testing.assert_array_equal, load(workdir).params, vit.params)
+    assert "run: its last checkpoint is taken, checkpoint_10" in caplog.text

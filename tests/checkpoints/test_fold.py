@@ -136,7 +136,7 @@ def test_deit_3_runs_in_the_originals_code_but_for_its_gelu(tmp_path, capsys):
     target = tmp_path / "plain.npz"
     assert main(["convert", str(path), str(target), "--fold"]) == 2
     assert capsys.readouterr().err == (
-        "vit-jax: the original's code has no activation 'gelu_erf', only 'gelu_tanh': say "
+        "vit-jax: the original's code doesn't have activation 'gelu_erf', only 'gelu_tanh': say "
         "--approximate to take that, and see how much the logits change\n"
     )
     assert not target.exists()
@@ -169,6 +169,21 @@ def test_how_much_an_approximation_changes_is_said_in_numbers(tmp_path, capsys):
     assert "difference" not in facts
 
 
+def test_of_answers_that_are_all_0_an_approximation_changes_nothing(tmp_path, capsys):
+    path = written("timm-vit", tmp_path)
+    vit = load(path)
+    vit.params["head"] = {name: np.zeros_like(x) for name, x in vit.params["head"].items()}
+    vit.save(tmp_path / "fresh.npz")
+    arguments = [tmp_path / "fresh.npz", tmp_path / "a.npz", "--fold", "--approximate"]
+
+    text = run(capsys, *arguments)
+    facts = json.loads(run(capsys, *arguments, "--force", "--json"))
+
+    assert "logits of 16 random images change by 0 at most, and all of them were 0; the" in text
+    assert facts["difference"] == {"largest": 0, "relative": None, "top1": 1}
+    assert load(tmp_path / "a.npz").spec.activation == "gelu_tanh"
+
+
 def test_another_epsilon_goes_to_timm_folded_or_approximated(tmp_path, capsys):
     path, folder = written("hf-vit", tmp_path), tmp_path / "timm"
     assert main(["convert", str(path), str(folder), "--to", "timm"]) == 2
@@ -197,7 +212,7 @@ def test_another_epsilon_goes_to_timm_folded_or_approximated(tmp_path, capsys):
 def test_what_the_original_has_not_is_refused_by_name(name, words, tmp_path, capsys):
     arguments = [str(written(name, tmp_path)), str(tmp_path / "a.npz"), "--heads=3"]
     assert main(["convert", *arguments, "--fold", "--approximate"]) == 2
-    assert f"vit-jax: the original's code has no {words}" in capsys.readouterr().err
+    assert f"vit-jax: the original's code doesn't have {words}" in capsys.readouterr().err
     assert not (tmp_path / "a.npz").exists()
 
 
@@ -210,6 +225,8 @@ def test_mistakes_are_one_line_and_nothing_is_replaced(tmp_path, capsys):
         (["a.pt", "--fold"], "expected a name that ends in"),
         (["there.npz", "--fold"], "there.json is there already"),
         (["model.npz", "--fold", "--force"], "model.npz would share"),
+        (["there.json", "--to=timm"], "there.json is a file, expected a folder to write to"),
+        (["there.json/x", "--to=hf"], "can't make the folder"),
     ]:
         target, *options = arguments
         assert main(["convert", str(path), str(tmp_path / target), *options]) == 2

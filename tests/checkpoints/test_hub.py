@@ -250,6 +250,18 @@ def test_weights_may_have_nothing_beside_them(mirror, theirs):
     assert len(mirror.asked) == 3
 
 
+@pytest.mark.parametrize("page", [b"<html>no such page</html>", b"[]", b"\xff", b"[" * 100_000])
+def test_a_page_that_stands_for_an_absent_file_is_left_out_and_that_is_said(
+    mirror, theirs, caplog, page
+):
+    mirror.content["/files/config.json"] = mirror.content["/files/preprocessor_config.json"] = page
+    for _ in range(2):
+        assert vit_jax.load(theirs, heads=3).spec.layer_norm_epsilon == 1e-12
+    assert caplog.text.count("gives no JSON object and is left out") == 2
+    assert "files/config.json gives no" in caplog.text
+    assert not [*cache_path(theirs).parent.glob("*.json")]
+
+
 def test_what_describes_them_has_a_largest_size(mirror, theirs, monkeypatch):
     monkeypatch.setattr(hub, "_TEXT", 10_000)
     mirror.content["/files/config.json"] = b"{" + b" " * 20_000 + b"}"

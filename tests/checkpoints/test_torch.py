@@ -122,6 +122,24 @@ def test_the_preprocessing_is_written_and_comes_back(text, library, tmp_path, ca
     assert "doesn't resize" not in caplog.text
 
 
+@pytest.mark.parametrize("library", ["timm", "hf"])
+@pytest.mark.parametrize("short", ["(13, 22)", "22", "(18, 22)"])
+def test_a_crop_that_is_not_square_is_written_where_they_have_it(short, library, tmp_path, caplog):
+    even = ", round_even=True" if library == "timm" else ""
+    text = f"resize_small({short}, method='pil_bicubic')|central_crop((12, 20){even})|"
+    text += "value_range(-1, 1)"
+    vit = dataclasses.replace(ours("the original", image_size=(12, 20)), preprocess=text)
+
+    again = load(exported(vit, tmp_path, library))
+
+    if short == {"timm": "(13, 22)", "hf": "22"}[library]:
+        assert again.preprocess == text
+        assert "doesn't resize" not in caplog.text
+    else:
+        assert again.preprocess == "resize((12, 20), method='pil_bilinear')|value_range(-1, 1)"
+        assert "doesn't resize images as" in caplog.text
+
+
 def test_notes_of_other_weights_are_not_left_beside_what_is_written(tmp_path):
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(UserError, match=r"model\.json would be taken for the notes of what is"):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -91,6 +92,14 @@ def test_info_names_the_arrays_that_hold_no_numbers(weights, tmp_path, fails, ca
     text = "values         no weights to use: NaN or infinite (1): head/bias 1 of "
     assert text in capfd.readouterr().out
     assert "head/bias" in fails("predict", tmp_path / "w.npz", "absent.jpg")
+
+
+def test_a_run_stays_one_with_its_weights_as_another_file_beside_it(whole, tmp_path, capsys):
+    run = shutil.copytree(whole, tmp_path / "run")
+    assert main(["convert", str(run), str(run / "model.safetensors")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--split=test[:7]"]) == 0
+    assert "of 7" in capsys.readouterr().out
 
 
 def test_evaluate_gives_the_figures_of_the_run_and_writes_every_prediction(whole, tmp_path, capsys):

@@ -57,6 +57,26 @@ def test_a_mistake_is_one_line_and_status_2(source, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
 
+def test_several_files_that_are_there_are_named(source, tmp_path, capsys):
+    for name in ("b.npz", "b.json"):
+        (tmp_path / name).write_text("{}")
+    assert main(["convert", source, str(tmp_path / "b.npz")]) == 2
+    assert "b.npz and " in (error := capsys.readouterr().err)
+    assert "b.json are there already: choose another name" in error
+
+
+@pytest.mark.parametrize("library", ["timm", "hf"])
+def test_a_file_is_no_folder_for_a_library_and_nothing_is_loaded_for_that(
+    library, tmp_path, capsys
+):
+    (tmp_path / "there").write_text("mine")
+    arguments = ["convert", str(tmp_path / "absent.npz"), str(tmp_path / "there")]
+    assert main([*arguments, "--to", library, "--force"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("there is a file, expected a folder to write to: choose another\n")
+    assert error.count("\n") == 1
+
+
 def test_force_replaces(source, tmp_path):
     np.savez(tmp_path / "b.npz", x=np.ones(1))
 

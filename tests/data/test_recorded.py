@@ -41,7 +41,12 @@ TIMM = {"input_size": [3, 224, 224], "interpolation": "bicubic", "mean": MEAN, "
         (
             "resize_small(256)|central_crop(224)|value_range(0, 1)",
             (112, 448),
-            "resize_small(512)|central_crop((112, 448))|value_range(0, 1)",
+            "resize_small((128, 512))|central_crop((112, 448))|value_range(0, 1)",
+        ),
+        (
+            f"resize_small(248, {BICUBIC})|central_crop(224)|value_range(0, 1)",
+            (224, 336),
+            f"resize_small((248, 373), {BICUBIC})|central_crop((224, 336))|value_range(0, 1)",
         ),
         ("value_range(-1, 1)", (32, 32), None),
         ("resize_small(224)|value_range(-1, 1)", (32, 32), None),
@@ -141,25 +146,69 @@ def test_what_can_t_be_done_or_understood_is_refused_and_silence_is_none():
             from_config(asked, (224, 224))
 
 
-IMAGES = [(60, 90), (91, 53), (233, 300), (224, 224), (501, 230)]
+@pytest.mark.parametrize("fraction", [0.875, 0.9, 0.96, 1.0])
+def test_a_crop_that_is_not_square_is_the_same_at_any_size(fraction):
+    asked = {"pretrained_cfg": TIMM | {"crop_pct": fraction}}
+    small, other = from_config(asked, (120, 200)), from_config(asked, (240, 336))
+
+    assert at_size(small, (120, 200), (240, 336)) == other
+    assert f"resize_small(({int(240 / fraction)}, {int(336 / fraction)}), " in other
+
+
+@pytest.mark.parametrize(
+    ("shape", "resized"),
+    [
+        ((60, 100), (13, 22)),  # 13.2: the width decides.
+        ((100, 60), (37, 22)),  # 36.7
+        ((50, 100), (13, 26)),  # The height.
+        ((13, 22), (13, 22)),
+        ((7, 100), (13, 186)),  # 185.7
+    ],
+)
+def test_an_image_covers_both_sides_of_a_pair_and_keeps_its_aspect(shape, resized):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    text = from_config({"pretrained_cfg": TIMM | {"crop_pct": 0.9}}, (12, 20))
+    assert text.startswith("resize_small((13, 22), method='pil_bicubic')|central_crop((12, 20), ")
+
+    whole = Image.fromarray(image).resize(resized[::-1], Image.Resampling.BICUBIC)
+    top, left = (round((n - m) / 2) for n, m in zip(resized, (12, 20), strict=True))
+    expected = np.asarray(whole)[top : top + 12, left : left + 20]
+
+    np.testing.assert_array_equal(parse(text.rpartition("|")[0])(image), expected)
+    assert parse("resize_small((13, 22))")(image).shape == (*resized, 3)
+
+
+IMAGES = [(60, 90), (91, 53), (233, 300), (224, 224), (501, 230), (60, 100), (30, 100)]
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("crop", [{"crop_pct": 0.9}, {"crop_pct": 0.875}, {"crop_mode": "squash"}])
 @pytest.mark.parametrize("method", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("size", [224, 240])
+@pytest.mark.parametrize("size", [224, 240, (12, 20), (20, 12), (224, 336), (97, 96)])
 def test_timm_itself_makes_the_same_image(crop, method, size):
     factory = pytest.importorskip("timm.data.transforms_factory")
     asked = TIMM | {"crop_pct": 1.0, "interpolation": method} | crop
     theirs = factory.transforms_imagenet_eval(
         size, asked["crop_pct"], asked.get("crop_mode"), None, method, mean=MEAN, std=STD
     )
-    ours = parse(from_config({"pretrained_cfg": asked}, (size, size)))
+    pair = size if isinstance(size, tuple) else (size, size)
+    ours = parse(from_config({"pretrained_cfg": asked}, pair))
     for shape in IMAGES:
         image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
         expected = theirs(Image.fromarray(image)).permute(1, 2, 0).numpy()
         # A grey level is 0.017 here.
         np.testing.assert_allclose(ours(image), expected, atol=1e-5)
+
+
+@pytest.mark.reference
+def test_timm_resizes_every_image_to_the_same_pixels():
+    resize = pytest.importorskip("timm.data.transforms").ResizeKeepRatio
+    rng = np.random.default_rng(0)
+    ours = parse("resize_small((20, 30), method='pil_nearest')")
+    for height, width in rng.integers(1, 200, (2000, 2)):
+        image = np.zeros((height, width, 3), np.uint8)
+        expected = resize.get_params(Image.fromarray(image), (20, 30), 0.0)
+        assert list(ours(image).shape[:2]) == expected
 
 
 @pytest.mark.reference

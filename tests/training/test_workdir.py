@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit_jax.errors import UserError
-from vit_jax.training.workdir import MetricsWriter, read_config, read_metrics
+from vit_jax.training.workdir import MetricsWriter, is_workdir, read_config, read_metrics
 
 
 def events(workdir):
@@ -205,6 +205,27 @@ def test_a_config_that_is_none_is_the_users_mistake(tmp_path, content):
         UserError, match=r"config\.json (is damaged|can't be read) \(.*: choose another workdir"
     ):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "alone", "beside_weights"),
+    [
+        ('{"dataset": "digits"}', True, True),
+        ('{"model_type": "vit"}', False, False),
+        ('{"architecture": "vit_base_patch16_224"}', False, False),
+        ('{"architectures": ["ViTModel"]}', False, False),
+        ("[", True, False),  # Whose it was the weights tell.
+    ],
+)
+def test_whose_a_folder_is_its_config_says(tmp_path, content, alone, beside_weights):
+    assert not is_workdir(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    assert is_workdir(tmp_path) == alone
+    (tmp_path / "model.safetensors").write_text("")
+    assert is_workdir(tmp_path) == beside_weights
+    if content.startswith("{") and not alone:
+        with pytest.raises(UserError, match="is a folder of timm or transformers: choose another"):
+            read_config(tmp_path)
 
 
 def records_or_error(path):

@@ -129,7 +129,8 @@ def check_free(files: Iterable[Path], force: bool) -> None:
     there = [str(file) for file in files if file.exists()]
     if there and not force:
         raise UserError(
-            f"{' and '.join(there)} is there already: choose another name, or say --force"
+            f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} there already: choose "
+            "another name, or say --force"
         )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ _HF_ACTIVATIONS = _TIMM_ACTIVATIONS | {"gelu_tanh": "gelu_pytorch_tanh"}
 # What these libraries do to images: squeeze them, or cut the middle out, and normalise.
 _PREPROCESS = re.compile(
     r"(?:resize\((?P<whole>[\d, ()]+), method='pil_(?P<squeeze>\w+)'\)"
-    r"|resize_small\((?P<short>\d+), method='pil_(?P<method>\w+)'\)"
+    r"|resize_small\((?P<short>\d+|\(\d+, \d+\)), method='pil_(?P<method>\w+)'\)"
     r"\|central_crop\((?P<crop>\d+|\(\d+, \d+\))(?P<even>, round_even=True)?\))"
     r"\|(?:value_range|normalize)\("
 )
@@ -68,8 +67,8 @@ def export(
 
     Raises UserError with the field that the library can't compute, or if a file is there already.
     """
-    if library not in LIBRARIES:
-        raise UserError(f"unknown library {library!r}, expected one of {', '.join(LIBRARIES)}")
+    folder = Path(folder)
+    names = check_folder(folder, library, force)
     _refuse(library, {f"a {spec.kind}": type(spec.module) not in _WRITERS})
     own = _WRITERS[type(spec.module)][library]
     values, resizing = _values(preprocess, spec.channels), _resizing(library, preprocess, spec)
@@ -80,21 +79,15 @@ def export(
         else:
             _log.warning("timm notes no loss: that classes don't exclude each other is not written")
     tensors = torch.write_torch(written, table, spec.num_layers)
-    files: dict[str, Any] = {"config.json": config}
+    files = {names[1]: config}
     if library == "hf":
-        files["preprocessor_config.json"] = _processor(spec, values, resizing)
+        files[names[2]] = _processor(spec, values, resizing)
     else:
         config["pretrained_cfg"] |= _timm_preprocessing(spec, values, resizing)
-    folder = Path(folder)
-    names = ["model.safetensors", *files]
-    if not force and (there := [name for name in names if (folder / name).exists()]):
-        raise UserError(f"{folder} has {' and '.join(there)} already: choose another, or --force")
-    if (notes := folder / "model.json").exists():
-        raise UserError(
-            f"{notes} would be taken for the notes of what is written: choose another folder, or "
-            "remove it"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"can't make the folder {folder} ({e.strerror}): choose another") from e
     for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -104,6 +97,24 @@ def export(
     with atomic_write(folder / names[0]) as file:
         file.write(save(plain, metadata={"format": "pt"}))
     return [folder / name for name in names]
+
+
+def check_folder(folder: Path, library: str, force: bool) -> list[str]:
+    """The names of the files that `export` writes to a folder. Raises UserError if it may not."""
+    if library not in LIBRARIES:
+        raise UserError(f"unknown library {library!r}, expected one of {', '.join(LIBRARIES)}")
+    names = ["model.safetensors", "config.json"]
+    names += ["preprocessor_config.json"] * (library == "hf")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{folder} is a file, expected a folder to write to: choose another")
+    if not force and (there := [name for name in names if (folder / name).exists()]):
+        raise UserError(f"{folder} has {' and '.join(there)} already: choose another, or --force")
+    if (notes := folder / "model.json").exists():
+        raise UserError(
+            f"{notes} would be taken for the notes of what is written: choose another folder, or "
+            "remove it"
+        )
+    return names
 
 
 def _refuse(library: str, problems: Mapping[str, bool]) -> None:
@@ -131,40 +142,41 @@ def _values(preprocess: str, channels: int) -> tuple[list[float], list[float]]:
 
 
 class _Resizing(NamedTuple):
-    """`short` pixels for the shorter side, from which the middle is cut; None for a squeeze."""
+    """A squeeze, or with `crop` the fraction that timm cuts out, and transformers' shorter side."""
 
     method: str
-    short: int | None
+    crop: tuple[float, int] | None = None
 
 
 def _resizing(library: str, preprocess: str, spec: Spec) -> _Resizing:
     """How images are resized, or how the library comes nearest, which is said."""
+    from vit_jax.data.recorded import crop_fraction  # Slow to import.
+
     height, width = spec.image_size
     size = str(height) if height == width else f"({height}, {width})"
     if found := _PREPROCESS.match(preprocess):
         if found["whole"] == size:
-            return _Resizing(found["squeeze"], None)
+            return _Resizing(found["squeeze"])
         # Of an odd rest each library leaves the odd pixel on the side that it says.
         if found["crop"] == size and bool(found["even"]) == (library == "timm"):
-            return _Resizing(found["method"], int(found["short"]))
+            high, *wide = map(int, re.findall(r"\d+", found["short"]))
+            fraction = crop_fraction(spec.image_size, (high, wide[0] if wide else high))
+            # Transformers has no pair, timm for images that aren't square nothing else.
+            if fraction if library == "timm" else not wide:
+                return _Resizing(found["method"], (fraction or 1.0, high))
     nearest = f"resize({size}, method='pil_bilinear')"
     _log.warning(
         "%s doesn't resize images as %s does: %s is written in its place",
         *(_NAMES[library], repr(preprocess), nearest),
     )
-    return _Resizing("bilinear", None)
+    return _Resizing("bilinear")
 
 
 def _timm_preprocessing(spec: Spec, values: Any, resizing: _Resizing) -> dict[str, Any]:
-    crop = 1.0
-    if resizing.short:  # The shortest fraction of which timm makes that size again.
-        longer = max(spec.image_size)
-        fractions = (round(longer / resizing.short, digits) for digits in range(1, 17))
-        crop = next(f for f in fractions if f and math.floor(longer / f) == resizing.short)
     return {
         "interpolation": resizing.method,
-        "crop_pct": crop,
-        "crop_mode": "center" if resizing.short else "squash",
+        "crop_pct": resizing.crop[0] if resizing.crop else 1.0,
+        "crop_mode": "center" if resizing.crop else "squash",
         "mean": values[0],
         "std": values[1],
     }
@@ -383,12 +395,12 @@ def _prefixed(table: torch.Table, prefix: str) -> torch.Table:
 
 def _processor(spec: Spec, values: Any, resizing: _Resizing) -> dict[str, Any]:
     size = dict(zip(("height", "width"), spec.image_size, strict=True))
-    cut = {"do_center_crop": True, "crop_size": size} if resizing.short else {}
+    cut = {"do_center_crop": True, "crop_size": size} if resizing.crop else {}
     return {
         # This one cuts, that one doesn't.
         "image_processor_type": "BitImageProcessor" if cut else "ViTImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": resizing.short} if cut else size,
+        "size": {"shortest_edge": resizing.crop[1]} if resizing.crop else size,
         "resample": _RESAMPLE[resizing.method],
         "do_rescale": True,
         "rescale_factor": 1 / 255,

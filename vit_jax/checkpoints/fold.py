@@ -148,12 +148,12 @@ def check_original(spec: Spec) -> None:
     near, replaced = approximated(spec, None)
     if left:
         raise UserError(
-            f"the original's code has no {' nor '.join(left)}, and nothing there gives the same: "
-            "leave --fold out"
+            f"the original's code doesn't have {' nor '.join(left)}, and nothing there gives the "
+            "same: leave --fold out"
         )
     if replaced:
         theirs = [f"{k} {v!r}, only {getattr(near, k)!r}" for k, v in replaced.items()]
         raise UserError(
-            f"the original's code has no {' nor '.join(theirs)}: say --approximate to take that, "
-            "and see how much the logits change"
+            f"the original's code doesn't have {' nor '.join(theirs)}: say --approximate to take "
+            "that, and see how much the logits change"
         )

@@ -38,7 +38,7 @@ _UNPACKED, _ALWAYS = 20, 512 << 20
 _LARGEST_INDEX = 16 << 20  # Bytes of the .json that names the files of sharded weights.
 _HEADER = 1 << 14  # Bytes of an .npy header that are read; NumPy takes less.
 _BATCH = 1 << 25  # Bytes of the arrays that Orbax writes together.
-_ORIGINAL = re.compile(r"checkpoint_\d+")  # As the original's training writes them.
+_TUPLE = b"\x83\xa10"  # A .msgpack of three values, as the original's training writes them.
 _MAPS = {bytes([code]) for code in (*range(0x81, 0x90), 0xDE, 0xDF)}  # As a .msgpack begins.
 _CRC = "crc32c"  # Under which the checksums stand among what a file holds beside its arrays.
 
@@ -184,7 +184,7 @@ def _opener_of_file(path: Path) -> Callable:
         return _open_safetensors
     if start[:1] == b"{" and path.name.endswith(".index.json"):
         return _open_shards
-    if start[:1] in _MAPS and (path.suffix == ".msgpack" or _ORIGINAL.fullmatch(path.name)):
+    if start[:3] == _TUPLE or (start[:1] in _MAPS and path.suffix == ".msgpack"):
         return _open_msgpack
     found = f"a file that starts with {start!r}" if start else "an empty file"
     if start[:1] == b"\x80":
@@ -479,15 +479,12 @@ def _open_pth(path: Path) -> Iterator[dict[str, LazyArray]]:
 @contextlib.contextmanager
 def _open_msgpack(path: Path) -> Iterator[dict[str, LazyArray]]:
     """What Flax's `msgpack_serialize` wrote; it is read whole. Leaves that are no arrays are left
-    out, and so is what the original's training needs to go on: of the state of a run its weights
-    count."""
+    out."""
     from flax.serialization import msgpack_restore
 
     with _explained(path):
         tree = flatten_dict(msgpack_restore(path.read_bytes()), sep="/")
         arrays = {name: array for name, array in tree.items() if isinstance(array, np.ndarray)}
-        if _ORIGINAL.fullmatch(path.name):  # (weights, state of the optimizer, step)
-            arrays = {name[2:]: array for name, array in arrays.items() if name.startswith("0/")}
     # What it gives can't be written to.
     yield {name: LazyArray(a.shape, a.dtype, a.copy) for name, a in arrays.items()}
 

@@ -8,6 +8,7 @@ stands for https://storage.googleapis.com.
 import contextlib
 import difflib
 import hashlib
+import json
 import logging
 import os
 import re
@@ -72,8 +73,10 @@ def resolve(
     new = not os.path.isfile(cache_path(url, cache_dir))
     if new and cache_path(url).suffix in huggingface.ENDINGS and not _is_offline(offline):
         for file in huggingface.CONFIGS:
-            with contextlib.suppress(AbsentError):
-                fetch(urllib.parse.urljoin(url, file), cache_dir=cache_dir, offline=offline)
+            beside = urllib.parse.urljoin(url, file)
+            if not os.path.isfile(cache_path(beside, cache_dir)):
+                with contextlib.suppress(AbsentError):
+                    _drop_page(fetch(beside, cache_dir=cache_dir, offline=offline), beside)
     try:
         path = fetch(url, cache_dir=cache_dir, offline=offline)
     except UserError as e:
@@ -81,6 +84,18 @@ def resolve(
     for file in sidecars:
         fetch(file, cache_dir=cache_dir, offline=offline)
     return path
+
+
+def _drop_page(file: Path, url: str) -> None:
+    """Removes a .json that nobody asked for if it is none: some servers answer with a page that
+    they have no such file."""
+    try:
+        is_json = type(json.loads(file.read_bytes())) is dict
+    except (ValueError, RecursionError):
+        is_json = False
+    if not is_json:
+        file.unlink(missing_ok=True)
+        _log.warning("%s gives no JSON object and is left out", url)
 
 
 def needs_credentials(address: str) -> bool:

@@ -45,6 +45,12 @@ def weights_in(folder: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def is_theirs(config: Any) -> bool:
+    """Whether a config.json has the content of one of timm or transformers, and is no run's."""
+    names = {"model_type", "architecture", "architectures"}
+    return type(config) is dict and not names.isdisjoint(config)
+
+
 def read_config(folder: Path) -> dict[str, Any] | None:
     """The config.json of timm or transformers in a folder; None if there is none, or it is a run's.
 
@@ -62,8 +68,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
                 raise ValueError("it is no JSON object")
         except (OSError, ValueError, RecursionError) as e:
             raise UserError(f"{file} can't be read ({e}): mend or remove it") from e
-    is_theirs = found["config"].keys() & {"model_type", "architecture"}
-    return found["config"] | {"preprocessor": found["preprocessor_config"]} if is_theirs else None
+    if not is_theirs(found["config"]):
+        return None
+    return found["config"] | {"preprocessor": found["preprocessor_config"]}
 
 
 def licence(weights: Path) -> str | None:

@@ -145,8 +145,11 @@ def unwrap_optimizer(arrays: Arrays) -> Arrays:
     """2020: training checkpoints, in which the parameters lie beside the optimizer's state.
 
     The original code saved a Flax optimizer, "opt/target/..." (its Linen version
-    "optimizer/target/..."); big_vision and Optax's train states have "params/...".
+    "optimizer/target/..."); big_vision and Optax's train states have "params/...". Its Linen
+    version later saved the tuple (parameters, optimizer's state, step), "0/...".
     """
+    if arrays and all(re.match("[012](/|$)", key) for key in arrays):
+        arrays = below(arrays, "0/")
     for prefix in ("opt/target/", "optimizer/target/", "params/"):
         if any(key.startswith(prefix) for key in arrays):
             arrays = below(arrays, prefix)

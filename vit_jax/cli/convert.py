@@ -105,7 +105,7 @@ def _rewritten(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
     from vit_jax.checkpoints import check_ending, to_tree
     from vit_jax.checkpoints.convert import check_free, check_notes
-    from vit_jax.checkpoints.export import export
+    from vit_jax.checkpoints.export import check_folder, export
     from vit_jax.checkpoints.fold import approximated, check_original, fold
     from vit_jax.errors import UserError
     from vit_jax.files import expand_user
@@ -118,7 +118,9 @@ def _rewritten(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             else "--fold writes float32: leave --dtype out"
         )
     target = Path(expand_user(args.target))
-    if not args.to:
+    if args.to:
+        check_folder(target, args.to, args.force)
+    else:
         check_ending(target)
         source, notes = find_weights(args.source)[0].resolve(), target.with_suffix(".json")
         check_notes(target, source)
@@ -173,11 +175,12 @@ def _difference(exact: "Pretrained", other: "Pretrained") -> tuple[dict[str, Any
     rows, columns = (np.arange(size) * 8 // size for size in (height, width))
     images = parse(exact.preprocess).range(blocks[:, rows][:, :, columns].astype(np.float32))
     before, after = exact(images), other(images)
-    largest = float(np.abs(after - before).max())
-    facts = {"largest": largest, "relative": largest / float(np.abs(before).max())}
+    largest, scale = float(np.abs(after - before).max()), float(np.abs(before).max())
+    facts = {"largest": largest, "relative": largest / scale if scale else None}
     text = (
         f"so {'features' if exact.spec.num_classes is None else 'logits'} of {_RANDOM} random "
-        f"images change by {largest:.3g} at most, {facts['relative']:.2g} of the largest"
+        f"images change by {largest:.3g} at most, "
+        + (f"{facts['relative']:.2g} of the largest" if scale else "and all of them were 0")
     )
     if exact.spec.num_classes is not None:
         facts["top1"] = float((before.argmax(-1) == after.argmax(-1)).mean())

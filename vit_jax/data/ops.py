@@ -288,19 +288,25 @@ def resize(size: Size, antialias: bool = False, method: Method = "bilinear") -> 
 
 
 @op
-def resize_small(size: Pixels, antialias: bool = False, method: Method = "bilinear") -> Step:
+def resize_small(size: Size, antialias: bool = False, method: Method = "bilinear") -> Step:
     """The shorter side resized to `size`; the aspect is kept, to the nearest pixel.
 
-    With a method of Pillow's, to a whole pixel below, as torchvision does.
+    Of a pair (h, w) the image becomes as small as covers both. With a method of Pillow's and one
+    number the longer side is cut to a whole pixel below, as torchvision does; timm, whose pairs
+    these are, rounds.
     """
     _check_method(method, antialias)
 
     def apply(image: np.ndarray, rng: np.random.Generator, rounded: bool = False) -> np.ndarray:
         height, width = image.shape[:2]
-        scale, short = size / min(height, width), min(height, width)
+        scale = max(size[0] / height, size[1] / width)
         result = round(height * scale), round(width * scale)
-        if method != "bilinear":
-            result = int(size * height / short), int(size * width / short)
+        if method != "bilinear" and size[0] == size[1]:
+            short = min(height, width)
+            result = int(size[0] * height / short), int(size[0] * width / short)
+        elif method != "bilinear":
+            ratio = min(height / size[0], width / size[1])
+            result = round(height / ratio), round(width / ratio)
         return _resized(image, rng, result, antialias, rounded, method)
 
     return Step(apply, size=None, can_round=True)
@@ -402,7 +408,7 @@ def _margin(name: str, image: np.ndarray, size: Size) -> Size:
     if min(margin) < 0:
         raise UserError(
             f"{name}: the image is {image.shape[0]} x {image.shape[1]}, expected "
-            f"{size[0]} x {size[1]} or larger; put resize_small({max(size)}) before it"
+            f"{size[0]} x {size[1]} or larger; put resize_small({spelled(size)}) before it"
         )
     return margin
 

@@ -27,27 +27,27 @@ def at_size(text: str, old: Size, new: Size) -> str | None:
     """
 
     def resized(match: re.Match) -> str:
-        if match[1] == "resize_small":  # Large enough for the longer side.
-            return f"resize_small({_beyond(max(old), int(match[2]), max(new))}"
-        pair = (match[2] or match[3], match[2] or match[4])
-        sizes = [_beyond(o, int(p), n) for o, p, n in zip(old, pair, new, strict=True)]
-        return f"{match[1]}({_size(sizes)}"
+        sides = int(match[2] or match[3]), int(match[2] or match[4])
+        if fraction := crop_fraction(old, sides):
+            return f"{match[1]}({_size(_whole(new, fraction))}"
+        scaled = [round(n * side / o) for n, side, o in zip(new, sides, old, strict=True)]
+        return f"{match[1]}({_size(scaled)}"
 
     preprocess = parse(_SIZED.sub(resized, parse(text).spec))
     fits = "resize" in text and preprocess.output_size == new
     return preprocess.spec if fits else None
 
 
-def _beyond(old: int, resized: int, new: int) -> int:
-    """What `new` pixels are cut out of, if `old` were of `resized`: of 0.875, the same again.
+def crop_fraction(size: Size, resized: Size) -> float | None:
+    """The `crop_pct` by which timm resizes to `resized`, to cut `size` out of it: of 248 pixels 224
+    are 0.9, the shortest fraction that gives them. None if no fraction gives both sides."""
+    most = min(n / side for n, side in zip(size, resized, strict=True))
+    fractions = (math.floor(most * 10**digits) / 10**digits for digits in range(1, 17))
+    return next((f for f in fractions if f and _whole(size, f) == resized), None)
 
-    The fraction is the shortest that gives `resized`: 224 of 248 are 0.9 of it.
-    """
-    for digits in range(1, 5):
-        fraction = round(old / resized, digits)
-        if fraction and math.floor(old / fraction) == resized:
-            return math.floor(new / fraction)
-    return round(new * resized / old)
+
+def _whole(size: Size, fraction: float) -> Size:
+    return math.floor(size[0] / fraction), math.floor(size[1] / fraction)
 
 
 def _size(sizes: Any) -> str:
@@ -86,12 +86,12 @@ def _of_timm(asked: Mapping[str, Any], size: Size) -> str:
     """timm.data.transforms_factory.transforms_imagenet_eval, whose defaults these are."""
     crop, mode = asked.get("crop_pct") or 0.875, asked.get("crop_mode") or "center"
     method = f"method='pil_{asked.get('interpolation') or 'bicubic'}'"
-    scaled = [math.floor(n / crop) for n in size]
+    scaled = _whole(size, crop)
     if mode not in ("center", "squash"):
         raise ValueError(f"crop_mode {mode!r}")
-    first = f"resize({_size(scaled)}" if mode == "squash" else f"resize_small({max(scaled)}"
+    first = f"{'resize' if mode == 'squash' else 'resize_small'}({_size(scaled)}"
     cut = f"central_crop({_size(size)}, round_even=True)|"
-    if mode == "squash" and tuple(scaled) == size:
+    if mode == "squash" and scaled == size:
         cut = ""
     mean, std = (
         asked.get("mean") or (0.485, 0.456, 0.406),

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.buckets import Claim, GrowingFiles, check_claim
 from vit_jax.checkpoints.hub import needs_credentials
-from vit_jax.checkpoints.huggingface import weights_in
+from vit_jax.checkpoints.huggingface import is_theirs, weights_in
 from vit_jax.errors import UserError
 from vit_jax.files import (
     as_path,
@@ -193,14 +193,24 @@ def write_config(workdir: epath.Path, config: ConfigDict, fingerprints: Mapping[
 
 def is_workdir(path: str | os.PathLike) -> bool:
     """Whether a path is the workdir of a run, here or in a bucket that can be read."""
-    # A folder of timm or transformers has a config.json, too.
     if not is_bucket(path):
-        folder = Path(path).expanduser()
-        return os.path.isfile(folder / CONFIG) and not weights_in(folder)
+        file = Path(path).expanduser() / CONFIG
+        return os.path.isfile(file) and not _is_theirs(file)
     if not needs_credentials(os.fspath(path)):
         return False
     with bucket_errors(path):
-        return (as_path(path) / CONFIG).exists() and not weights_in(as_path(path))
+        remote = as_path(path) / CONFIG
+        return remote.exists() and not _is_theirs(remote)
+
+
+def _is_theirs(config: Any) -> bool:
+    """Whether a folder's config.json is timm's or transformers'. Of a damaged one that is told by
+    their weights beside it, which may also lie in the folder of a run."""
+    try:
+        with open_file(config) as file:
+            return is_theirs(json.loads(file.read()))
+    except (OSError, ValueError, RecursionError):
+        return weights_in(config.parent) is not None
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -217,7 +227,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     try:
         return config_from_json(content.decode())
     except (ValueError, AttributeError, RecursionError) as e:
-        if weights_in(file.parent):
+        if _is_theirs(file):
             folder = f"{workdir} is a folder of timm or transformers"
             raise UserError(f"{folder}: choose another workdir") from e
         raise UserError(f"{file} is damaged ({e}): choose another workdir") from e
