@@ -147,9 +147,12 @@ def test_pre_logits_that_are_not_there_can_not_be_kept():
         spec.adapt(arrays, pre_logits=True)
 
 
-def test_no_classes_are_refused():
-    with pytest.raises(UserError, match="num_classes is 0, expected at least 1"):
-        SPEC.adapt(ARRAYS, num_classes=0)
+def test_no_classes_leave_the_head_out_and_fewer_are_refused():
+    arrays, spec = SPEC.adapt(ARRAYS, num_classes=0)
+    assert spec == SPEC.replace(num_classes=None)
+    assert arrays.keys() == spec.shapes().keys()
+    with pytest.raises(UserError, match="num_classes is -1, expected at least 0"):
+        SPEC.adapt(ARRAYS, num_classes=-1)
 
 
 def test_another_size_resamples_the_positions_and_nothing_else():

@@ -129,6 +129,19 @@ FIELDS: dict[str, dict[str, Effect | str]] = {
         "None": "config.model.resnet is None of type NoneType, expected tuple",
     },
     # Of a Mixer.
+    # Of Swin and T2T-ViT.
+    **{
+        f"model.{name}": {value: f"unknown field '{name}' of model ViT-Ti_16"}
+        for name, value in {
+            "depths": "(2, 2)",
+            "heads": "(3, 6)",
+            "mlp_ratio": "4.0",
+            "pretrained_windows": "(0, 0)",
+            "token_attention": "transformer",
+            "version": "2",
+            "window": "4",
+        }.items()
+    },
     "model.tokens_mlp_dim": {"8": "unknown field 'tokens_mlp_dim' of model ViT-Ti_16"},
     "model.channels_mlp_dim": {"8": "unknown field 'channels_mlp_dim' of model ViT-Ti_16"},
     "model_or_filename": {
