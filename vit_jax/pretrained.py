@@ -462,8 +462,8 @@ def load(
         (height, width), resamples them.
         Images are then made that large as recorded: by the same method, with the same crop and
         values.
-      pre_logits: None keeps the tanh layer before the head with a kept head and drops it with a new
-        one (the paper's fine-tuning); True and False say so outright.
+      pre_logits: None keeps the tanh layer before the head with a kept head or none, and drops it
+        with a new one (the paper's fine-tuning); True and False say so outright.
       classifier: how tokens are pooled, where neither the arrays nor notes beside them tell it or
         they are wrong: "gap", "first" (big_vision's "0"), "unpooled" ("none"), "token_unpooled".
       heads: attention heads, of a file of PyTorch's that doesn't tell them.

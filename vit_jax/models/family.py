@@ -175,7 +175,7 @@ class ImageModel(nn.Module):
                 "pre_logits=True, but the weights have no pre_logits layer: leave it out"
             )
         model = self
-        if stored is not None and not ((num_classes is None) if pre_logits is None else pre_logits):
+        if stored is not None and not (not num_classes if pre_logits is None else pre_logits):
             if num_classes is None and self.num_classes and stored != self.hidden_size:
                 raise UserError(
                     f"the head takes {stored} features and does not fit without pre_logits, "
@@ -422,8 +422,8 @@ class Spec:
           arrays: {"a/b/c": array}, see `checkpoints.load_weights`.
           num_classes: None keeps the head; a number puts a new head of zeros in its place, 0 none.
           image_size: (height, width); None keeps the grid, else positions are resampled.
-          pre_logits: None keeps the tanh layer with a kept head and drops it with a new one, as the
-            paper's fine-tuning does; True keeps it, False drops it.
+          pre_logits: None keeps the tanh layer with a kept head or none and drops it with a new
+            one, as the paper's fine-tuning does; True keeps it, False drops it.
           channels: None keeps the first layer; a number changes it, see `ImageModel.with_channels`.
           window: None keeps the windows, of which only a Swin Transformer has any.
 
