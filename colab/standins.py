@@ -223,4 +223,4 @@ def lit(path: Path, *, unseen: Sequence[str] = (), steps: int = 400) -> None:
         texts, true = questions[number % len(questions)]
         params, state = step(params, state, texts, true[row])
     params = jax.device_get(params) | {"img": locked}
-    PretrainedLiT(model, params, spec, None, tower.preprocess, vocabulary).save(path)
+    PretrainedLiT(model, params, spec, None, tower.preprocess, vocabulary=vocabulary).save(path)
