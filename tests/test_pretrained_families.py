@@ -320,7 +320,16 @@ def test_a_missing_vocabulary_is_asked_for_when_it_is_needed(saved):
     assert not path.with_name("copy.txt").exists()
 
 
-@pytest.mark.parametrize("family", SPECS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            name,
+            marks=[] if name in ("Swin", "Mixer", "LiT") else [pytest.mark.slow, pytest.mark.ci],
+        )
+        for name in SPECS
+    ],
+)
 def test_every_family_has_pooled_features_and_those_of_its_patches(family, tmp_path):
     vit = make(family, tmp_path)
     h, w = vit.image_size

@@ -176,6 +176,8 @@ def test_features_are_written_for_numpy_and_for_arrow(vit, paths, tmp_path):
         assert (table["path"], table["error"]) == (paths, found["errors"].tolist())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("options", "name", "message"),
     [

@@ -47,7 +47,9 @@ def test_each_token_has_one_place(size, window, shift):
 
 
 @pytest.mark.parametrize("family", ["Swin", "Swin v2"])
-@pytest.mark.parametrize("size", [(16, 16), (24, 30)])
+@pytest.mark.parametrize(
+    "size", [(24, 30), pytest.param((16, 16), marks=[pytest.mark.slow, pytest.mark.ci])]
+)
 def test_looking_changes_nothing_and_the_last_stage_is_shown(family, size, make):
     vit = make(family, size)
     pixels, tower = noise(vit), open_tower(vit)
@@ -83,6 +85,10 @@ def test_the_other_stages_show_what_each_token_receives(make):
         assert 0 < values.sum() <= 1 + 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.ci
 def test_all_maps_are_those_of_the_last_stage(make):
     vit = make("Swin", (24, 24))
     image = noise(vit)

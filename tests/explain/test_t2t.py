@@ -18,7 +18,9 @@ def image(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("kind", ["performer", "transformer"])
+@pytest.mark.parametrize(
+    "kind", ["performer", pytest.param("transformer", marks=[pytest.mark.slow, pytest.mark.ci])]
+)
 def test_the_page_shows_what_each_step_of_the_tokens_attends_to(kind, network, image):
     vit = network("T2T", token_attention=kind)
     # Of vectors so long that their features vanish nobody would get attention.

@@ -245,6 +245,8 @@ def test_stochastic_depth_leaves_out_a_whole_branch_of_an_image():
     assert len(np.unique(outputs.round(3), axis=0)) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("fields", [{}, V2], ids=["v1", "v2"])
 def test_bfloat16_keeps_float32_parameters_and_logits(fields):
     model, images = mini(**fields), random_images(4, 16, 12, 3)
@@ -369,6 +371,8 @@ def test_flattened_weights_keep_their_names_through_a_stack():
     assert flatten_dict(again, sep="/").keys() == flatten_dict(zeros, sep="/").keys()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("fields", [{}, V2], ids=["v1", "v2"])
 def test_it_is_exported_for_any_number_of_images(fields):
     model, x = mini(**fields), random_images(2, 10, 14, 3)

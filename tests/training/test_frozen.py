@@ -22,7 +22,9 @@ def numbers(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "optim", ["adamw", pytest.param("sgd", marks=[pytest.mark.slow, pytest.mark.ci])]
+)
 def test_a_step_changes_all_weights_but_those_that_are_constants(optim):
     model = T2TViT(**t2t.SMALL)
     images = random_images(4, 32, 32, 3)
