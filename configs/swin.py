@@ -3,8 +3,9 @@ arXiv:2111.09883).
 
     vit-jax train --config=configs/swin.py:Swin-T_4-w7 --workdir=WORKDIR
 
-The argument is the model's name. The settings are for batches of 1,024. What differs from the
-published run, because it isn't here:
+The argument is the model's name, of those that were trained so (others began with ImageNet-21k, or
+were fine-tuned). The settings are for batches of 1,024. What differs from the published run, because
+it isn't here:
 
 - The rate falls to 0; theirs to 5e-6. Theirs warms up from 5e-7, this from 0.
 - RandAugment always applies its two operations, at one magnitude; theirs each of them half of the
@@ -24,18 +25,24 @@ from vit_jax.errors import UserError
 from vit_jax.models import SwinTransformer, variant
 from vit_jax.training import default_config
 
-# Stochastic depth; of Swin-L, which was trained on ImageNet-21k alone, that of this training.
-DEPTH_RATES = {"T": 0.2, "S": 0.3, "B": 0.5, "L": 0.2}
+# Stochastic depth.
+DEPTH_RATES = {"T": 0.2, "S": 0.3, "B": 0.5}
+# What was trained on ImageNet's 1,000 classes from the start.
+FROM_SCRATCH = (
+    *(f"Swin-{size}_4-w7" for size in DEPTH_RATES),
+    "Swin-T_4-c24-w8",
+    *(f"SwinV2-{size}_4-w{window}" for size in DEPTH_RATES for window in (8, 16)),
+)
 _EPOCH = 1_281_167 // 1024  # In steps.
 _NORMALIZE = "normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))"
 
 
 def get_config(arg: str = ""):
     """The configuration for a model, e.g. "Swin-T_4-w7"."""
-    if arg not in SwinTransformer.variants:
+    if arg not in FROM_SCRATCH:
         raise UserError(
-            f"swin.py needs one of {', '.join(SwinTransformer.variants)}, found {arg!r}: e.g. "
-            "configs/swin.py:Swin-T_4-w7"
+            f"swin.py needs one of {', '.join(FROM_SCRATCH)}, found {arg!r}: others were trained "
+            "on ImageNet-21k, or fine-tuned, by other settings"
         )
     size = SwinTransformer(None, **variant(arg)).usual_size[0]
     config = default_config()
@@ -52,8 +59,6 @@ def get_config(arg: str = ""):
         f"resize_small({256 * size // 224}, method='pil_bicubic')"
         f"|central_crop({size}, round_even=True)|{_NORMALIZE}"
     )
-    if size > 256:  # The whole image.
-        config.pp.eval = f"resize({size}, method='pil_bicubic')|{_NORMALIZE}"
     config.mixup = 0.8
     config.cutmix = 1.0
     config.label_smoothing = 0.1

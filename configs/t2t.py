@@ -14,8 +14,8 @@ run, because it isn't here:
   one as far from the end of the batch.
 - Random crops are bicubic; theirs bicubic or bilinear by chance. What is erased becomes noise of
   bytes; theirs is of normalised values, after the normalisation.
-- First weights of the blocks are those of a ViT here; theirs are normal, of deviation 0.02, as in
-  the tokens-to-token module of both.
+- First weights of the blocks are those of a ViT here, and zeros of the head and the class token;
+  theirs are normal, of deviation 0.02, as in the tokens-to-token module of both.
 
 Of its variants "14-resnext" and "14-wide" no settings were published: they have those of "14".
 Its fine-tuning on CIFAR has a hundredth of the head's rate for all else, for which there is no

@@ -21,7 +21,7 @@ ARGUMENTS = {
     "augreg": "Ti_16",
     "finetune_folder": "digits",
     "t2t": "14",
-    "swin": "SwinV2-B_4-w12to24",
+    "swin": "SwinV2-B_4-w16",
 }
 
 
@@ -88,6 +88,34 @@ def test_t2t_is_the_published_recipe(arg, model, rates):
     assert (config.batch, config.total_steps, config.warmup_steps) == (512, 775_620, 25_020)
     assert (config.mixup, config.cutmix, config.label_smoothing) == (0.8, 1.0, 0.1)
     assert data.parse(config.pp.eval).output_size == (224, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "size", "resized"),
+    [
+        ("Swin-T_4-w7", 0.2, 224, 256),
+        ("Swin-S_4-w7", 0.3, 224, 256),
+        ("Swin-B_4-w7", 0.5, 224, 256),
+        ("SwinV2-T_4-w8", 0.2, 256, 292),
+    ],
+)
+def test_swin_is_the_published_recipe(name, rate, size, resized):
+    """Section "Image classification" of arXiv:2103.14030, A2.1."""
+    config = check_config(load_config(f"configs/swin.py:{name}"))
+    assert (config.model.name, config.model.stochastic_depth_rate) == (name, rate)
+    assert (config.optim, config.base_lr, config.weight_decay) == ("adamw", 1e-3, 0.05)
+    assert (config.grad_norm_clip, config.label_smoothing) == (5.0, 0.1)
+    assert (config.batch, config.mixup, config.cutmix) == (1024, 0.8, 1.0)
+    steps = 1_281_167 // 1024
+    assert (config.total_steps, config.warmup_steps) == (300 * steps, 20 * steps)
+    assert f"inception_crop({size}, 0.08" in config.pp.train
+    assert f"resize_small({resized}" in config.pp.eval
+
+
+@pytest.mark.parametrize("name", ["Swin-L_4-w7", "Swin-B_4-w12", "SwinV2-B_4-w12to24", "ViT-B_16"])
+def test_no_recipe_is_made_up_for_a_swin_that_was_trained_otherwise(name):
+    with pytest.raises(UserError, match=f"found '{name}': others were trained on ImageNet-21k"):
+        load_config(f"configs/swin.py:{name}")
 
 
 def test_every_t2t_has_settings():

@@ -344,3 +344,17 @@ def test_every_family_has_pooled_features_and_those_of_its_patches(family, tmp_p
     patches = vit.features(pictures, "patches")
     assert patches.ndim == 3
     assert np.isfinite(patches).all()
+
+
+@pytest.mark.parametrize("family", ["Swin", "Swin v2"])
+def test_windows_that_nothing_tells_are_those_that_are_given(family, tmp_path, caplog):
+    spec = SPECS[family].replace(window=5, image_size=(24, 24))
+    vit = make(family, tmp_path, window=5, image_size=(24, 24))
+    vit.save(tmp_path / "w.npz")
+    (tmp_path / "w.json").unlink()
+    caplog.clear()
+    found = load(tmp_path / "w.npz", window=5, image_size=24)
+    assert found.spec == spec
+    assert not any("window" in record.getMessage() for record in caplog.records)
+    x = images(2, 24)
+    np.testing.assert_array_equal(found(x), vit(x))

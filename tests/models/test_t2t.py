@@ -162,8 +162,6 @@ def test_bfloat16_keeps_float32_parameters_and_logits(kind):
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.slow
-@pytest.mark.ci
 def test_the_performer_drops_out_in_training_and_the_transformer_does_not():
     images = random_images(2, 32, 32, 3)
     for kind in t2t.KINDS:

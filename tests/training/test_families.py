@@ -149,8 +149,6 @@ def test_a_swin_transformer_learns_digits_of_32_pixels(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize("version", [1, 2])
 def test_stages_in_loops_and_in_parts_learn_the_same(version, tmp_path):
     """Their blocks, of which every second is shifted, in a loop, and each weight in parts."""

@@ -44,6 +44,7 @@ def convert(
     style: str = "linen",
     dtype: str | None = None,
     heads: int | None = None,
+    window: int | None = None,
     force: bool = False,
 ) -> Converted:
     """Writes weights again as another kind of file, or in another layout.
@@ -59,6 +60,7 @@ def convert(
       style: the layout to write, one of `layouts.STYLES`.
       dtype: "float32" or "bfloat16", what to store numbers as; None for what they are.
       heads: attention heads, if the source is a file of PyTorch's that doesn't tell them.
+      window: of a Swin Transformer, if nothing tells it.
       force: whether files that are there may be replaced.
 
     Raises UserError if the source is not understood, the target is there already, or the notes of
@@ -76,7 +78,8 @@ def convert(
             f"{target} would share {notes}, which is about all of {path}: choose a "
             "name with another beginning"
         )
-    with open_network(path, tower=tower, heads=heads, **_noted(path, tower)) as opened:
+    hints = dict(heads=heads, window=window) | _noted(path, tower)
+    with open_network(path, tower=tower, **hints) as opened:
         layout, spec = opened
         arrays, told = layout.arrays, library_notes(layout, spec, path)
         endings = (".json", ".txt", ".model") if spec.classifies_by_text else (".json",)

@@ -37,7 +37,8 @@ def open_network(
 
     Args:
       path, tower: see `checkpoints.load_weights`.
-      heads, pre_logits, window: for files of PyTorch's, see `torch.read_torch`.
+      heads, pre_logits: for files of PyTorch's, see `torch.read_torch`.
+      window: for those, and for others that don't tell how large windows are.
       **hints: for `read_spec`; they go before what the file says of itself.
 
     Returns:
@@ -52,7 +53,8 @@ def open_network(
         hints = {k: v for k, v in hints.items() if v is not None}
         if layout.hints:
             hints["untold"] = {**layout.hints["untold"], **hints.get("untold", {})}
-        yield layout, read_spec(layout.arrays, **{**layout.hints, **hints}, where=str(path))
+        own = {} if layout.about else {"window": window}
+        yield layout, read_spec(layout.arrays, **{**layout.hints, **hints, **own}, where=str(path))
 
 
 def library_notes(layout: Layout, spec: Spec, path: str | os.PathLike) -> dict[str, Any] | None:
@@ -107,6 +109,7 @@ def read_spec(
     image_size: Size | None = None,
     likely_size: Size | None = None,
     untold: Mapping[str, Any] | None = None,
+    window: int | None = None,
     where: str = "the checkpoint",
 ) -> Spec:
     """Finds out which network a set of arrays belongs to, and checks every one of them.
@@ -121,6 +124,7 @@ def read_spec(
       likely_size: (height, width) to believe where no square grid is possible and it fits. Without
         it the most nearly square grid is assumed, lying, with a warning.
       untold: other fields that no array tells, see `ImageModel.untold`.
+      window: see `Hints`.
       where: the file's name, for messages.
 
     Raises UserError for a classifier that the network can't have, or with the names of missing,
@@ -133,7 +137,8 @@ def read_spec(
             f"{where}: its classifier is said to be {classifier!r}, but a {family.kind} has "
             f"{' or '.join(family.classifiers)}: mend what was given or noted beside it"
         )
-    spec = family.from_shapes(shapes, Hints(classifier, image_size, likely_size, untold, where))
+    hints = Hints(classifier, image_size, likely_size, untold, where, window)
+    spec = family.from_shapes(shapes, hints)
     for field in untold or {}:
         if field not in family.untold:
             raise UserError(

@@ -237,7 +237,7 @@ def _told(
     if "window" not in told:
         raise UserError(
             "no array tells the windows of a Swin Transformer of version 2: put its config.json "
-            "beside it, or give them, load(..., window=N), --config.model.window=N"
+            "beside it, or give them, --window N, --config.model.window=N or load(..., window=N)"
         )
     if places["window"] == "what was given" and "pretrained_windows" not in told:
         _log.warning(
@@ -414,5 +414,8 @@ def problems(library: str, spec: Spec) -> dict[str, bool]:
         ),
         "maps smaller than a window": spec.version == 1
         and any(min(window) < spec.window for window in windows),
+        "images that no whole number of patches fills": any(
+            size % patch for size, patch in zip(spec.image_size, spec.patch_size, strict=True)
+        ),
         "odd maps": any(size % 2 for grid in grids[:-1] for size in grid),
     }  # fmt: skip

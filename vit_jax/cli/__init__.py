@@ -154,9 +154,11 @@ def tell_mistakes(mistakes: Sequence[str], limit: int = 20) -> int:
 
 
 def add_heads(parser: argparse.ArgumentParser) -> None:
-    """The option of all that load weights."""
+    """The options of all that load weights, for what files don't tell."""
     help = "attention heads, if neither a file of PyTorch's nor one beside it tells them"
     parser.add_argument("--heads", type=positive, metavar="N", help=help)
+    help = "tokens that a Swin's windows are wide, if nothing tells them; else other windows"
+    parser.add_argument("--window", type=positive, metavar="N", help=help)
 
 
 def add_command(subparsers, name: str, run, help: str, example: str) -> argparse.ArgumentParser:

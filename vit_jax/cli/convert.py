@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         path, tower = find_weights(args.source)
         wishes = dict(style=args.style, dtype=args.dtype, heads=args.heads, force=args.force)
+        wishes["window"] = args.window
         done = convert(f"{path}:{tower}" if tower else path, args.target, **wishes)
         facts = {
             "architecture": done.spec.name,
@@ -130,7 +131,7 @@ def _rewritten(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 "name with another beginning"
             )
         check_free([target, target.with_suffix(".json")], args.force)
-    vit = load(args.source, heads=args.heads)
+    vit = load(args.source, heads=args.heads, window=args.window)
     facts: dict[str, Any] = {}
     lines = [f"{vit.spec.description}, {vit.spec.num_parameters:,} parameters"]
     if args.fold:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     for note in notes:
         print(note, file=sys.stderr)
     check_target(args.out, [args.weights, *args.images, *images], args.force)
-    vit = load(args.weights, heads=args.heads)
+    vit = load(args.weights, heads=args.heads, window=args.window)
     options = {"what": args.what, "layer": args.layer, "batch_size": args.batch}
     options["overwrite"] = args.force
     with progress_bar("images") as progress:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.evaluation.zero_shot import zero_shot
     from vit_jax.pretrained import load
 
-    vit = load(args.weights, heads=args.heads)
+    vit = load(args.weights, heads=args.heads, window=args.window)
     source, loss = _open_source(args)
     said = [*source.notes, *source.doubts]
     if args.data is not None and not args.split:  # Perhaps a part, held out for testing.

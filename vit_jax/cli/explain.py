@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.pretrained import load
 
     html = page.kind_of(args.out) == "html"
-    vit = load(args.weights, heads=args.heads)
+    vit = load(args.weights, heads=args.heads, window=args.window)
     explained = list(explain.explanations(vit, args.images, args.classes))
     if html:
         content = explain.page_html(vit, explained)

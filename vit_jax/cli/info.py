@@ -33,10 +33,11 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax.pretrained import class_labels, find_weights, preprocess_for, read_weights
 
     path, asked = find_weights(args.weights)
-    _, spec, notes = read_weights(path, asked, values=False, heads=args.heads)
+    told = {"heads": args.heads, "window": args.window}
+    _, spec, notes = read_weights(path, asked, values=False, **told)
     labels, preprocess = class_labels(path, notes, spec), preprocess_for(notes, spec, spec)
     with open_arrays(path) as stored:
-        layout = read_layout(stored, path, tower=asked, heads=args.heads)
+        layout = read_layout(stored, path, tower=asked, **told)
         count = len(stored) - len(layout.left_out)
         types = sorted({str(a.dtype) for a in layout.arrays.values()})
         bad = nonfinite(layout.arrays)

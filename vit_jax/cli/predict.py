@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     if args.csv:
         check_target(args.csv, [args.weights, *wanted, *images], args.force)
-    vit = load(args.weights, heads=args.heads)
+    vit = load(args.weights, heads=args.heads, window=args.window)
     if labels is not None and not vit.classifies_by_text:
         raise UserError(
             "--labels is for LiT weights, these have classes of their own: leave it out"

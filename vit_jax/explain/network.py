@@ -35,7 +35,8 @@ class Seen(NamedTuple):
 
     Attributes:
       answer: (k,) logits, without a head its input.
-      attention: (blocks, heads, t, t), a row for each token that asks; rows sum to 1.
+      attention: (blocks, heads, t, t), a row for each token that asks; rows sum to 1, of a
+        Swin to less where windows are padded.
       pooling: (heads, t), how attention pooling weighs the tokens; None without it.
       blocks: (blocks, t, d), the output of each block.
       tokens: (t, d), the output of the encoder.

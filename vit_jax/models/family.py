@@ -59,6 +59,7 @@ class Hints(NamedTuple):
       likely_size: to believe where no square grid is possible and it fits.
       untold: fields of `ImageModel.untold`; None if nobody noted any.
       where: the file's name, for messages.
+      window: to believe where nothing tells how large the windows are.
     """
 
     classifier: str | None = None
@@ -66,6 +67,7 @@ class Hints(NamedTuple):
     likely_size: Size | None = None
     untold: Mapping[str, Any] | None = None
     where: str = "the checkpoint"
+    window: int | None = None
 
 
 class ImageModel(nn.Module):

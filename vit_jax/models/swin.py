@@ -215,7 +215,8 @@ class WindowAttention(nn.Module):
         weights, count = weights.swapaxes(1, 2), math.prod(map_size)  # (n, h, windows, t, t)
         n, heads, *_ = weights.shape
         received = jnp.zeros((n, heads, places.size), weights.dtype)
-        received = received.at[:, :, places].set(weights.sum(axis=-2))[..., :count]
+        by_tokens = (weights * (places < count)[..., None]).sum(axis=-2)
+        received = received.at[:, :, places].set(by_tokens)[..., :count]
         received = received.reshape(n, heads, *map_size) / count
         self.sow("intermediates", "attention_received", received)
         if not self.merges:
@@ -603,10 +604,12 @@ class SwinTransformer(ImageModel):
         if version == 1 and "window" not in told:
             rows = stages[0].majority("relative_position_bias", 2, 0)
             told["window"] = (math.isqrt(rows) + 1) // 2
+        elif "window" not in told and hints.window:
+            told["window"] = hints.window
         elif "window" not in told:
             _log.warning(
                 "%s: no array tells the windows of version 2: taken as %d. If that is wrong, tell: "
-                "load(..., window=...)",
+                "--window N or load(..., window=N)",
                 *(hints.where, cls.window),
             )
         model = cls(
@@ -619,7 +622,12 @@ class SwinTransformer(ImageModel):
             mlp_ratio=mlp_dim / width,
             **{"pretrained_windows": (0,) * len(stages)} | told,
         )
-        return Spec(model, hints.image_size or model.usual_size, channels)
+        size = hints.image_size or model.usual_size
+        tables = [stage.majority("relative_position_bias", 2, 0) for stage in stages]
+        for likely in filter(None, (hints.likely_size,)):  # Of version 1 the tables tell.
+            fits = [(2 * h - 1) * (2 * w - 1) for h, w in model.stage_windows(likely)] == tables
+            size = likely if fits and not hints.image_size else size
+        return Spec(model, size, channels)
 
     def shapes(self, image_size: Size, channels: int) -> dict[str, tuple[int, ...]]:
         images = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
