@@ -4,8 +4,8 @@ arXiv:2111.09883).
     vit-jax train --config=configs/swin.py:Swin-T_4-w7 --workdir=WORKDIR
 
 The argument is the model's name, of those that were trained so (others began with ImageNet-21k, or
-were fine-tuned). The settings are for batches of 1,024. What differs from the published run, because
-it isn't here:
+were fine-tuned). The settings are for batches of 1,024. What differs from the published run,
+because it isn't here:
 
 - The rate falls to 0; theirs to 5e-6. Theirs warms up from 5e-7, this from 0.
 - RandAugment always applies its two operations, at one magnitude; theirs each of them half of the
