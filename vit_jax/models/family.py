@@ -137,8 +137,13 @@ class ImageModel(nn.Module):
 
         Raises UserError as `resize`, or if there are no windows.
         """
-        if window is not None:
+        own = getattr(self, "window", None)
+        if window is not None and own is None:
             raise UserError(f"a {self.kind} has no windows: leave window out")
+        if window not in (None, own):
+            raise UserError(
+                f"window is {window}, but a {self.kind} keeps that of its weights, {own}: leave it out"
+            )
         return self, arrays if old == new else self.resize(arrays, old, new)
 
     @property
