@@ -142,7 +142,8 @@ class ImageModel(nn.Module):
             raise UserError(f"a {self.kind} has no windows: leave window out")
         if window not in (None, own):
             raise UserError(
-                f"window is {window}, but a {self.kind} keeps that of its weights, {own}: leave it out"
+                f"window is {window}, but a {self.kind} keeps that of its weights, {own}: leave it "
+                "out"
             )
         return self, arrays if old == new else self.resize(arrays, old, new)
 
