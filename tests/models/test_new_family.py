@@ -239,7 +239,5 @@ def test_it_is_trained_further_from_its_file_which_has_to_fit(workdir, tmp_path)
     weights = f"model_or_filename={workdir / 'weights.npz'}"
     assert training.run(config_of("total_steps=2", "warmup_steps=0", "model.name=", weights),
                         tmp_path / "run").finished  # fmt: skip
-    with pytest.raises(
-        UserError, match=r"window is 4, but .* keeps that of its weights, 8"
-    ):
+    with pytest.raises(UserError, match=r"window is 4, but .* keeps that of its weights, 8"):
         training.run(config_of(weights, "model.name=", "model.window=4"), tmp_path / "other")
