@@ -157,4 +157,5 @@ def forward(arrays: dict[str, np.ndarray], images: np.ndarray, heads: int) -> np
         x = x + dense(y, f"blocks.{i}.attn.proj")
         hidden = gelu(dense(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
         x = x + dense(hidden, f"blocks.{i}.mlp.fc2")
-    return dense(norm(x, "norm")[:, 0], "head")
+    pooled = norm(x, "norm")[:, 0]
+    return dense(pooled, "head") if "head.weight" in w else pooled
