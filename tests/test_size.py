@@ -5,7 +5,7 @@ from pathlib import Path
 import vit_jax
 
 # Docstrings, comments and empty lines count too. Only a new capability may raise these.
-LINES, FILES = 25880, 107
+LINES, FILES = 25881, 107
 # A change that makes the package this much smaller lowers the number above, too.
 SLACK = 100
 

@@ -623,10 +623,11 @@ class SwinTransformer(ImageModel):
             **{"pretrained_windows": (0,) * len(stages)} | told,
         )
         size = hints.image_size or model.usual_size
-        tables = [stage.majority("relative_position_bias", 2, 0) for stage in stages]
-        for likely in filter(None, (hints.likely_size,)):  # Of version 1 the tables tell.
-            fits = [(2 * h - 1) * (2 * w - 1) for h, w in model.stage_windows(likely)] == tables
-            size = likely if fits and not hints.image_size else size
+        if hints.likely_size and not hints.image_size:  # Of version 1 the tables tell if it fits.
+            tables = [stage.majority("relative_position_bias", 2, 0) for stage in stages]
+            windows = model.stage_windows(hints.likely_size)
+            if tables == [(2 * h - 1) * (2 * w - 1) for h, w in windows]:
+                size = hints.likely_size
         return Spec(model, size, channels)
 
     def shapes(self, image_size: Size, channels: int) -> dict[str, tuple[int, ...]]:
